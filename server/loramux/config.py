@@ -1,0 +1,94 @@
+"""Every setting of the server, frozen, validated once; the only reader of the environment.
+
+A field is a flag (``--max-num-seqs``) and a variable (``LORAMUX_MAX_NUM_SEQS``); the flag wins.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DEMO_DIR = Path(__file__).parent / "demo"
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+"""What an adapter may be called: it ends up in labels, logs and URLs, and is never a path."""
+
+
+class ServerConfig(BaseSettings):
+    """``loramux serve``. Byte sizes are integers; times are seconds."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LORAMUX_",
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+    model: Path = Field(DEMO_DIR / "base", description="directory of the base model (HF format)")
+    served_model_name: str | None = Field(None, description="name of the base in the API")
+    adapter: tuple[str, ...] = Field((), description="NAME=DIR: register this PEFT adapter")
+    adapters: Path | None = Field(None, description="register every adapter folder found in here")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on")
+    admin_port: int | None = Field(None, description="serve /metrics, /health, /admin here instead")
+    data_dir: Path = Field(Path("data"), description="registry and adapter files live here")
+    device: str = Field("auto", description="auto, cpu or cuda")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: float32 on cpu, the checkpoint's own on cuda"
+    )
+    pool_memory: str = Field("auto", description="bytes (512M, 8G) or a fraction of what is free")
+    page_tokens: int = Field(16, ge=1, le=256, description="tokens in one page of KV cache")
+    max_model_len: int | None = Field(None, ge=1, description="longest prompt plus output (tokens)")
+    max_num_seqs: int = Field(64, ge=1, description="most requests in one batch")
+    max_batch_tokens: int = Field(512, ge=16, description="most tokens in one step")
+    max_rank: int = Field(256, ge=1, description="adapters of a larger rank are refused")
+    threads: int = Field(0, ge=0, description="compute threads; 0: one per core")
+    prefix_caching: bool = Field(True, description="reuse KV of equal prompt beginnings")
+    strict_fields: bool = Field(False, description="refuse unknown request fields")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    max_waiting: int = Field(1024, ge=1, description="requests that may wait; more get a 503")
+    max_body_bytes: int = Field(8 << 20, description="largest JSON body")
+    max_adapter_file_bytes: int = Field(2 << 30, description="largest adapter weights file")
+    max_config_bytes: int = Field(64 << 10, description="largest adapter_config.json")
+    fairness_debt_tokens: int = Field(
+        4096, description="tokens an adapter may be served beyond the least served waiting one"
+    )
+    heartbeat_s: float = Field(1.0, gt=0, description="how often the engine says it is alive")
+    heartbeat_timeout_s: float = Field(5.0, gt=0, description="silence that counts as death")
+    step_timeout_s: float = Field(30.0, gt=0, description="a step longer than this is a hang")
+    write_timeout_s: float = Field(30.0, gt=0, description="a reader slower than this is cut off")
+    drain_s: float = Field(30.0, ge=0, description="time for running requests after SIGTERM")
+
+    @field_validator("adapter")
+    @classmethod
+    def _names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for item in value:
+            name, sep, _ = item.partition("=")
+            if not sep or not ADAPTER_NAME.fullmatch(name):
+                raise ValueError(f"{item!r} is not NAME=DIR with NAME like {ADAPTER_NAME.pattern}")
+        return value
+
+    @model_validator(mode="after")
+    def _pool(self) -> ServerConfig:
+        parse_pool_memory(self.pool_memory)
+        return self
+
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_pool_memory(text: str) -> int | float | None:
+    """``"auto"`` -> None, ``"0.9"`` -> a fraction, ``"512M"`` or ``"1000000"`` -> bytes."""
+    text = text.strip().lower()
+    if text == "auto":
+        return None
+    if match := re.fullmatch(r"(\d+)([kmgt]?)i?b?", text):
+        return int(match[1]) * _UNITS[match[2]]
+    if (match := re.fullmatch(r"0?\.\d+", text)) and 0 < float(text) < 1:
+        return float(text)
+    raise ValueError(f"{text!r} is neither bytes (1000000, 512M, 8G) nor a fraction (0.9)")

@@ -1,0 +1,57 @@
+"""What the engine tells about itself with every step: plain numbers, no exporter in sight."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class PoolStats(msgspec.Struct):
+    """Frames by owner. ``free + kv + prefix + adapter_leased + adapter_warm + loading == total``.
+
+    ``prefix`` counts pages nobody runs on (reclaimable); pages shared with running rows are ``kv``.
+    """
+
+    total: int = 0
+    free: int = 0
+    kv: int = 0
+    prefix: int = 0
+    adapter_leased: int = 0
+    adapter_warm: int = 0
+    loading: int = 0
+
+
+class AdapterLoad(msgspec.Struct, array_like=True):
+    """One finished load of an adapter into the pool."""
+
+    digest: str
+    seconds: float
+    num_bytes: int
+
+
+class StepStats(msgspec.Struct):
+    """One step of the engine. Counters are *increments since the last StepStats*.
+
+    ``batch_adapters`` is the number of distinct adapter lists in the step's batch;
+    ``resident`` lists the digests now in the pool, or None when unchanged since the last message.
+    ``waiting_adapters`` are digests that waiting requests need and the pool does not hold.
+    Times: seconds of wall clock in this step by phase (schedule, forward, sample, commit).
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_loading: int = 0
+    pool: PoolStats = msgspec.field(default_factory=PoolStats)
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    batch_rows: int = 0
+    batch_tokens: int = 0
+    batch_adapters: int = 0
+    loads: list[AdapterLoad] = []
+    evictions: dict[str, int] = {}
+    resident: list[str] | None = None
+    pinned: list[str] | None = None
+    waiting_adapters: list[str] | None = None
+    phase_s: dict[str, float] = {}

@@ -1,0 +1,204 @@
+"""All that the front, engine and ingest processes say to each other: msgpack structs, never pickle.
+
+    front  -> engine   Submit, Abort, Command
+    engine -> front    Ready, StepDone (one a step), Reply, Heartbeat
+    front  -> ingest   IngestJob
+    ingest -> front    IngestDone
+
+A socket carries one encoded message per frame. ``engine_epoch`` counts the engine processes the
+front has started; anything from an older epoch is dropped by the front.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from loramux.request import AdapterRef, FinishReason, SamplingParams
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear modules of a decoder layer, in the order every table of loramux uses."""
+
+
+class BaseDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ingest process must know of the base model to validate and pack for it.
+
+    ``widths[module] = (in_features, out_features)``; ``slice_bytes`` is the pool's slice.
+    """
+
+    fingerprint: str
+    num_layers: int
+    widths: dict[str, tuple[int, int]]
+    slice_bytes: int
+    max_rank: int
+
+
+class Submit(msgspec.Struct, tag=True, kw_only=True):
+    """Start, or after a restart continue, one choice of a request.
+
+    ``prompt_ids`` and ``output_ids`` (already delivered) are token ids. ``cache_salt`` separates
+    prefix caches beyond the tenant. ``deadline_s`` is the time still allowed, counted from arrival
+    at the engine; None for no limit.
+    """
+
+    request_id: str
+    tenant: str
+    model_id: int
+    adapters: tuple[AdapterRef, ...]
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    output_ids: list[int] = []
+    cache_salt: str = ""
+    resume: bytes | None = None
+    speculation: bytes | None = None
+    deadline_s: float | None = None
+
+
+class Abort(msgspec.Struct, tag=True):
+    """The front wants nothing more of these requests. No terminal event is sent back."""
+
+    request_ids: list[str]
+
+
+class Command(msgspec.Struct, tag=True, kw_only=True):
+    """An operator's wish. ``digest`` is set for pin, unpin and evict; the answer is a Reply."""
+
+    command_id: int
+    kind: Literal["pin", "unpin", "evict", "drain", "state"]
+    digest: str | None = None
+
+
+class TokenLogprob(msgspec.Struct, array_like=True):
+    """Log-softmax of the raw logits at one position.
+
+    ``logprob``/``rank`` are the token's own (rank 1 is the most likely); ``top`` lists
+    ``(token_id, logprob)``, most likely first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]] = []
+
+
+class Output(msgspec.Struct, array_like=True):
+    """New tokens of one request, ``start_index`` being the output position of the first.
+
+    ``prompt_logprobs`` comes once, complete, in the request's first Output when it was asked for:
+    one entry per prompt token, None for the first.
+    """
+
+    request_id: str
+    start_index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    resume: bytes | None = None
+
+
+class Finished(msgspec.Struct, array_like=True):
+    """The terminal event of a request that ended as asked.
+
+    ``stop_token_id`` is the token that ended it (EOS or one of stop_token_ids), which is the last
+    token of its outputs. ``cached_tokens`` counts prompt tokens served from the prefix cache.
+    """
+
+    request_id: str
+    reason: FinishReason
+    stop_token_id: int | None = None
+    cached_tokens: int = 0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+
+
+class Failed(msgspec.Struct, array_like=True):
+    """The terminal event of a request that could not be finished; ``code`` is an errors.py code."""
+
+    request_id: str
+    code: str
+    message: str
+
+
+class Ready(msgspec.Struct, tag=True, kw_only=True):
+    """The engine has a model, a pool and compiled kernels: requests may come."""
+
+    engine_epoch: int
+    base: BaseDescription
+    vocab_size: int
+    max_model_len: int
+    page_tokens: int
+    num_frames: int
+    frame_bytes: int
+    max_num_seqs: int
+    device: str
+    dtype: str
+    startup_s: dict[str, float] = {}
+
+
+class StepDone(msgspec.Struct, tag=True, kw_only=True):
+    """What one step produced. ``stats`` is ``metrics.stats.StepStats`` as builtins."""
+
+    engine_epoch: int
+    step: int
+    outputs: list[Output] = []
+    finished: list[Finished] = []
+    failed: list[Failed] = []
+    stats: dict[str, Any] = {}
+
+
+class Reply(msgspec.Struct, tag=True, kw_only=True):
+    """The answer to one Command: ``payload`` on success, ``error`` (code, message) otherwise."""
+
+    engine_epoch: int
+    command_id: int
+    payload: dict[str, Any] = {}
+    error: tuple[str, str] | None = None
+
+
+class Heartbeat(msgspec.Struct, tag=True):
+    """Sent by a thread of the engine, so a long step is told from a dead process.
+
+    ``step_running_s`` is how long the current step has run; 0 when idle.
+    """
+
+    engine_epoch: int
+    step_running_s: float = 0.0
+
+
+class IngestJob(msgspec.Struct, tag=True, kw_only=True):
+    """Validate two blobs as a PEFT adapter and, if they are good, write the packed form.
+
+    ``base`` rides along so the ingest process keeps no state. ``pack=False`` only validates.
+    """
+
+    job_id: int
+    config_digest: str
+    weights_digest: str
+    base: BaseDescription
+    pack: bool = True
+
+
+class IngestDone(msgspec.Struct, tag=True, kw_only=True):
+    """The outcome of one IngestJob.
+
+    ``problems`` is empty exactly when the adapter is good; then ``digest`` is its version and
+    ``report`` holds rank, num_bytes, num_frames, dtype, tensors, modules, layers, warnings.
+    ``code`` is an errors.py code when there are problems.
+    """
+
+    job_id: int
+    digest: str = ""
+    report: dict[str, Any] = {}
+    problems: list[str] = []
+    code: str = "adapter_invalid"
+
+
+ToEngine = Submit | Abort | Command
+FromEngine = Ready | StepDone | Reply | Heartbeat
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+decode_ingest_job = msgspec.msgpack.Decoder(IngestJob).decode
+decode_ingest_done = msgspec.msgpack.Decoder(IngestDone).decode
