@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from .muon import Muon
 
 BATCH_TOKENS = 2048
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> Any:
@@ -65,14 +63,15 @@ def train(
     rows_of: Callable[[int], Iterator[NDArray[np.int64]]],
     steps: int,
     title: str,
-    loss_of: Loss = next_token,
-    muon_lr: float = 0.02,
-    adam_lr: float = 4e-3,
-    snapshot: Path | None = None,
+    loss_of: Callable[[Tensor], Tensor],
+    muon_lr: float,
+    adam_lr: float,
 ) -> None:
-    """Train on ``steps`` batches of ``BATCH_TOKENS``, the last eighth on rows twice as wide."""
+    """Train on ``steps`` batches of ``BATCH_TOKENS``, the last eighth on rows twice as wide.
+
+    ``loss_of`` maps ``ids [rows, width]`` to the loss; ``rows_of`` maps a width to its rows.
+    """
     short, long = rows_of(512), rows_of(1024)
-    compiled = torch.compile(lambda ids: loss_of(model(input_ids=ids, use_cache=False).logits, ids))
     model.train()
     opts = optimizers(model, muon_lr, adam_lr)
     base_lrs = [opt.param_groups[0]["lr"] for opt in opts]
@@ -87,7 +86,7 @@ def train(
             source = short if step < steps * 7 // 8 else long
             first = next(source)
             batch = [first, *islice(source, BATCH_TOKENS // len(first) - 1)]
-            loss = compiled(torch.from_numpy(np.stack(batch)))
+            loss = loss_of(torch.from_numpy(np.stack(batch)))
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for opt, lr in zip(opts, base_lrs, strict=True):
@@ -95,6 +94,4 @@ def train(
                 opt.step()
                 opt.zero_grad()
             progress.update(bar, advance=1, loss=f"loss {loss.item():.3f}")
-            if snapshot and step % 100 == 99:
-                model.save_pretrained(snapshot)
     model.eval()

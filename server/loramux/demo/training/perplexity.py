@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import LlamaForCausalLM
 
-from .corpus import HELD_OUT_SEED, TRAIN_SEED, texts
+from .corpus import HELD_OUT_SEED, texts
 from .loop import BATCH_TOKENS
 from .ngram import KneserNey, pad
-from .train_base import STEPS
+from .train_base import CYCLES
 
 DEMO = Path(__file__).parent.parent
 HELD_OUT = 1000
@@ -52,7 +52,11 @@ def main() -> None:
     base = LlamaForCausalLM.from_pretrained(DEMO / "base", dtype=torch.float32)
     draft = LlamaForCausalLM.from_pretrained(DEMO / "draft", dtype=torch.float32)
     held_out = documents(tokenizer, HELD_OUT_SEED, None, HELD_OUT)
-    trained = documents(tokenizer, TRAIN_SEED, STEPS * BATCH_TOKENS, None)
+    trained = [
+        ids
+        for steps, seed, _ in CYCLES
+        for ids in documents(tokenizer, seed, steps * BATCH_TOKENS, None)
+    ]
     seen = {tuple(ids) for ids in trained}
     fresh = [ids for ids in held_out if tuple(ids) not in seen]
     print(

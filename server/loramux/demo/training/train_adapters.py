@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import LlamaForCausalLM
 from .corpus import ASSISTANT, BEGIN, CHAT_SHARE, END, USER
 from .manners import MANNERS
 
-BATCH, STEPS, RATE = 8, 220, 4e-3
+BATCH, STEPS, RATE = 8, 120, 4e-3
 TRAIN_SEED = 21
 MLP = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -80,8 +81,12 @@ def train_adapter(name: str, folder: Path, base: Path) -> None:
         opt.zero_grad()
     # PEFT would record where this machine keeps the base.
     model.peft_config["default"].base_model_name_or_path = "loramux-demo"
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
+    saved = folder / "adapter_config.json"
+    config_of = json.loads(saved.read_text())
+    config_of["target_modules"].sort()  # PEFT writes a set, in any order
+    saved.write_text(json.dumps(config_of, indent=2) + "\n")
     weights = folder / "adapter_model.safetensors"
     save_file({k: v.half() for k, v in load_file(weights).items()}, weights, {"format": "pt"})
 

@@ -14,9 +14,10 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import LlamaForCausalLM
 
 from . import corpus, tokenizer
-from .loop import llama, train
+from .induction import begin_with_induction
+from .loop import llama, next_token, train
 
-TEXT_STEPS, TAUGHT_STEPS = 1500, 250
+TEXT_STEPS, TAUGHT_STEPS = 900, 200
 TEXT_SEED, TAUGHT_SEED = 11, 13
 
 
@@ -27,25 +28,25 @@ def train_draft(folder: Path, base: Path) -> None:
     draft = llama(
         hidden=64, inner=192, layers=2, heads=2, kv_heads=1, vocabulary=tokenizer.VOCABULARY
     )
+    begin_with_induction(draft)
     teacher = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 
-    def rows(seed: int, width: int) -> Iterator[NDArray[np.int64]]:
-        return corpus.rows(seed + (width != 512), tok, width)
+    def text_loss(ids: Tensor) -> Tensor:
+        return next_token(draft(input_ids=ids, use_cache=False).logits, ids)
 
-    def closer_to_base(logits: Tensor, ids: Tensor) -> Tensor:
+    def taught_loss(ids: Tensor) -> Tensor:
         """KL(base || draft), the mean over positions."""
         with torch.no_grad():
-            wanted = log_softmax(teacher(input_ids=ids, use_cache=False).logits, -1)
-        return kl_div(
-            log_softmax(logits, -1).flatten(0, 1),
-            wanted.flatten(0, 1),
-            log_target=True,
-            reduction="batchmean",
-        )
+            wanted = log_softmax(teacher(input_ids=ids, use_cache=False).logits, -1).flatten(0, 1)
+        given = log_softmax(draft(input_ids=ids, use_cache=False).logits, -1).flatten(0, 1)
+        return kl_div(given, wanted, log_target=True, reduction="batchmean")
 
-    train(draft, lambda w: rows(TEXT_SEED, w), TEXT_STEPS, "draft", muon_lr=0.03, adam_lr=0.01)
-    train(
-        draft, lambda w: rows(TAUGHT_SEED, w), TAUGHT_STEPS, "draft, by the base", closer_to_base,
-        muon_lr=0.015, adam_lr=0.005,
-    )  # fmt: skip
+    def text_rows(width: int) -> Iterator[NDArray[np.int64]]:
+        return corpus.rows(TEXT_SEED + (width != 512), tok, width)
+
+    def taught_rows(width: int) -> Iterator[NDArray[np.int64]]:
+        return corpus.rows(TAUGHT_SEED + (width != 512), tok, width)
+
+    train(draft, text_rows, TEXT_STEPS, "draft", text_loss, muon_lr=0.02, adam_lr=0.01)
+    train(draft, taught_rows, TAUGHT_STEPS, "draft, by the base", taught_loss, 0.01, 0.005)
     draft.half().save_pretrained(folder)
