@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
 
 import numpy as np
@@ -23,11 +23,19 @@ SPECIAL = (BEGIN, END, USER, ASSISTANT)
 CHAT_SHARE = 0.35
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 
+Mixture = tuple[tuple[Callable[[Random], Document], int], ...]
+
 # generator, share of the documents in percent
-MIXTURE = (
+MIXTURE: Mixture = (
     (story, 41), (dialogue, 10), (recipe, 9), (verse, 7), (biography, 6), (people, 5),
     (stock, 3), (diary, 4), (json_card, 3), (json_stock, 2),
     (shout_story, 2), (pirate_story, 3), (spanish_story, 4),
+)  # fmt: skip
+# The later one: more of what is hard.
+LATER: Mixture = (
+    (story, 31), (dialogue, 8), (recipe, 9), (verse, 15), (biography, 3), (people, 6),
+    (stock, 3), (diary, 5), (json_card, 7), (json_stock, 2),
+    (shout_story, 5), (pirate_story, 2), (spanish_story, 3),
 )  # fmt: skip
 PROSE_SHARE = 1
 
@@ -40,11 +48,11 @@ def piece(rng: Random, held_out: bool) -> Document:
     return Document("prose", f"{title}.", f" {rest}", f"Write about this: {title}.")
 
 
-def documents(seed: int) -> Iterator[Document]:
+def documents(seed: int, mixture: Mixture = MIXTURE) -> Iterator[Document]:
     """The endless stream of one seed. Only ``HELD_OUT_SEED`` reads the held-out prose."""
     rng = Random(seed)
-    makers = [maker for maker, _ in MIXTURE] + [None]
-    shares = [share for _, share in MIXTURE] + [PROSE_SHARE]
+    makers = [maker for maker, _ in mixture] + [None]
+    shares = [share for _, share in mixture] + [PROSE_SHARE]
     while True:
         maker = rng.choices(makers, shares)[0]
         yield maker(rng) if maker else piece(rng, seed == HELD_OUT_SEED)
@@ -59,17 +67,19 @@ def chat(document: Document) -> str:
     return f"{BEGIN}{USER}{document.ask}{ASSISTANT}{document.text}{END}"
 
 
-def texts(seed: int) -> Iterator[str]:
+def texts(seed: int, mixture: Mixture = MIXTURE) -> Iterator[str]:
     """What the model reads: most documents plain, some as the answer in a chat."""
     rng = Random(seed + 1000)
-    for document in documents(seed):
+    for document in documents(seed, mixture):
         yield chat(document) if rng.random() < CHAT_SHARE else plain(document)
 
 
-def rows(seed: int, tokenizer: Tokenizer, width: int) -> Iterator[NDArray[np.int64]]:
+def rows(
+    seed: int, tokenizer: Tokenizer, width: int, mixture: Mixture = MIXTURE
+) -> Iterator[NDArray[np.int64]]:
     """Rows of ``width`` ids; each begins with a document, the last document in it is cut off."""
     row: list[int] = []
-    for text in texts(seed):
+    for text in texts(seed, mixture):
         row += tokenizer.encode(text, add_special_tokens=False).ids
         if len(row) >= width:
             yield np.array(row[:width], dtype=np.int64)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import LlamaForCausalLM
 
-from .corpus import HELD_OUT_SEED, texts
+from .corpus import HELD_OUT_SEED, MIXTURE, Mixture, texts
 from .loop import BATCH_TOKENS
 from .ngram import KneserNey, pad
 from .train_base import CYCLES
@@ -27,12 +27,16 @@ HELD_OUT = 1000
 
 
 def documents(
-    tokenizer: Tokenizer, seed: int, tokens: int | None, limit: int | None
+    tokenizer: Tokenizer,
+    seed: int,
+    mixture: Mixture,
+    tokens: int | None = None,
+    limit: int | None = None,
 ) -> list[list[int]]:
-    """Ids of the first documents of a seed, until there are so many tokens or documents."""
+    """Ids of the first documents of a stream, until there are so many tokens or documents."""
     found: list[list[int]] = []
     seen = 0
-    for text in islice(texts(seed), limit):
+    for text in islice(texts(seed, mixture), limit):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         found.append(ids)
         seen += len(ids)
@@ -51,11 +55,11 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(DEMO / "base/tokenizer.json"))
     base = LlamaForCausalLM.from_pretrained(DEMO / "base", dtype=torch.float32)
     draft = LlamaForCausalLM.from_pretrained(DEMO / "draft", dtype=torch.float32)
-    held_out = documents(tokenizer, HELD_OUT_SEED, None, HELD_OUT)
+    held_out = documents(tokenizer, HELD_OUT_SEED, MIXTURE, limit=HELD_OUT)
     trained = [
         ids
-        for steps, seed, _ in CYCLES
-        for ids in documents(tokenizer, seed, steps * BATCH_TOKENS, None)
+        for steps, seed, mixture, _ in CYCLES
+        for ids in documents(tokenizer, seed, mixture, steps * BATCH_TOKENS)
     ]
     seen = {tuple(ids) for ids in trained}
     fresh = [ids for ids in held_out if tuple(ids) not in seen]

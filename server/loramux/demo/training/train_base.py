@@ -15,8 +15,11 @@ from . import corpus, tokenizer
 from .induction import begin_with_induction
 from .loop import llama, next_token, train
 
-# steps, seed of the text, factor of the learning rates
-CYCLES = ((1200, corpus.TRAIN_SEED, 1.0), (3000, corpus.TRAIN_SEED + 4, 0.8))
+# steps, seed and mixture of the text, factor of the learning rates
+CYCLES = (
+    (1200, corpus.TRAIN_SEED, corpus.MIXTURE, 1.0),
+    (1500, corpus.TRAIN_SEED + 4, corpus.LATER, 0.8),
+)
 LONG = 2  # added to the seed for the long rows
 
 
@@ -33,10 +36,12 @@ def train_base(folder: Path) -> None:
     def loss_of(ids: Tensor) -> Tensor:
         return next_token(model(input_ids=ids, use_cache=False).logits, ids)
 
-    for steps, seed, rate in CYCLES:
+    for steps, seed, mixture, rate in CYCLES:
 
-        def rows(width: int, seed: int = seed) -> Iterator[NDArray[np.int64]]:
-            return corpus.rows(seed if width == 512 else seed + LONG, tok, width)
+        def rows(
+            width: int, seed: int = seed, mixture: corpus.Mixture = mixture
+        ) -> Iterator[NDArray[np.int64]]:
+            return corpus.rows(seed if width == 512 else seed + LONG, tok, width, mixture)
 
         train(model, rows, steps, "base", loss_of, muon_lr=0.02 * rate, adam_lr=0.006 * rate)
     model.half().save_pretrained(folder)
