@@ -19,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from loramux.adapters.pack import PackedAdapter
 from loramux.errors import LoramuxError
@@ -52,7 +53,7 @@ class Table(Protocol):
         b_offset: npt.NDArray[np.int64],
         rank: npt.NDArray[np.int32],
         scale: npt.NDArray[np.float32],
-        dtype: str,
+        dtype: torch.dtype,
     ) -> int: ...
     def remove(self, slot: int) -> None: ...
 
@@ -68,7 +69,10 @@ class _Resident:
 
 
 class Residency:
-    """Adapters in the pool by digest. ``load_error[digest]`` says why a load failed, once asked."""
+    """Adapters in the pool by digest.
+
+    ``on_loaded`` is called on the loader's thread when there is something to ``poll``.
+    """
 
     def __init__(
         self,
@@ -76,13 +80,11 @@ class Residency:
         layout: AdapterFormat,
         store: Store,
         table: Table,
-        on_loaded: Callable[[], None] = lambda: None,
     ) -> None:
         self._pool = pool
         self._layout = layout
         self._store = store
         self._table = table
-        self._on_loaded = on_loaded
         self._adapters: dict[str, _Resident] = {}
         self._pins: set[str] = set()
         self._errors: dict[str, LoramuxError] = {}
@@ -90,6 +92,7 @@ class Residency:
         self._load_s_per_byte = ASSUMED_LOAD_S_PER_BYTE
         self._jobs: queue.SimpleQueue[tuple[str, _Resident] | None] = queue.SimpleQueue()
         self._landed: queue.SimpleQueue[tuple[str, Exception | None]] = queue.SimpleQueue()
+        self.on_loaded: Callable[[], None] = lambda: None
         self.num_loading = 0
         self.version = 0
         self.finished_loads: list[AdapterLoad] = []
@@ -185,7 +188,7 @@ class Residency:
             b_offset=packed.b_offset,
             rank=packed.rank,
             scale=packed.scale,
-            dtype=packed.dtype,
+            dtype=getattr(torch, packed.dtype),
         )
         self.version += 1
         seconds = time.monotonic() - resident.begun
@@ -286,4 +289,4 @@ class Residency:
             except Exception as problem:  # whatever it is, it is this adapter's and nobody else's
                 error = problem
             self._landed.put((digest, error))
-            self._on_loaded()
+            self.on_loaded()

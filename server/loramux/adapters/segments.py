@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 
 from loramux.batch import Row
-from loramux.request import Adapters
 from loramux_kernels.lora import Runs
 
 
@@ -15,18 +15,9 @@ def build_runs(rows: list[Row], slot: Callable[[str], int]) -> Runs:
     ``slot(digest)`` is the kernels' number of a leased adapter. A base row is in a run without
     entries: the empty adapter list is a list like any other.
     """
-    row_start, entry_start = [0], [0]
-    slots: list[int] = []
-    scales: list[float] = []
-    previous: Adapters | None = None
-    for row in rows:
-        adapters = row.request.adapters
-        if adapters == previous:
-            row_start[-1] += row.num_tokens
-            continue
-        previous = adapters
-        row_start.append(row_start[-1] + row.num_tokens)
-        slots += [slot(ref.digest) for ref in adapters]
-        scales += [ref.scale for ref in adapters]
-        entry_start.append(len(slots))
-    return Runs.build(row_start=row_start, entry_start=entry_start, slot=slots, scale=scales)
+    counts: list[int] = []
+    entries: list[list[tuple[int, float]]] = []
+    for adapters, run in groupby(rows, key=lambda row: row.request.adapters):
+        counts.append(sum(row.num_tokens for row in run))
+        entries.append([(slot(ref.digest), ref.scale) for ref in adapters])
+    return Runs.build(counts, entries)

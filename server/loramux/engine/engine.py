@@ -6,7 +6,6 @@ it is ``main.py``; most tests step it in-process.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable
 
@@ -45,7 +44,6 @@ class Engine:
         self.pool = pool
         self.residency = residency
         self.scheduler = scheduler
-        self.loaded = threading.Event()
         self._loop = StepLoop(scheduler, residency, runner, sampler, clock)
         self._sampler = sampler
         self._epoch = epoch
@@ -92,7 +90,6 @@ class Engine:
 
     def step(self) -> StepDone:
         """One step of every request that can run; what it produced and how things stand."""
-        self.loaded.clear()
         report = self._loop.step()
         for request in report.ended:
             self._forget(request)

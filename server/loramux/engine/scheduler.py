@@ -7,6 +7,7 @@ Frames are had in this order: free ones, evicted ones, those of the newest runni
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -74,7 +75,7 @@ class Scheduler:
         adapters: Adapters,
         limits: Limits,
         fingerprint: str,
-        clock: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.waiting = FairOrder()
         self.running: list[Request] = []

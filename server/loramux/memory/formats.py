@@ -21,7 +21,7 @@ def div_ceil(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class FrameShape:
-    """A frame is ``num_slices`` equal slices of ``slice_bytes``; only this module multiplies them."""
+    """A frame is ``num_slices`` equal slices of ``slice_bytes``."""
 
     num_slices: int
     slice_bytes: int
@@ -33,7 +33,7 @@ class FrameShape:
 
 @dataclass(frozen=True)
 class KvFormat:
-    """KV cache of the model the pool is cut for: one page of tokens per frame, one slice a layer."""
+    """KV of the model the pool is cut for: a page of tokens per frame, one slice a layer."""
 
     model_id: int
     num_layers: int

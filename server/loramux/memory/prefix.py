@@ -44,8 +44,8 @@ def page_key(parent: bytes, token_ids: npt.NDArray[np.int64]) -> bytes:
 class PrefixIndex:
     """Full, immutable KV pages: key -> frame, with a count of the requests that run on each.
 
-    A page nobody runs on stays (``num_idle`` of them do), offered to the eviction order. ``page_cost_s`` is what computing
-    one page again would take.
+    A page nobody runs on stays (``num_idle`` of them do), offered to the eviction order.
+    ``page_cost_s`` is what computing one page again would take.
     """
 
     def __init__(self, pool: FramePool, order: EvictionOrder, page_cost_s: float = 0.01) -> None:
