@@ -1,4 +1,4 @@
-"""Configuration -> a working Engine: model into memory, pool cut to its measure, kernels compiled."""
+"""Configuration -> a working Engine: weights loaded, pool cut to measure, kernels compiled."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ class Scheduler:
             if isinstance(outcome, Row):
                 admitted.append(outcome)
                 budget -= outcome.num_tokens
-            elif outcome is Wait.FRAMES and self._out_of_patience(request):
+            elif self._out_of_patience(request, outcome):
                 break
         for digest in held:
             self._adapters.release(digest)
@@ -246,8 +246,8 @@ class Scheduler:
             adapters=request.adapters,
         )
 
-    def _out_of_patience(self, request: Request) -> bool:
-        passed = self._passed_over.get(request.id, 0) + 1
+    def _out_of_patience(self, request: Request, why: Wait) -> bool:
+        passed = self._passed_over.get(request.id, 0) + (why is Wait.FRAMES)
         self._passed_over[request.id] = passed
         return passed > PATIENCE_STEPS
 
@@ -257,14 +257,21 @@ class Scheduler:
         head = self.waiting.head()
         if head is None or len(self.running) < self._limits.max_num_seqs:
             return
-        if not all(self._adapters.is_resident(ref.digest) for ref in head.adapters):
-            return
         served = self.waiting.served
         richest = max(self.running, key=lambda r: served[r.fair_key])
         debt = served[richest.fair_key] - served[head.fair_key]
-        if debt > self._limits.fairness_debt_tokens:
-            newest = next(r for r in reversed(self.running) if r.fair_key == richest.fair_key)
-            self._preempt(newest)
+        if debt <= self._limits.fairness_debt_tokens:
+            return
+        missing = [r.digest for r in head.adapters if not self._adapters.is_resident(r.digest)]
+        if missing:
+            try:
+                for digest in missing:
+                    self._adapters.load(digest)
+            except LoramuxError as error:
+                self.counts.failed.append((head, error))
+            return
+        newest = next(r for r in reversed(self.running) if r.fair_key == richest.fair_key)
+        self._preempt(newest)
 
     # -- after the step --------------------------------------------------------------------------
 
