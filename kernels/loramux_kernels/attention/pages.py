@@ -1,0 +1,50 @@
+"""Where one step's requests keep their keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+@dataclass(frozen=True)
+class Pages:
+    """``offsets[l, r, p]`` is the byte offset in the arena of layer l's slice that holds tokens
+    ``p * page_tokens`` and following of request r, laid out
+    ``[2 (k, v), num_kv_heads, page_tokens, head_dim]`` in ``dtype``. Entries past a request's
+    context are never read.
+
+    Request r owns token rows ``row_start[r]:row_start[r+1]`` and holds ``context[r]`` tokens
+    after this step, so row t is token ``context[r] - (row_start[r+1] - t)`` of its request.
+    """
+
+    offsets: npt.NDArray[np.int64]
+    row_start: npt.NDArray[np.int32]
+    context: npt.NDArray[np.int32]
+    page_tokens: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        requests = len(self.context)
+        if self.offsets.ndim != 3 or self.offsets.shape[1] != requests:
+            raise ValueError(
+                f"Pages: offsets must be [layers, {requests}, pages], "
+                f"got {list(self.offsets.shape)}"
+            )
+        if len(self.row_start) != requests + 1:
+            raise ValueError(f"Pages: row_start must have {requests + 1} elements")
+        if self.context.max(initial=0) > self.offsets.shape[2] * self.page_tokens:
+            raise ValueError(
+                f"Pages: a context of {self.context.max()} tokens does not fit "
+                f"{self.offsets.shape[2]} pages of {self.page_tokens}"
+            )
+        if (np.diff(self.row_start) > self.context).any():
+            raise ValueError("Pages: a request has more rows than context")
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.row_start[-1])
