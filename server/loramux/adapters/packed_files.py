@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class PackedFiles:
         """
         digest = hashlib.sha256()
         left = packed.num_bytes
-        with FileIO(packed_path(self._data_dir, packed.digest, self._fingerprint)) as file:
+        with FileIO(packed.path) as file:
             file.seek(packed.payload_offset)
             for target, commit in self._targets(frames):
                 view = memoryview(target.numpy())[: min(left, target.numel())]
@@ -54,7 +54,8 @@ class PackedFiles:
                 code="adapter_load_failed",
             )
 
-    def _targets(self, frames: Sequence[int]):  # type: ignore[no-untyped-def]
+    def _targets(self, frames: Sequence[int]) -> Iterator[tuple[torch.Tensor, Callable[[], None]]]:
+        """Where to put the bytes of each frame, and what to do once they are there."""
         data = self._arena.frame_data
         if self._arena.data.device.type == "cpu":
             for frame in frames:

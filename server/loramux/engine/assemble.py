@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import loramux_kernels.dispatch as kernels
 import torch
 
+import loramux_kernels.dispatch as kernels
 from loramux.adapters.pack import chunk_elems
 from loramux.adapters.packed_files import PackedFiles
 from loramux.adapters.residency import Residency
@@ -20,7 +20,7 @@ from loramux.errors import ConfigError
 from loramux.memory.arena import Arena
 from loramux.memory.formats import AdapterFormat, KvFormat
 from loramux.memory.pool import Pool
-from loramux.model.architecture import Architecture
+from loramux.model.architecture import Architecture, read_architecture
 from loramux.model.decoder import Decoder
 from loramux.model.fingerprint import fingerprint
 from loramux.model.loader import load_weights
@@ -35,6 +35,8 @@ CPU_POOL_SHARE = 0.25
 """Of the free memory, when --pool-memory is auto on CPU: the machine is rarely ours alone."""
 CPU_POOL_MOST = 4 << 30
 CUDA_POOL_SHARE = 0.9
+WIDEST_ADAPTER_BYTES = 4
+"""A chunk that fits a slice in fp32 fits it in the narrower dtypes too."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +53,23 @@ def assemble(
     epoch: int = 0,
     poison: bool = False,
     num_frames: int | None = None,
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Assembled:
     """Build the engine of ``config``. Raises ConfigError naming what is wrong.
 
     ``poison`` fills freed frames with NaN and ``num_frames`` overrides --pool-memory: for tests.
-    ``progress`` hears which share of the weights is loaded.
+    ``progress`` hears (bytes read, bytes in all) while the weights load.
     """
     timer = _Stopwatch()
     device = _device(config.device)
     kernels.set_num_threads(config.threads or torch.get_num_threads())
-    architecture = Architecture.from_directory(config.model)
+    architecture = read_architecture(config.model)
     base = fingerprint(config.model, config.data_dir)
     timer.done("fingerprint")
     dtype = _dtype(config.dtype, architecture.checkpoint_dtype, device)
-    weights = load_weights(config.model, architecture, device, dtype, progress)
+    weights = load_weights(
+        config.model, architecture, dtype=dtype, device=device, progress=progress
+    )
     timer.done("weights")
     kv = KvFormat(
         model_id=BASE_MODEL_ID,
@@ -81,7 +85,7 @@ def assemble(
         num_layers=architecture.num_layers,
         widths=architecture.widths,
         slice_bytes=kv.frame.slice_bytes,
-        chunk=chunk_elems(architecture.widths, kv.frame.slice_bytes),
+        chunk=chunk_elems(architecture.widths, kv.frame.slice_bytes, WIDEST_ADAPTER_BYTES),
         device=device,
     )
     decoder = Decoder(architecture, weights, arena.data, table, config.max_batch_tokens)
@@ -171,7 +175,7 @@ def _dtype(asked: str, checkpoint: str, device: torch.device) -> torch.dtype:
 
 
 def _max_model_len(config: ServerConfig, architecture: Architecture) -> int:
-    longest = architecture.max_position_embeddings
+    longest = architecture.context_length
     if config.max_model_len is None:
         return longest
     if config.max_model_len > longest:
