@@ -47,12 +47,12 @@ class Fields:
         value = self.values.get(name)
         if value is None and default is not None:
             return default
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not least <= value < math.inf or value == 0:
-            bound = f"a number of at least {least:g}" if least else "a positive number"
-            self.refuse(name, f"must be {bound}, is {self._shown(name)}")
-            return least or 1.0
-        return float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if least <= value < math.inf and value != 0:
+                return float(value)
+        bound = f"a number of at least {least:g}" if least else "a positive number"
+        self.refuse(name, f"must be {bound}, is {self._shown(name)}")
+        return least or 1.0
 
     def flag(self, name: str, default: bool = False) -> bool:
         """A boolean; ``default`` when missing or null."""
