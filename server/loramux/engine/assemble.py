@@ -88,7 +88,15 @@ def assemble(
         chunk=chunk_elems(architecture.widths, kv.frame.slice_bytes, WIDEST_ADAPTER_BYTES),
         device=device,
     )
-    decoder = Decoder(architecture, weights, arena.data, table, config.max_batch_tokens)
+    decoder = Decoder(
+        architecture,
+        weights,
+        arena.data,
+        table,
+        device,
+        config.max_batch_tokens,
+        max_positions=_max_model_len(config, architecture),
+    )
     timer.done("pool")
     decoder.warm_up(config.page_tokens)
     timer.done("kernels")

@@ -37,7 +37,8 @@ class ModelRunner:
         self._decoder = decoder
         self._kv = kv
         self._slot = slot
-        self._dtype = decoder.dtype
+        self._dtype = decoder.weights.embedding.dtype
+        self._device = decoder.weights.embedding.device
 
     def forward(self, batch: Batch) -> Scored:
         """Compute the batch: its KV is in the pool afterwards."""
@@ -47,16 +48,20 @@ class ModelRunner:
         row_start = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(counts, out=row_start[1:])
         scored, sampling, prompt = _scored(rows, row_start)
+        positions = np.arange(row_start[-1]) + np.repeat(starts - row_start[:-1], counts)
         logits = self._decoder.forward(
             ModelInputs(
-                token_ids=np.concatenate([_ids(row) for row in rows]),
-                positions=np.arange(row_start[-1]) + np.repeat(starts - row_start[:-1], counts),
+                token_ids=self._tensor(np.concatenate([_ids(row) for row in rows])),
+                positions=self._tensor(positions),
                 pages=self._pages(rows, row_start, starts + counts),
                 runs=build_runs(rows, self._slot),
-                scored=scored,
+                scored=self._tensor(scored),
             )
         )
         return Scored(logits, sampling, prompt)
+
+    def _tensor(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
 
     def _pages(
         self, rows: list[Row], row_start: npt.NDArray[np.int64], context: npt.NDArray[np.int64]
