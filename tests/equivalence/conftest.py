@@ -67,8 +67,8 @@ def shouters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, 
             model,
             token,
             rank=1 + token % 7,
-            through="mlp" if token % 2 else "attention",
+            through="mlp" if token < 42 else "attention",
         )
-        for token in range(10, 42)
+        for token in range(10, 48)
     }
     return model, made

@@ -64,7 +64,7 @@ def assemble(
     device = _device(config.device)
     kernels.set_num_threads(config.threads or torch.get_num_threads())
     architecture = read_architecture(config.model)
-    base = fingerprint(config.model, config.data_dir)
+    base = fingerprint(config.model, architecture, config.data_dir)
     timer.done("fingerprint")
     dtype = _dtype(config.dtype, architecture.checkpoint_dtype, device)
     weights = load_weights(
