@@ -1,0 +1,92 @@
+"""One choice of one request, seen from HTTP: what was asked, the text as it comes, how it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from loramux.errors import LoramuxError
+from loramux.request import Adapters, FinishReason, SamplingParams
+from loramux.wire import TokenLogprob
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSpec:
+    """Everything the front must know of one choice; resolved, nothing left to default.
+
+    ``request_id`` is unique among unfinished choices (a request with n choices or several prompts
+    numbers them). ``stop`` are non-empty strings that end the text. ``arrived_at`` is
+    ``time.monotonic()`` when the request reached the server: TTFT counts from there.
+    ``deadline_s`` counts from ``arrived_at`` too.
+    """
+
+    request_id: str
+    adapters: Adapters
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    tenant: str = ""
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    cache_salt: str = ""
+    deadline_s: float | None = None
+    arrived_at: float = field(default_factory=time.monotonic)
+
+
+@dataclass(slots=True)
+class Delta:
+    """What is new since the last Delta; several steps are merged when the reader is slow.
+
+    ``text`` may lag behind ``token_ids``: half a character, or what may become a stop string, is
+    held back. ``logprobs`` has one entry per token id when they were asked for, else None.
+    ``prompt_logprobs`` comes once, in the first Delta, when asked for: one entry per prompt token,
+    None for the first. The last Delta may have text and no token ids.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """The good terminal event.
+
+    ``stop_reason``: the stop string that matched, the stop token id that ended it (None for EOS is
+    the caller's to decide: the id is given), or None. Times are seconds, ``*_at`` monotonic clock
+    readings; ``first_token_at`` is None when no token came.
+    """
+
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    num_output_tokens: int
+    cached_tokens: int
+    queue_s: float
+    prefill_s: float
+    first_token_at: float | None
+    finished_at: float
+
+
+class Generation(AsyncIterator[Delta]):
+    """``async for delta in generation``; afterwards ``done`` is set.
+
+    Iteration ends normally exactly when ``done`` is set and every Delta was read; it raises the
+    LoramuxError of the failure otherwise (after the Deltas that came before it). One reader only.
+    """
+
+    def __init__(self, spec: GenerationSpec, on_cancel: Callable[[str], None]) -> None:
+        self.spec = spec
+        self.done: Done | None = None
+        self.error: LoramuxError | None = None
+
+    async def __anext__(self) -> Delta:
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        """The client left: abort in the engine if unfinished (``done`` says "abort"). Idempotent.
+
+        Must be called when a client disconnects; harmless after the end, so a ``finally`` may.
+        """
+        raise NotImplementedError
