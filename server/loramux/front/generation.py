@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -49,14 +50,24 @@ class Delta:
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
 
+    def extend(self, later: Delta) -> None:
+        """Append what came after this."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        if later.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + later.logprobs
+        if later.prompt_logprobs is not None:
+            self.prompt_logprobs = later.prompt_logprobs
+
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
     """The good terminal event.
 
-    ``stop_reason``: the stop string that matched, the stop token id that ended it (None for EOS is
-    the caller's to decide: the id is given), or None. Times are seconds, ``*_at`` monotonic clock
-    readings; ``first_token_at`` is None when no token came.
+    ``stop_reason``: the stop string that matched, or the id of the token that ended it (EOS
+    included), or None. ``queue_s`` and ``prefill_s`` are the engine's (0 for a
+    choice cancelled before its first token). ``*_at`` are ``time.monotonic()`` readings;
+    ``first_token_at`` is None when no token came.
     """
 
     finish_reason: FinishReason
@@ -74,19 +85,50 @@ class Generation(AsyncIterator[Delta]):
 
     Iteration ends normally exactly when ``done`` is set and every Delta was read; it raises the
     LoramuxError of the failure otherwise (after the Deltas that came before it). One reader only.
+    What a slow reader has not taken yet is merged into one Delta, so no more waits here than the
+    request's own output.
     """
 
     def __init__(self, spec: GenerationSpec, on_cancel: Callable[[str], None]) -> None:
         self.spec = spec
         self.done: Done | None = None
         self.error: LoramuxError | None = None
+        self._on_cancel = on_cancel
+        self._unread: Delta | None = None
+        self._news = asyncio.Event()
 
     async def __anext__(self) -> Delta:
-        raise NotImplementedError
+        while self._unread is None:
+            if self.error is not None:
+                raise self.error
+            if self.done is not None:
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        delta, self._unread = self._unread, None
+        return delta
 
     def cancel(self) -> None:
         """The client left: abort in the engine if unfinished (``done`` says "abort"). Idempotent.
 
         Must be called when a client disconnects; harmless after the end, so a ``finally`` may.
         """
-        raise NotImplementedError
+        if self.done is None and self.error is None:
+            self._on_cancel(self.spec.request_id)
+
+    def deliver(self, delta: Delta) -> None:
+        """The front has news for the reader."""
+        if self._unread is None:
+            self._unread = delta
+        else:
+            self._unread.extend(delta)
+        self._news.set()
+
+    def end(self, outcome: Done | LoramuxError) -> None:
+        """The terminal event; there is exactly one."""
+        assert self.done is None and self.error is None, "a second terminal event"
+        if isinstance(outcome, Done):
+            self.done = outcome
+        else:
+            self.error = outcome
+        self._news.set()
