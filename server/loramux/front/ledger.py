@@ -1,4 +1,4 @@
-"""The unfinished requests: what was asked, what has been delivered, and their one terminal event."""
+"""The unfinished requests: what was asked, what was delivered, and their one terminal event."""
 
 from __future__ import annotations
 
