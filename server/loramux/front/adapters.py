@@ -307,11 +307,14 @@ class AdapterService:
 
     # Beginning and end.
 
-    async def base_ready(self, base: BaseDescription) -> None:
+    def base_ready(self, base: BaseDescription) -> None:
         """An engine is ready. The first time: bring in what earlier runs and the command line left.
 
         Nothing an adapter does wrong is raised from here: it is listed as failed.
         """
+        self._spawn(self._take_stock(base))
+
+    async def _take_stock(self, base: BaseDescription) -> None:
         first = self._base is None
         self._base = base
         self._registry.base_fingerprint = base.fingerprint
@@ -331,9 +334,9 @@ class AdapterService:
             self._forget_soon(self._catalog.rows())
             for name, folder in configured(self._config):
                 await self._preload(name, folder)
-        if self._verdicts:
-            await asyncio.wait(list(self._verdicts.values()))
-        self.starting_up = False
+            if self._verdicts:
+                await asyncio.wait(list(self._verdicts.values()))
+            self.starting_up = False
 
     def _sweep(self) -> None:
         """Remove what an earlier run left half done."""
@@ -343,18 +346,20 @@ class AdapterService:
     async def _preload(self, name: str, folder: Path) -> None:
         """Register an adapter folder of the command line; it replaces what held its name."""
         try:
-            weights = await self._on(
-                self._uploads, self._take_in, folder / "adapter_model.safetensors"
-            )
+            upload = await self.begin()
             try:
+                with open(folder / "adapter_model.safetensors", "rb") as file:
+                    while block := await self._on(self._uploads, file.read, READ_BYTES):
+                        await upload.write(block)
+                weights = await upload.commit()
                 config = (folder / "adapter_config.json").read_bytes()
                 try:
                     await self.create(name, config, weights)
                 except Conflict:
-                    current = self.show(name).generation
+                    current = self._catalog.holder(name)
                     await self.create(name, config, weights, expected_generation=current)
             finally:
-                self._let_go(weights)
+                await upload.abort()
         except (OSError, LoramuxError) as error:
             log.error("adapter %s of %s is not served: %s", name, folder, error)
             code = error.code if isinstance(error, LoramuxError) else "unreadable"
@@ -368,18 +373,8 @@ class AdapterService:
                 error={"code": code, "message": problems[0], "problems": problems},
             )
 
-    def _take_in(self, path: Path) -> str:
-        """Copy a file into the blobs and hold it (on an upload thread)."""
-        with open(path, "rb") as file:
-            with self._store.writer(self._config.max_adapter_file_bytes) as writer:
-                while block := file.read(READ_BYTES):
-                    writer.write(block)
-                digest = writer.commit()
-        self._hold(digest)
-        return digest
-
     async def stop(self) -> None:
-        """Finish what runs on threads and close the registry. The ingest client is stopped before."""
+        """Finish what runs on threads, close the registry. The ingest client is stopped before."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -414,7 +409,7 @@ class AdapterService:
 
 
 def configured(config: ServerConfig) -> list[tuple[str, Path]]:
-    """The adapter folders of ``--adapter``, ``--adapters`` and the demo, by name; later ones win."""
+    """The adapter folders of the demo, ``--adapters`` and ``--adapter``; of a name the last one."""
     parents = [config.adapters] if config.adapters is not None else []
     if config.model == DEMO_DIR / "base":
         parents.insert(0, DEMO_DIR / "adapters")

@@ -151,6 +151,11 @@ class Catalog:
             error=row.error,
         )
 
+    def holder(self, name: str) -> int:
+        """The generation that an ``expected_generation`` has to name; 0 when the name is free."""
+        rows = self._versions.get(name, ())
+        return next((r.generation for r in rows if r.status in ("validating", "ready")), 0)
+
     def serves(self, digest: str) -> bool:
         """Whether any name still serves this version."""
         return digest not in self.unpacked and any(

@@ -30,7 +30,8 @@ CommandKind = Literal["pin", "unpin", "evict", "drain", "state"]
 class EngineClient:
     """Sends requests to the engine, feeds what comes back to the ledger, notices when it dies.
 
-    A death fails every unfinished request with EngineFailed; the supervisor starts the next engine.
+    A death fails every unfinished request with EngineFailed; the supervisor starts the next engine,
+    whose words carry the next epoch: those of any other are dropped.
     Two watchdogs run from readiness on: silence for ``config.heartbeat_timeout_s``, and a step
     longer than ``config.step_timeout_s``.
     """
@@ -53,6 +54,7 @@ class EngineClient:
         self._supervisor: Supervisor | None = None
         self._commands: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._last_command = 0
+        self._epoch = 0
         self._heard_at = 0.0
         self._polled_at = 0.0
         self._poll_s = min(0.25, config.heartbeat_timeout_s / 4)
@@ -68,7 +70,7 @@ class EngineClient:
         """End the process for good."""
         if self._supervisor is not None:
             await self._supervisor.stop()
-        self.died("stopped")
+        self._drop_all("the server was shut down before the request was done")
 
     @property
     def given_up(self) -> bool:
@@ -130,7 +132,7 @@ class EngineClient:
 
     def born(self, epoch: int) -> None:
         """See Charge."""
-        self._ledger.epoch = epoch
+        self._epoch = epoch
         self._step_running_s = 0.0
         self._observations.engine_started(epoch)
 
@@ -138,12 +140,12 @@ class EngineClient:
         """See Charge."""
         self._heard_at = time.monotonic()
         event = wire.decode_from_engine(message)
-        if event.engine_epoch != self._ledger.epoch:
+        if event.engine_epoch != self._epoch:
             log.warning(
                 "dropped a %s of engine %d, the current one is %d",
                 type(event).__name__,
                 event.engine_epoch,
-                self._ledger.epoch,
+                self._epoch,
             )
             return
         match event:
@@ -190,10 +192,12 @@ class EngineClient:
 
     def died(self, reason: str) -> None:
         """See Charge."""
+        self._drop_all(f"the engine process ended ({reason}) before the request was done")
+        self._observations.engine_restarted(reason.split()[0].rstrip(":"))
+
+    def _drop_all(self, message: str) -> None:
         self.info = None
-        self._ledger.fail_all(f"the engine process ended ({reason}) before the request was done")
+        self._ledger.fail_all(message)
         for future in self._commands.values():
             if not future.done():
                 future.set_exception(Overloaded("the engine ended", code="engine_starting"))
-        if reason != "stopped":
-            self._observations.engine_restarted(reason.split()[0].rstrip(":"))
