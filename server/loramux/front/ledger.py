@@ -58,9 +58,9 @@ class Entry:
 class Ledger:
     """Every unfinished choice by request id.
 
-    Outputs count only from the current engine (``epoch``) and only at the position where the
-    delivered ones end. A choice leaves the ledger with its terminal event, so there is exactly one;
-    until then its adapters' files are held (``retain``/``release`` of their digests).
+    Outputs count only at the position where the delivered ones end. A choice leaves the ledger with
+    its terminal event, so there is exactly one; until then its adapters' files are held
+    (``retain``/``release`` of their digests).
     """
 
     def __init__(
@@ -69,8 +69,6 @@ class Ledger:
         retain: Callable[[str], None],
         release: Callable[[str], None],
     ) -> None:
-        self.epoch = 0
-        """Of the engine whose words count."""
         self._entries: dict[str, Entry] = {}
         self._observations = observations
         self._retain = retain
@@ -90,12 +88,8 @@ class Ledger:
             self._retain(adapter.digest)
 
     def apply(self, step: StepDone) -> list[str]:
-        """Take in one step. Returns the requests the engine should abort: already ended here."""
-        if step.engine_epoch != self.epoch:
-            log.warning(
-                "dropped a step of engine %d, the current one is %d", step.engine_epoch, self.epoch
-            )
-            return []
+        """Take in one step of the current engine. Returns the requests it should abort: they ended
+        here first."""
         now = time.monotonic()
         finished = {event.request_id: event for event in step.finished}
         aborts = []
