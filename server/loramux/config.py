@@ -62,6 +62,8 @@ class ServerConfig(BaseSettings):
     heartbeat_timeout_s: float = Field(5.0, gt=0, description="silence that counts as death")
     step_timeout_s: float = Field(30.0, gt=0, description="a step longer than this is a hang")
     write_timeout_s: float = Field(30.0, gt=0, description="a reader slower than this is cut off")
+    header_timeout_s: float = Field(10.0, gt=0, description="time for a request's headers to come")
+    keep_alive_s: float = Field(15.0, gt=0, description="a silent stream gets a comment this often")
     drain_s: float = Field(30.0, ge=0, description="time for running requests after SIGTERM")
 
     @field_validator("adapter")
