@@ -77,7 +77,11 @@ class FakeEngine:
             case wire.Command():
                 self.commands.append((message.kind, message.digest))
                 reply = wire.Reply(engine_epoch=self.epoch, command_id=message.command_id)
-                reply.payload = {"aborted": self.aborted, "commands": self.commands}
+                reply.payload = {
+                    "aborted": self.aborted,
+                    "commands": self.commands,
+                    "pid": os.getpid(),
+                }
                 if message.kind == "evict" and message.digest == "0" * 64:
                     reply.error = ("adapter_pinned", "it is pinned")
                 self.send(reply)
@@ -99,10 +103,10 @@ class FakeEngine:
             return
         if "garbage" in script:
             self.socket.send(b"\xc1 no message")
+        self.mute = self.mute or "mute" in script
         if "hang" in script:
             self.hung_since = time.monotonic()
             return
-        self.mute = self.mute or "mute" in script
         time.sleep(float(script.get("delay", 0)))
         start = len(row.sent)
         left = params.max_tokens - start
