@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import Query, Request
 from starlette.responses import Response
 
-from loramux.errors import InvalidRequest, LoramuxError, NotFound
-from loramux.front.adapters import AdapterView
+from loramux.errors import LoramuxError, NotFound, Overloaded
+from loramux.front.catalog import AdapterView
 from loramux.front.front import Front
 from loramux.http.answers import ModelCard, encode
 from loramux.http.choices import resolve
@@ -104,8 +103,7 @@ class Adapters:
         request of full length), for adapters on every linear module."""
         info = self._front.info
         if info is None:
-            self._front.admit(0).release()  # says why there is no engine
-            raise InvalidRequest("the engine has not said yet what it has")
+            raise Overloaded("the engine is starting", code="engine_starting")
         pool = self._front.snapshot.stats.pool
         tokens = info.max_model_len if tokens is None else tokens
         kv_frames = math.ceil(tokens / info.page_tokens)
@@ -134,12 +132,12 @@ class Adapters:
         )
 
 
-def _fit(
-    info: Ready, rank: int, value_bytes: int, kv_frames: int, free: int
-) -> dict[str, int]:
+def _fit(info: Ready, rank: int, value_bytes: int, kv_frames: int, free: int) -> dict[str, int]:
     """One line of the table: adapters of this rank on all modules, in the file's value width."""
     base = info.base
-    values = base.num_layers * rank * sum(fan_in + fan_out for fan_in, fan_out in base.widths.values())
+    values = (
+        base.num_layers * rank * sum(fan_in + fan_out for fan_in, fan_out in base.widths.values())
+    )
     slices = math.ceil(values * value_bytes / base.slice_bytes)
     frames = math.ceil(slices / base.num_layers)
     return {
@@ -182,5 +180,3 @@ class Models:
     def _length(self) -> int | None:
         info = self._front.info
         return None if info is None else info.max_model_len
-
-

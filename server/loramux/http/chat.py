@@ -40,8 +40,13 @@ class Chat:
         """Answer a conversation; see ChatRequest for the fields."""
         arrived_at = time.monotonic()
         front = self._front
-        body = ChatRequest.parse(await read_json(request), self._exporter.unknown_fields)
+        body = ChatRequest.parse(
+            await read_json(request),
+            strict=front.config.strict_fields,
+            ignored=self._exporter.ignored,
+        )
         served = resolve(front, body.model, body.adapter_id)
+        self._exporter.asked(body.num_choices)
         with front.admit(body.num_choices):
             prompt = await self._prompt(body)
             room = room_for(front, prompt, body.output_limit, param="messages")
@@ -142,6 +147,4 @@ class _Answer:
 
     def _chunk(self, pieces: list[ChatChunkChoice]) -> ChatChunk:
         usage = None if self._body.include_usage else UNSET
-        return ChatChunk(
-            self._choices.id, self._choices.created, self._model, pieces, usage=usage
-        )
+        return ChatChunk(self._choices.id, self._choices.created, self._model, pieces, usage=usage)

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from loramux.errors import ContextLengthExceeded, InvalidRequest, Overloaded
-from loramux.front.adapters import Served
+from loramux.front.catalog import Served
 from loramux.front.front import Front
 from loramux.front.generation import Delta, Done, Generation, GenerationSpec
 from loramux.http.answers import PromptDetails, Usage
@@ -48,7 +48,7 @@ def resolve(front: Front, model: str, adapter_id: str | None = None) -> Served:
 def max_model_len(front: Front) -> int:
     """Raises Overloaded when there is no engine to say."""
     if front.info is None:
-        raise Overloaded("the engine is starting", code="not_ready")
+        raise Overloaded("the engine is starting", code="engine_starting")
     return front.info.max_model_len
 
 

@@ -33,12 +33,14 @@ class Completions:
         """Continue each prompt; see CompletionRequest for the fields."""
         arrived_at = time.monotonic()
         front = self._front
-        body = CompletionRequest.parse(await read_json(request), self._exporter.unknown_fields)
+        body = CompletionRequest.parse(
+            await read_json(request),
+            strict=front.config.strict_fields,
+            ignored=self._exporter.ignored,
+        )
         served = resolve(front, body.model, body.adapter_id)
-        num = len(body.prompt) * body.num_choices
-        if num > front.config.max_waiting:
-            raise InvalidRequest("n times the number of prompts is too large", param="n")
-        with front.admit(num):
+        self._exporter.asked(body.num_choices)
+        with front.admit(len(body.prompt) * body.num_choices):
             prompts = await self._prompts(body)
             # A prompt that is only echoed goes through the engine all the same: its
             # log-probabilities come from there. It makes one token, which is dropped.

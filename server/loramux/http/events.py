@@ -20,8 +20,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from loramux.errors import LoramuxError
-from loramux.http.answers import encode
 from loramux.front.generation import Delta
+from loramux.http.answers import encode
 from loramux.http.choices import Choices
 from loramux.http.failures import error_body, internal_error
 
@@ -73,9 +73,7 @@ async def deliver(
         raise
     finally:
         choices.cancel()
-    return Response(
-        encode(answer.whole(outputs)), media_type="application/json", headers=headers
-    )
+    return Response(encode(answer.whole(outputs)), media_type="application/json", headers=headers)
 
 
 def event(payload: msgspec.Struct) -> bytes:
@@ -146,17 +144,15 @@ class EventStream(Response):
         gone = True
         try:
             await asyncio.wait({writer, watcher}, return_when=asyncio.FIRST_COMPLETED)
-            gone = not writer.done()
-            if not gone:
+            if writer.done():
                 writer.result()
+                gone = False
         finally:
             await _cancel(writer, watcher, ticker)
             self._finish(gone)
 
     async def _write(self, send: Send) -> None:
-        await send(
-            {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        )
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with contextlib.aclosing(self.body_iterator) as events:
             try:
                 async for chunk in events:

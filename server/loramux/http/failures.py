@@ -123,7 +123,8 @@ async def _on_disconnect(_: Request, __: Exception) -> Response:
 
 
 async def _on_bug(request: Request, exc: Exception) -> Response:
-    log.error("internal error, request %s", request.scope["state"].get("request_id"), exc_info=exc)
+    if not isinstance(exc, ConnectionError):  # a client that left is no bug
+        log.error("internal error, request %s", request.scope["state"]["request_id"], exc_info=exc)
     return failure(internal_error())
 
 

@@ -72,9 +72,7 @@ class _Exchange:
 
     limit: int
 
-    def __init__(
-        self, scope: Scope, receive: Receive, send: Send, write_timeout_s: float
-    ) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, write_timeout_s: float) -> None:
         self._receive, self._send = receive, send
         self._write_timeout_s = write_timeout_s
         self._abort = scope.get("extensions", {}).get(ABORT, {}).get("call")
@@ -125,7 +123,9 @@ class _Exchange:
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The body as a JSON object, or an error: UnsupportedMediaType, PayloadTooLarge, InvalidRequest.
+    """The body as a JSON object.
+
+    Raises UnsupportedMediaType, PayloadTooLarge or InvalidRequest.
 
     Stricter than the json module: no duplicate keys (a gateway may have read the other one), no
     NaN or Infinity, no lone surrogates, UTF-8 only.
@@ -147,9 +147,7 @@ def parse_json(raw: bytes) -> dict[str, Any]:
         return float(text.replace("Infinity", "inf"))
 
     try:
-        body = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=constant
-        )
+        body = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=constant)
     except UnicodeDecodeError:
         raise InvalidRequest("the body is not valid UTF-8", code="invalid_json") from None
     except RecursionError:

@@ -86,14 +86,17 @@ class Strict(BaseModel):
     REFUSED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @classmethod
-    def parse(cls, body: dict[str, Any], unknown: Callable[[list[str]], None]) -> Self:
-        """``body`` checked; ``unknown`` hears of the field names nobody knows and may raise.
+    def parse(cls, body: dict[str, Any], *, strict: bool, ignored: Callable[[int], None]) -> Self:
+        """``body`` checked; unknown fields are told to ``ignored``, or refused when ``strict``.
 
         Raises InvalidRequest naming the first field that is wrong.
         """
-        strange = body.keys() - cls.model_fields.keys() - cls.REFUSED.keys() - LABELS
-        if strange:
-            unknown(sorted(strange))
+        unknown = body.keys() - cls.model_fields.keys() - cls.REFUSED.keys() - LABELS
+        if unknown and strict:
+            name = min(unknown)[:64]
+            raise InvalidRequest(f"{name}: no such field", param=name)
+        if unknown:
+            ignored(len(unknown))
         for name in cls.REFUSED.keys() & body.keys():
             value = body[name]
             if value is not None and not any(_same(value, ok) for ok in cls.REFUSED[name]):
@@ -128,7 +131,7 @@ def _stops(value: Any) -> Any:
 
 
 def _prompts(value: Any) -> Any:
-    """``prompt`` as a list of texts or of token-id lists; by hand, as there may be a million ids."""
+    """``prompt`` as a list of texts or of token-id lists; by hand: there may be a million ids."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not value:
@@ -183,9 +186,7 @@ class Sampling(Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     logit_bias: (
-        Annotated[
-            dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)
-        ]
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)]
         | None
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
@@ -243,7 +244,9 @@ class Sampling(Strict):
         prompt_logprobs: int | None = None,
     ) -> SamplingParams:
         """The same wishes with nothing left to default."""
-        stop_ids = dict.fromkeys((*(self.stop_token_ids or ()), *(() if self.ignore_eos else eos_ids)))
+        stop_ids = dict.fromkeys(
+            (*(self.stop_token_ids or ()), *(() if self.ignore_eos else eos_ids))
+        )
         return SamplingParams(
             seed=seed,
             choice=choice,
@@ -373,9 +376,9 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: (
-        Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None
-    ) = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = (
+        None
+    )
     add_special_tokens: Flag = None
     add_generation_prompt: Flag = None
     return_token_strs: Flag = None

@@ -11,7 +11,8 @@ from starlette.requests import Request
 
 from loramux.config import ADAPTER_NAME, ServerConfig
 from loramux.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
-from loramux.front.adapters import AdapterService, UploadWriter
+from loramux.front.adapters import AdapterService
+from loramux.front.uploads import UploadWriter
 
 PARTS = ("name", "config", "weights")
 _MAX_NAME_BYTES = 256
