@@ -143,3 +143,7 @@ def _adapters(args: dict[str, Any]) -> int:
         print(f"loramux: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
