@@ -89,7 +89,7 @@ def _serve(args: dict[str, Any]) -> int:
             for e in error.errors(include_url=False)
         ]
         raise ConfigError("cannot start:\n  " + "\n  ".join(lines)) from error
-    from loramux.http.app import serve
+    from loramux.http.serve import serve
 
     return serve(config)
 

@@ -94,6 +94,7 @@ class Front:
             config, engine, self._ledger, self._observations, self._engine_ready
         )
         self._draining = False
+        self._ever_ready = False
         self._directory: Path | None = None
         self._context: zmq.asyncio.Context | None = None
 
@@ -116,6 +117,11 @@ class Front:
         """What the running engine said of itself; None while there is none."""
         return self._engine.info
 
+    @property
+    def never_started(self) -> bool:
+        """The engine was given up before any was ever ready: the configuration is at fault."""
+        return self._engine.given_up and not self._ever_ready
+
     async def start(self) -> None:
         """Start the engine and ingest processes; returns before they are ready."""
         directory = Path(tempfile.mkdtemp(prefix="loramux-"))  # 0700: nobody else can connect
@@ -127,6 +133,7 @@ class Front:
         self._ingest.start(directory, self._context)
 
     def _engine_ready(self, info: Ready) -> None:
+        self._ever_ready = True
         self.adapters.base_ready(info.base)
 
     async def stop(self) -> None:

@@ -14,6 +14,9 @@ from zmq.constants import SocketOption, SocketType
 
 log = logging.getLogger(__name__)
 
+MISCONFIGURED = "exit 2"
+"""How a process says that it cannot start as configured: another try would end the same way."""
+
 MAX_DEATHS = 5
 """Deaths in a row, without ``progress`` between, after which a process is given up."""
 
@@ -105,12 +108,12 @@ class Supervisor:
             self._epoch += 1
             reason = await self._live()
             self._deaths += 1
-            self.given_up = self._deaths >= MAX_DEATHS
+            self.given_up = self._deaths >= MAX_DEATHS or reason == MISCONFIGURED
             log.error(
                 "the %s process is gone (%s), %s",
                 name,
                 reason,
-                f"given up after {MAX_DEATHS} deaths" if self.given_up else "starting another",
+                f"given up after {self._deaths}" if self.given_up else "starting another",
             )
             self._outbox = asyncio.Queue()
             self._charge.died(reason)

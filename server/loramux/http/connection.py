@@ -7,6 +7,7 @@ application only sees them afterwards. So the bounds sit in the protocol class i
 from __future__ import annotations
 
 import asyncio
+import math
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -120,4 +121,5 @@ def uvicorn_config(app: ASGIApp, config: ServerConfig, *, port: int) -> uvicorn.
         access_log=config.log_level == "debug",
         server_header=False,
         date_header=False,
+        timeout_graceful_shutdown=math.ceil(config.drain_s),
     )
