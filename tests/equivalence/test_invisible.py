@@ -17,7 +17,7 @@ from tests.harness import Harness
 
 Job = tuple[list[int], str | None, dict[str, Any]]
 SLACK = settings(
-    max_examples=12,
+    max_examples=6,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -83,7 +83,7 @@ def test_neighbours_pages_and_chunks(
     llama: Path, adapters: dict[str, Path], alone: Any, seed: int, page: int, chunk: int
 ) -> None:
     harness = Harness(llama, page_tokens=page, max_batch_tokens=chunk)
-    compare(harness, adapters, jobs(adapters, 9, seed), alone)
+    compare(harness, adapters, jobs(adapters, 7, seed), alone)
 
 
 @SLACK
