@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from typing import Any, Literal
 
@@ -25,12 +26,19 @@ _forced: Backend | None = None
 
 def implementation(package: str, tensor: torch.Tensor) -> Any:
     """The module of ``package`` that runs operations which write ``tensor``."""
-    return import_module(f"{package}.{_forced or _natural(tensor)}")
+    return _module(package, _forced or _natural(tensor))
+
+
+@cache
+def _module(package: str, backend: Backend) -> Any:
+    return import_module(f"{package}.{backend}")
 
 
 def _natural(tensor: torch.Tensor) -> Backend:
     if tensor.is_cuda:
         return "gpu"
+    if tensor.device.type == "cpu" and tensor.dtype == torch.float32:
+        return "cpu"
     return "reference"
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from loramux_kernels.blocks import row_blocks
+
+ROW_BLOCK = 8
+"""Rows of one request that a work item takes together, so that they read each key once."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,9 @@ class Pages:
 
     Request r owns token rows ``row_start[r]:row_start[r+1]`` and holds ``context[r]`` tokens
     after this step, so row t is token ``context[r] - (row_start[r+1] - t)`` of its request.
+
+    Derived, once a step: ``request_of_row`` [rows], and the blocks of at most ROW_BLOCK rows of
+    every request, ``block_request`` and ``block_row`` (its first row).
     """
 
     offsets: npt.NDArray[np.int64]
@@ -27,6 +35,9 @@ class Pages:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    request_of_row: npt.NDArray[np.int32] = field(init=False)
+    block_request: npt.NDArray[np.int32] = field(init=False)
+    block_row: npt.NDArray[np.int32] = field(init=False)
 
     def __post_init__(self) -> None:
         requests = len(self.context)
@@ -44,6 +55,12 @@ class Pages:
             )
         if (np.diff(self.row_start) > self.context).any():
             raise ValueError("Pages: a request has more rows than context")
+        rows = np.diff(self.row_start)
+        owners = np.repeat(np.arange(requests, dtype=np.int32), rows)
+        object.__setattr__(self, "request_of_row", owners)
+        block_request, block_row = row_blocks(rows, self.row_start[:-1], ROW_BLOCK)
+        object.__setattr__(self, "block_request", block_request)
+        object.__setattr__(self, "block_row", block_row)
 
     @property
     def num_rows(self) -> int:

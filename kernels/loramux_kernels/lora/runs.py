@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
+
+from loramux_kernels.blocks import row_blocks
+from loramux_kernels.lora.table import SITES, AdapterTable
+
+ROW_BLOCK = 16
+"""Rows that one work item takes together, so that they read each weight from memory once."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +22,10 @@ class Runs:
     ``slot[entry_start[i]:entry_start[i+1]]`` with the requests' scales. A base row's run has no
     entries. Neighbouring runs with equal lists should be one run: each run reads its weights once.
 
-    ``run_of_entry`` [E] and ``pair_start`` [E+1] are derived: the (row, entry) pairs of entry e
-    are numbered from ``pair_start[e]``, one per row of its run.
+    Derived, once a step: ``run_of_entry`` [E]; ``pair_start`` [E+1], the (row, entry) pairs of
+    entry e being numbered from ``pair_start[e]``, one per row of its run; and the blocks of at
+    most ROW_BLOCK rows of every entry (``entry_block``: its entry, ``entry_block_row``: its first
+    row) and of every run that has entries (``run_block``, ``run_block_row``).
     """
 
     row_start: npt.NDArray[np.int32]
@@ -26,14 +34,22 @@ class Runs:
     scale: npt.NDArray[np.float32]
     run_of_entry: npt.NDArray[np.int32] = field(init=False)
     pair_start: npt.NDArray[np.int32] = field(init=False)
+    entry_block: npt.NDArray[np.int32] = field(init=False)
+    entry_block_row: npt.NDArray[np.int32] = field(init=False)
+    run_block: npt.NDArray[np.int32] = field(init=False)
+    run_block_row: npt.NDArray[np.int32] = field(init=False)
+    _top_rank: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        entries = np.diff(self.entry_start)
+        rows, entries = np.diff(self.row_start), np.diff(self.entry_start)
         run_of_entry = np.repeat(np.arange(len(entries), dtype=np.int32), entries)
-        rows = np.diff(self.row_start)[run_of_entry]
-        pair_start = np.concatenate(([0], np.cumsum(rows))).astype(np.int32)
-        object.__setattr__(self, "run_of_entry", run_of_entry)
-        object.__setattr__(self, "pair_start", pair_start)
+        pairs = np.concatenate(([0], np.cumsum(rows[run_of_entry]))).astype(np.int32)
+        of_entry = row_blocks(rows[run_of_entry], self.row_start[run_of_entry], ROW_BLOCK)
+        of_run = row_blocks(np.where(entries > 0, rows, 0), self.row_start[:-1], ROW_BLOCK)
+        derived = (run_of_entry, pairs, *of_entry, *of_run)
+        names = (f.name for f in fields(self) if not f.init and not f.name.startswith("_"))
+        for name, value in zip(names, derived, strict=True):
+            object.__setattr__(self, name, value)
 
     @classmethod
     def build(cls, rows: Sequence[int], adapters: Sequence[Sequence[tuple[int, float]]]) -> Runs:
@@ -47,6 +63,15 @@ class Runs:
             slot=np.array([slot for slot, _ in entries], dtype=np.int32),
             scale=np.array([scale for _, scale in entries], dtype=np.float32),
         )
+
+    def top_rank(self, table: AdapterTable, layer: int, site: str) -> int:
+        """The largest rank any entry has at this layer's site; 0 when none changes it. Looked up
+        for all layers at once, since residency does not change during a step."""
+        if not self._top_rank:
+            ranks = table.rank[self.slot].max(axis=0, initial=0)
+            for name, modules in SITES.items():
+                self._top_rank[name] = ranks[:, list(modules)].max(axis=1).tolist()
+        return self._top_rank[site][layer]
 
     @property
     def num_rows(self) -> int:

@@ -120,11 +120,6 @@ class AdapterTable:
         self.rank[slot] = 0
         self._free_slots.append(slot)
 
-    def touches(self, slots: npt.NDArray[np.int32], layer: int, site: str) -> bool:
-        """Whether any of ``slots`` changes this layer's site."""
-        modules = SITES[site]
-        return bool(self.rank[slots, layer, modules[0] : modules[-1] + 1].any())
-
     def _check(
         self, slices: npt.NDArray[np.int64], row: Mapping[str, npt.NDArray[Any]], dtype: torch.dtype
     ) -> None:

@@ -1,0 +1,35 @@
+"""How the CPU kernels are compiled, and the one thread pool they share with torch.
+
+Two OpenMP pools would spin against each other on a small machine. numba's OpenMP layer takes the
+runtime it finds in the process, so torch, which brings its own libgomp, is imported first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numba
+import torch
+
+numba.config.THREADING_LAYER = "omp"
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def parallel(function: F) -> F:
+    """Compile an entry point: parallel loops, no GIL, cached on disk."""
+    compiled: F = numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")(function)
+    return compiled
+
+
+def inner(function: F) -> F:
+    """Compile a function that only compiled code calls."""
+    compiled: F = numba.njit(nogil=True, error_model="numpy")(function)
+    return compiled
+
+
+def set_num_threads(count: int) -> None:
+    """Threads of torch's operations and of the CPU kernels alike."""
+    torch.set_num_threads(count)
+    numba.set_num_threads(count)
