@@ -374,7 +374,9 @@ async def _async(blocks: Iterable[bytes]) -> AsyncIterator[bytes]:
         yield block
 
 
-def _settings(base_url: str, api_key: str | None, timeout: float | httpx.Timeout) -> dict[str, Any]:
+def _settings(
+    base_url: str, api_key: str | None, timeout: float | httpx.Timeout, max_retries: int
+) -> dict[str, Any]:
     if not base_url.startswith(("http://", "https://")):
         raise ValueError(f"base_url {base_url!r} does not start with http:// or https://")
     if max_retries < 0:

@@ -122,11 +122,11 @@ class AdapterIncompatibleError(ConflictError):
     """The adapter was uploaded for another base model."""
 
 
-class PayloadTooLargeError(APIError):
+class PayloadTooLargeError(InvalidRequestError):
     """A body or file is over the server's limit."""
 
 
-class UnsupportedMediaTypeError(APIError):
+class UnsupportedMediaTypeError(InvalidRequestError):
     """The content type is not one the route takes."""
 
 

@@ -178,12 +178,12 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 
 def _number(text: str | None) -> float | None:
-    return float(text) if text and re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text) else None
+    return float(text) if text and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else None
 
 
 def backoff_s(attempt: int) -> float:
     """Doubles from half a second to eight, less up to a quarter so that clients spread out."""
-    longest = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0**attempt)
+    longest = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(attempt, 9))
     return longest * random.uniform(0.75, 1.0)
 
 

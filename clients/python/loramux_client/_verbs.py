@@ -133,8 +133,8 @@ def push(
 
     ``name`` is that of the folder or archive if not given. A name that holds other weights is only
     given these when ``expected_generation`` is its present one. ``progress(sent, total)`` counts
-    bytes. ``wait``: until the server has validated it (seconds, or True for ten minutes), else return at
-    once with status "validating". Raises AdapterInvalidError with all its problems.
+    bytes. ``wait``: until the server has validated it (seconds, or True for ten minutes), else
+    return at once with status "validating". Raises AdapterInvalidError with all its problems.
     """
     files = find_adapter(source)
     upload = Upload(files, name or files.name, progress)
