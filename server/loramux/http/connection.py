@@ -7,6 +7,7 @@ application only sees them afterwards. So the bounds sit in the protocol class i
 from __future__ import annotations
 
 import asyncio
+import math
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -115,7 +116,8 @@ def uvicorn_config(app: ASGIApp, config: ServerConfig, *, port: int) -> uvicorn.
         port=port,
         http=Connection,
         ws="none",
-        lifespan="on" if port == config.port else "off",
+        lifespan="on",
+        timeout_graceful_shutdown=math.ceil(config.drain_s),
         log_level=config.log_level,
         access_log=config.log_level == "debug",
         server_header=False,
