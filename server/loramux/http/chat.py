@@ -114,24 +114,22 @@ class _Answer:
             yield event(last)
 
     def _choice(self, index: int, output: Delta) -> ChatChoice:
-        done = self._choices.done(index)
         return ChatChoice(
             index,
             Message(output.text),
             self._logprobs(output),
-            done.finish_reason,
-            done.stop_reason,
+            self._choices.done(index).finish_reason,
+            self._choices.stop_reason(index),
             output.token_ids if self._body.return_token_ids else UNSET,
         )
 
     def _piece(self, index: int, delta: Delta | None) -> ChatChunkChoice:
         if delta is None:
-            done = self._choices.done(index)
             return ChatChunkChoice(
                 index,
                 MessageDelta(),
-                finish_reason=done.finish_reason,
-                stop_reason=done.stop_reason,
+                finish_reason=self._choices.done(index).finish_reason,
+                stop_reason=self._choices.stop_reason(index),
             )
         return ChatChunkChoice(
             index,

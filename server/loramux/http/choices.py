@@ -140,6 +140,12 @@ class Choices:
         assert done is not None, "asked before the end"
         return done
 
+    def stop_reason(self, index: int) -> str | int | None:
+        """What vLLM says: the stop string or stop token that matched, null for the model's EOS."""
+        reason = self.done(index).stop_reason
+        asked = self._body.stop_token_ids or ()
+        return None if reason in self._front.tokenizer.eos_ids and reason not in asked else reason
+
     def prompt_of(self, index: int) -> Prompt:
         """The prompt that choice ``index`` continues."""
         return self.prompts[index // self.n]

@@ -154,6 +154,8 @@ class _Answer:
         )
 
     def _end(self, piece: CompletionChoice) -> None:
-        done = self._choices.done(piece.index)
-        piece.finish_reason = "length" if self._only_echo else done.finish_reason
-        piece.stop_reason = None if self._only_echo else done.stop_reason
+        if self._only_echo:
+            piece.finish_reason = "length"
+            return
+        piece.finish_reason = self._choices.done(piece.index).finish_reason
+        piece.stop_reason = self._choices.stop_reason(piece.index)

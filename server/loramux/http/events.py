@@ -17,9 +17,9 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from loramux.errors import LoramuxError
+from loramux.errors import LoramuxError, Overloaded
 from loramux.front.generation import Delta
 from loramux.http.answers import encode
 from loramux.http.choices import Choices
@@ -79,6 +79,17 @@ async def deliver(
 def event(payload: msgspec.Struct) -> bytes:
     """One event."""
     return b"data: %b\n\n" % encode(payload)
+
+
+_LAST: Message = {"type": "http.response.body", "body": b"", "more_body": False}
+
+
+def _chunk(body: bytes) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": True}
+
+
+def _error_event(exc: LoramuxError) -> bytes:
+    return b"data: %b\n\n" % error_body(exc)
 
 
 async def _gone(receive: Receive) -> None:
@@ -147,6 +158,12 @@ class EventStream(Response):
             if writer.done():
                 writer.result()
                 gone = False
+        except asyncio.CancelledError:
+            # Shutting down, and the time to drain is over.
+            await _cancel(writer)
+            await send(_chunk(_error_event(Overloaded("the server stops", code="draining"))))
+            await send(_LAST)
+            raise
         finally:
             await _cancel(writer, watcher, ticker)
             self._finish(gone)
@@ -159,17 +176,17 @@ class EventStream(Response):
                     await self._send(send, chunk)
                 await self._send(send, DONE)
             except LoramuxError as exc:
-                await self._send(send, b"data: %b\n\n" % error_body(exc))
+                await self._send(send, _error_event(exc))
             except OSError:  # the connection's own failure: nobody to tell
                 raise
             except Exception:
                 log.exception("internal error in a stream")
-                await self._send(send, b"data: %b\n\n" % error_body(internal_error()))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await self._send(send, _error_event(internal_error()))
+        await send(_LAST)
 
     async def _send(self, send: Send, chunk: bytes) -> None:
         self._last_write = time.monotonic()
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send(_chunk(chunk))
 
     async def _tick(self, send: Send) -> None:
         while True:
