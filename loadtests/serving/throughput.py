@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "server"), str(ROOT / "kernels")]
 
 from loramux.adapters.install import install_adapter  # noqa: E402
+
 from loramux.config import ServerConfig  # noqa: E402
 from loramux.engine.assemble import Assembled, assemble  # noqa: E402
 from loramux.request import AdapterRef, SamplingParams  # noqa: E402

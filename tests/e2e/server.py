@@ -40,7 +40,11 @@ class Server:
             stderr=self.log,
         )
         self.http = httpx.Client(base_url=self.url, timeout=60)
-        self.await_ready()
+        try:
+            self.await_ready()
+        except BaseException:
+            self.close(signal.SIGKILL)
+            raise
 
     def await_ready(self, timeout_s: float = 120) -> None:
         deadline = time.monotonic() + timeout_s

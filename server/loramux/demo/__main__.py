@@ -117,7 +117,8 @@ def main() -> int:
             first = next(adapter for adapter, _ in SHOWCASE if adapter)
             pushed = client.adapters.push(DEMO_DIR / "adapters" / first, name=UPLOADED)
             console.print(
-                f"uploaded [bold]{pushed.name}[/bold]: rank {pushed.rank}, digest {pushed.digest[:12]}"
+                f"uploaded [bold]{pushed.name}[/bold]: rank {pushed.rank}, "
+                f"digest {pushed.digest[:12]}"
             )
         answers = [Answer(adapter or base, prompt) for adapter, prompt in SHOWCASE]
         answers.append(Answer(UPLOADED, next(prompt for adapter, prompt in SHOWCASE if adapter)))

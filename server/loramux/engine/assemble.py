@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-import loramux_kernels.dispatch as kernels
 from loramux.adapters.pack import chunk_elems
 from loramux.adapters.packed_files import PackedFiles
 from loramux.adapters.residency import Residency
@@ -23,12 +23,15 @@ from loramux.memory.pool import Pool
 from loramux.model.architecture import Architecture, read_architecture
 from loramux.model.decoder import Decoder
 from loramux.model.fingerprint import fingerprint
+from loramux.model.inputs import ModelInputs
 from loramux.model.loader import load_weights
 from loramux.model.runner import ModelRunner
 from loramux.request import BASE_MODEL_ID
 from loramux.sampling.sampler import Sampler
-from loramux.wire import BaseDescription, Ready
-from loramux_kernels.lora import AdapterTable
+from loramux.wire import MODULES, BaseDescription, Ready
+from loramux_kernels.attention import Pages
+from loramux_kernels.jit import set_num_threads
+from loramux_kernels.lora import AdapterTable, Runs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_POOL_SHARE = 0.25
@@ -62,7 +65,7 @@ def assemble(
     """
     timer = _Stopwatch()
     device = _device(config.device)
-    kernels.set_num_threads(config.threads or torch.get_num_threads())
+    set_num_threads(config.threads or torch.get_num_threads())
     architecture = read_architecture(config.model)
     base = fingerprint(config.model, architecture, config.data_dir)
     timer.done("fingerprint")
@@ -98,9 +101,11 @@ def assemble(
         max_positions=_max_model_len(config, architecture),
     )
     timer.done("pool")
-    decoder.warm_up(config.page_tokens)
+    sampler = Sampler(architecture.vocab_size, device)
+    _compile_kernels(decoder, kv, table)
+    sampler.warm_up()
     timer.done("kernels")
-    engine = _connect(config, epoch, arena, kv, table, decoder, base)
+    engine = _connect(config, epoch, arena, kv, table, decoder, sampler, base)
     ready = Ready(
         engine_epoch=epoch,
         base=BaseDescription(
@@ -130,6 +135,7 @@ def _connect(
     kv: KvFormat,
     table: AdapterTable,
     decoder: Decoder,
+    sampler: Sampler,
     base: str,
 ) -> Engine:
     pool = Pool(arena.num_frames, arena.freed)
@@ -153,9 +159,38 @@ def _connect(
         residency=residency,
         scheduler=scheduler,
         runner=ModelRunner(decoder, kv, residency.slot),
-        sampler=Sampler(decoder.architecture.vocab_size, arena.data.device),
+        sampler=sampler,
         epoch=epoch,
     )
+
+
+def _compile_kernels(decoder: Decoder, kv: KvFormat, table: AdapterTable) -> None:
+    """Run every kernel once, on memory that nobody owns yet, so that no request waits for a
+    compiler. The adapter is one vector of whatever the arena holds, at every module."""
+    device = decoder.weights.embedding.device
+    shape = (kv.num_layers, len(MODULES))
+    widest = max(max(pair) for pair in decoder.architecture.widths.values())
+    num_slices = 2 + widest * WIDEST_ADAPTER_BYTES // kv.frame.slice_bytes
+    slot = table.add(
+        slices=np.zeros(num_slices, np.int64),
+        a_offset=np.zeros(shape, np.int64),
+        b_offset=np.zeros(shape, np.int64),
+        rank=np.ones(shape, np.int32),
+        scale=np.zeros(shape, np.float32),
+        dtype=torch.float32,
+    )
+    one = torch.zeros(1, dtype=torch.int64, device=device)
+    pages = Pages(
+        offsets=kv.offsets(np.zeros((1, 1), np.int64)),
+        row_start=np.array([0, 1], np.int32),
+        context=np.array([1], np.int32),
+        page_tokens=kv.page_tokens,
+        num_kv_heads=kv.num_kv_heads,
+        head_dim=kv.head_dim,
+        dtype=decoder.weights.embedding.dtype,
+    )
+    decoder.forward(ModelInputs(one, one, pages, Runs.build([1], [[(slot, 1.0)]]), one))
+    table.remove(slot)
 
 
 def _device(name: str) -> torch.device:

@@ -122,5 +122,4 @@ def uvicorn_config(app: ASGIApp, config: ServerConfig, *, port: int) -> uvicorn.
         access_log=config.log_level == "debug",
         server_header=False,
         date_header=False,
-        timeout_graceful_shutdown=math.ceil(config.drain_s),
     )

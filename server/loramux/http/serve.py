@@ -8,6 +8,7 @@ import signal
 import time
 
 import uvicorn
+import uvloop
 
 from loramux import __version__
 from loramux.config import ServerConfig
@@ -24,7 +25,8 @@ EXIT_CANNOT_START = 2
 def serve(config: ServerConfig) -> int:
     """Serve until told to stop; the exit code."""
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)-7s %(message)s")
-    return asyncio.run(_serve(config))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(config))
 
 
 async def _serve(config: ServerConfig) -> int:
