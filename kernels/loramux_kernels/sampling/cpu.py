@@ -121,7 +121,7 @@ def _group(row: Row, g: Whole) -> Row:
 def _maxima(row: Row, maxima: Row) -> tuple[Whole, bool]:
     """Fills ``maxima`` [groups]; returns (lowest id of the row's maximum, is the row bad)."""
     top: Whole = -_INF_KEY - 1
-    bottom = _INF_KEY
+    bottom: Whole = _INF_KEY
     best_group = 0
     for g in range(len(maxima)):
         group = _group(row, g)
