@@ -1,4 +1,4 @@
-"""Keyed sampling: ``token = argmin_i E_i / p_i``, the noise E a pure function of who asks and where.
+"""Keyed sampling: ``token = argmin_i E_i / p_i``, the noise E a function of who asks and where.
 
 Since ``E_i`` is Exp(1), the minimum falls on i with probability ``p_i`` (the exponential race, the
 Gumbel-max trick in another coordinate). The noise depends on (seed, choice, output position, token

@@ -1,9 +1,10 @@
 """``loramux_kernels.sampling`` for CPUs (numba): one thread a row, no scratch as long as a row.
 
-A row is walked in blocks of 1024 ids whose maxima are found first. Most ids are settled without a
-logarithm and most blocks without a hash, since ``E >= v >= 2^-33``: an id can only beat the best
-score so far if ``v < w * best``. That test is done in float32 on a bound that errs on the safe
-side; ids that pass it get the exact float64 score.
+A row is walked in groups of ``GROUP`` ids whose maxima are found first; most work is not doing
+things to most groups. Filters look only where an id may still matter. The race needs neither a
+logarithm nor an exponential for most ids, since ``E >= v``: an id can only beat the best score so
+far if ``v < w * best``. That test is done in float32 on a bound that errs on the safe side; a group
+with an id that passes it gets the exact float64 scores.
 """
 
 from __future__ import annotations
@@ -22,10 +23,15 @@ from loramux_kernels.sampling import DrawParams, Float64, Int64, Logprobs
 
 Row = NDArray[np.float32]
 F = TypeVar("F", bound=Callable[..., Any])
+# Scalars inside kernels: numba infers their exact type, and mypy cannot follow numpy's mixtures.
+Real = Any
+Whole = Any
 
-BLOCK = 1024
-_LANES = 64
+GROUP = 128
 _MASS_ONE = float(1 << 40)
+_NO_MASS = -28.0  # e^-28 < 2^-40
+_BINS = 32.0
+_KEEP_ALL = (0xFF000001 << 31) | 0x7FFFFFFF  # the rank key of -inf, with the greatest id
 _LOG2E = 1.4426950408889634
 _LN2_HIGH = 6.93147180369123816490e-01
 _ROUND = 6755399441055744.0
@@ -52,19 +58,36 @@ def _parallel(function: F) -> F:
 
 
 @_jit
-def _order(logit: np.float32) -> np.int32:
+def _order(logit: Real) -> Whole:
     """An int32 that sorts as the float does; NaNs end up beyond the infinities."""
     bits = np.float32(logit + np.float32(0)).view(np.int32)  # + 0 turns -0.0 into 0.0
     return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
 @_jit
-def _unorder(key: np.int32) -> np.float32:
+def _unorder(key: Whole) -> Real:
     return np.int32(key ^ ((key >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
 
 
+@_jit
+def _rank_key(logit: Real, token: Whole) -> Whole:
+    """An int64 that ascends in the frozen order: logit descending, id ascending."""
+    return ((np.int64(_INF_KEY) - np.int64(_order(logit))) << np.int64(31)) | np.int64(token)
+
+
+@_jit
+def _logit_of(rank_key: Whole) -> Real:
+    return _unorder(np.int32(np.int64(_INF_KEY) - (rank_key >> np.int64(31))))
+
+
+@_jit
+def _exponent(logit: Real, peak: Real, temperature: Real) -> Real:
+    """x = (l - peak) / T. Widened by name: numba's ``float()`` of a float32 stays one."""
+    return (np.float64(logit) - np.float64(peak)) / temperature
+
+
 @_fused
-def _exp(x: float) -> float:
+def _exp(x: Real) -> Real:
     """e^x for x <= 0 within two ulps, e^-700 below that; no call, so loops over it become SIMD."""
     x = max(x, -700.0)
     # Adding 1.5 * 2^52 rounds to an integer and leaves it in the low bits, for the exponent.
@@ -90,35 +113,40 @@ def _exp(x: float) -> float:
 
 
 @_jit
-def _block_maxima(row: Row, maxima: Row) -> tuple[int, bool]:
-    """Fills ``maxima`` [blocks]; returns (lowest id of the row's maximum, is the row bad)."""
-    top = np.int32(-0x7FFFFFFF)
-    bottom = np.int32(0x7FFFFFFF)
-    best_block = 0
-    for b in range(len(maxima)):
-        block = row[b * BLOCK : min((b + 1) * BLOCK, len(row))]
-        high = np.int32(-0x7FFFFFFF)
-        low = np.int32(0x7FFFFFFF)
-        for i in range(len(block)):
-            key = _order(block[i])
-            high = max(high, key)
-            low = min(low, key)
-        maxima[b] = _unorder(high)
-        bottom = min(bottom, low)
-        if high > top:
-            top = high
-            best_block = b
-    lowest = -_INF_KEY - 1
-    bad = top >= _INF_KEY or bottom < lowest or top == lowest
-    peak = _unorder(top)
-    first = best_block * BLOCK
-    while not bad and row[first] != peak:
-        first += 1
-    return first, bad
+def _group(row: Row, g: Whole) -> Row:
+    return row[g * GROUP : min((g + 1) * GROUP, len(row))]
 
 
 @_jit
-def _hash_block(key: np.uint64, position: np.uint64, group: int, out: NDArray[np.uint32]) -> None:
+def _maxima(row: Row, maxima: Row) -> tuple[Whole, bool]:
+    """Fills ``maxima`` [groups]; returns (lowest id of the row's maximum, is the row bad)."""
+    top: Whole = -_INF_KEY - 1
+    bottom: Whole = _INF_KEY
+    best_group = 0
+    for g in range(len(maxima)):
+        group = _group(row, g)
+        high = np.int32(-0x7FFFFFFF)
+        low = np.int32(0x7FFFFFFF)
+        for i in range(len(group)):
+            key = np.int32(_order(group[i]))
+            high = max(high, key)
+            low = min(low, key)
+        maxima[g] = _unorder(high)
+        bottom = min(bottom, low)
+        if high > top:
+            top = high
+            best_group = g
+    # Beyond the keys of the infinities lie those of the NaNs, on the side of their sign.
+    if top >= _INF_KEY or bottom < -_INF_KEY - 1 or top == -_INF_KEY - 1:
+        return -1, True
+    first = best_group * GROUP
+    while row[first] != maxima[best_group]:
+        first += 1
+    return first, False
+
+
+@_jit
+def _hash(key: np.uint64, position: np.uint64, group: Whole, out: NDArray[np.uint32]) -> None:
     """Philox4x32-10 of ``len(out) // 4`` counters from ``group`` on, into ``out``."""
     for i in range(len(out) // 4):
         k0 = key & _M32
@@ -143,7 +171,7 @@ def _hash_block(key: np.uint64, position: np.uint64, group: int, out: NDArray[np
 
 
 @_jit
-def _score(h: np.uint32, x: float) -> float:
+def _score(h: np.uint32, x: Real) -> Real:
     """E / w, +inf where w is 0."""
     weight = math.exp(x)
     if weight == 0.0:
@@ -155,153 +183,58 @@ def _score(h: np.uint32, x: float) -> float:
 def _race(
     row: Row,
     maxima: Row,
-    peak_id: int,
-    temperature: float,
-    cut: tuple[np.float32, int],
+    peak_id: Whole,
+    temperature: Real,
+    cut: Whole,
     key: np.uint64,
     position: np.uint64,
-) -> int:
+) -> Whole:
     """The kept id with the least E / w.
 
     With s = log2 e / T, an id is out if log2 v >= s (l - peak) + log2 best. The left side is
     bounded from below by the bits of float32(h): exponent plus mantissa never exceed the true
     logarithm. ``slack`` covers the float32 roundings of both sides.
     """
-    cut_logit, cut_id = cut
-    h = np.empty(BLOCK, np.uint32)
+    h = np.empty(GROUP, np.uint32)
     peak = row[peak_id]
-    group = peak_id // 4
-    _hash_block(key, position, group, h[:4])
+    last_logit = _logit_of(cut)
+    _hash(key, position, peak_id // 4, h[:4])
     best_id = peak_id
-    best = _score(h[peak_id - 4 * group], 0.0)
+    best = _score(h[peak_id % 4], 0.0)
     slope = np.float32(_LOG2E / temperature)
     slack = 2.0**-9
     level = np.float32(math.log2(best) + slack)
-    for b in range(len(maxima)):
-        if maxima[b] < cut_logit or slope * (maxima[b] - peak) + level < np.float32(-33.0):
+    for g in range(len(maxima)):
+        # v is never below 2^-33, so a group this far down needs not even a hash.
+        if maxima[g] < last_logit or slope * (maxima[g] - peak) + level < np.float32(-33.0):
             continue
-        start = b * BLOCK
-        block = row[start : min(start + BLOCK, len(row))]
-        _hash_block(key, position, start // 4, h[: (len(block) + 3) // 4 * 4])
-        for first in range(0, len(block), _LANES):
-            part, hashes = block[first : first + _LANES], h[first : first + _LANES]
-            hits = 0
-            for i in range(len(part)):
-                bits = np.float32(hashes[i]).view(np.int32)
-                log2_v = np.float32(bits) * np.float32(2.0**-23) - np.float32(127 + 32)
-                hits += not log2_v >= slope * (part[i] - peak) + level
-            if hits == 0:
+        group = _group(row, g)
+        _hash(key, position, g * (GROUP // 4), h[: (len(group) + 3) // 4 * 4])
+        hits = 0
+        for i in range(len(group)):
+            bits = np.float32(h[i]).view(np.int32)
+            log2_v = np.float32(bits) * np.float32(2.0**-23) - np.float32(127 + 32)
+            hits += not log2_v >= slope * (group[i] - peak) + level
+        if hits == 0:
+            continue
+        for i in range(len(group)):
+            token = g * GROUP + i
+            if _rank_key(group[i], token) > cut:
                 continue
-            for i in range(len(part)):
-                logit, token = part[i], start + first + i
-                if logit < cut_logit or (logit == cut_logit and token > cut_id):
-                    continue
-                x = (np.float64(logit) - np.float64(peak)) / temperature
-                score = _score(hashes[i], x)
-                if score < best or (score == best and token < best_id):
-                    best, best_id = score, token
-            level = np.float32(math.log2(best) + slack)
+            score = _score(h[i], _exponent(group[i], peak, temperature))
+            if score < best or (score == best and token < best_id):
+                best, best_id = score, token
+        level = np.float32(math.log2(best) + slack)
     return best_id
 
 
 @_jit
-def _mass(logit: np.float32, peak: np.float32, temperature: float) -> float:
-    """floor(w * 2^40), an integer held in float64."""
-    return np.floor(_exp((np.float64(logit) - np.float64(peak)) / temperature) * _MASS_ONE)
-
-
-@_jit
-def _place(logit: np.float32) -> np.int64:
-    """32 bits that ascend as the logit descends."""
-    return np.int64(0x7FFFFFFF) - np.int64(_order(logit))
-
-
-@_jit
-def _digit_sums(
-    row: Row,
-    maxima: Row,
-    temperature: float,
-    cut: tuple[np.float32, int],
-    by_mass: bool,
-    prefix: int,
-    shift: int,
-    sums: Int64,
-) -> None:
-    """Adds up mass (or counts) of the kept ids below ``prefix``, by the next 11 bits of place."""
-    cut_logit, cut_id = cut
-    peak = maxima.max()
-    masses = np.ones(BLOCK, np.float64)
-    # Only the first pass looks at every id, so only there is weighing whole blocks (SIMD) cheaper.
-    whole_blocks = by_mass and prefix == 0
-    sums[:] = 0
-    for b in range(len(maxima)):
-        if maxima[b] < cut_logit or (_place(maxima[b]) >> (shift + 11)) > prefix:
-            continue
-        start = b * BLOCK
-        block = row[start : min(start + BLOCK, len(row))]
-        if whole_blocks:
-            for i in range(len(block)):
-                masses[i] = _mass(block[i], peak, temperature)
-        for i in range(len(block)):
-            place = _place(block[i])
-            if (place >> (shift + 11)) != prefix:
-                continue
-            if block[i] < cut_logit or (block[i] == cut_logit and start + i > cut_id):
-                continue
-            if by_mass and not whole_blocks:
-                masses[i] = _mass(block[i], peak, temperature)
-            sums[(place >> shift) & 2047] += np.int64(masses[i])
-
-
-@_jit
-def _select(
-    row: Row,
-    maxima: Row,
-    temperature: float,
-    cut: tuple[np.float32, int],
-    by_mass: bool,
-    amount: float,
-) -> tuple[np.float32, int]:
-    """The (logit, id) at which the ids kept by ``cut`` reach ``amount``, in the frozen order.
-
-    ``amount`` is a share of their mass, or a number of ids. A radix select over the place of a
-    logit (11, 11 and 10 bits), as top-k kernels on GPUs do: no sort, and exact, because what is
-    summed are integers.
-    """
-    sums = np.empty(2048, np.int64)
-    prefix = np.int64(0)
-    done = np.int64(0)
-    need = amount
-    for shift in (22, 11, 0):
-        _digit_sums(row, maxima, temperature, cut, by_mass, prefix, shift, sums)
-        if by_mass and shift == 22:
-            need = amount * float(sums.sum())
-        digit = 0
-        while float(done + sums[digit]) < need:
-            done += sums[digit]
-            digit += 1
-        prefix = (prefix << np.int64(11)) | np.int64(digit)
-    logit = _unorder(np.int32(np.int64(0x7FFFFFFF) - prefix))
-    each = np.int64(_mass(logit, maxima.max(), temperature)) if by_mass else np.int64(1)
-    token = -1
-    while float(done) < need:
-        token += 1
-        if token % BLOCK == 0:
-            while maxima[token // BLOCK] < logit:
-                token += BLOCK
-        if row[token] == logit:
-            done += each
-    return logit, token
-
-
-@_jit
-def _min_p_logit(peak: np.float32, temperature: float, log_min_p: float) -> np.float32:
-    """The least float32 l with (l - peak) / T >= log min_p, found by bisection of its bits."""
+def _least_logit(peak: Real, temperature: Real, x: Real) -> Real:
+    """The least float32 logit whose exponent is at least x, for -inf < x <= 0: bisects its bits."""
     low, high = np.int64(-_INF_KEY - 1), np.int64(_order(peak))
     while high - low > 1:
         middle = (low + high) >> 1
-        x = (np.float64(_unorder(np.int32(middle))) - np.float64(peak)) / temperature
-        if x >= log_min_p:
+        if _exponent(_unorder(np.int32(middle)), peak, temperature) >= x:
             high = middle
         else:
             low = middle
@@ -309,20 +242,142 @@ def _min_p_logit(peak: np.float32, temperature: float, log_min_p: float) -> np.f
 
 
 @_jit
+def _mass(logit: Real, peak: Real, temperature: Real) -> Real:
+    """floor(w * 2^40), an integer held in float64."""
+    return np.floor(_exp(_exponent(logit, peak, temperature)) * _MASS_ONE)
+
+
+@_jit
+def _mass_by_bin(row: Row, maxima: Row, temperature: Real, cut: Whole) -> Int64:
+    """The mass kept by ``cut`` in bins of exponents: bin b holds -b < x * _BINS <= 1 - b."""
+    peak = maxima.max()
+    last_logit = _logit_of(cut)
+    sums = np.zeros(int(-_NO_MASS * _BINS) + 2, np.int64)
+    masses = np.empty(GROUP, np.float64)
+    bins = np.empty(GROUP, np.float64)
+    for g in range(len(maxima)):
+        if maxima[g] < last_logit or _exponent(maxima[g], peak, temperature) < _NO_MASS:
+            continue
+        group = _group(row, g)
+        for i in range(len(group)):
+            x = max(_exponent(group[i], peak, temperature), _NO_MASS)
+            masses[i] = np.floor(_exp(x) * _MASS_ONE)
+            bins[i] = np.ceil(-x * _BINS)
+        if cut != _KEEP_ALL:
+            for i in range(len(group)):
+                if _rank_key(group[i], g * GROUP + i) > cut:
+                    masses[i] = 0.0
+        for i in range(len(group)):
+            sums[int(bins[i])] += np.int64(masses[i])
+    return sums
+
+
+@_jit
+def _gather(row: Row, maxima: Row, low: Real, high: Real, cut: Whole) -> Int64:
+    """Rank keys of the kept ids with low <= logit < high."""
+    count = 0
+    for g in range(len(maxima)):
+        if maxima[g] >= low:
+            group = _group(row, g)
+            for i in range(len(group)):
+                count += (group[i] >= low) & (group[i] < high)
+    keys = np.empty(count, np.int64)
+    found = 0
+    for g in range(len(maxima)):
+        if maxima[g] >= low:
+            group = _group(row, g)
+            for i in range(len(group)):
+                if group[i] >= low and group[i] < high:
+                    rank_key = _rank_key(group[i], g * GROUP + i)
+                    if rank_key <= cut:
+                        keys[found] = rank_key
+                        found += 1
+    return keys[:found]
+
+
+@_jit
+def _select(keys: Int64, peak: Real, temperature: Real, by_mass: bool, need: Real) -> Whole:
+    """The rank key at which ``keys``, in ascending order, first hold ``need``: a quickselect.
+
+    ``need`` is mass, or a number of ids; ``keys`` hold as much and lose their order.
+    """
+    low, high = 0, len(keys)
+    done = 0.0
+    while True:
+        middle = (low + high) // 2
+        pivot = keys[middle]
+        keys[middle] = keys[high - 1]
+        split = low
+        below = 0.0
+        for i in range(low, high - 1):
+            key = keys[i]
+            if key < pivot:
+                keys[i] = keys[split]
+                keys[split] = key
+                split += 1
+                below += _mass(_logit_of(key), peak, temperature) if by_mass else 1.0
+        keys[high - 1] = keys[split]
+        keys[split] = pivot
+        own = _mass(_logit_of(pivot), peak, temperature) if by_mass else 1.0
+        if done + below >= need:
+            high = split
+        elif done + below + own >= need:
+            return pivot
+        else:
+            done += below + own
+            low = split + 1
+
+
+@_jit
+def _top_k(row: Row, maxima: Row, count: Whole) -> Whole:
+    """The rank key of the ``count``-th id."""
+    low = np.float32(-np.inf)
+    if count <= len(maxima):
+        # That many groups have a maximum that reaches this, hence at least that many ids do.
+        places = np.empty(len(maxima), np.int64)
+        for g in range(len(maxima)):
+            places[g] = _rank_key(maxima[g], g)
+        low = _logit_of(_select(places, 0.0, 1.0, False, float(count)))
+    keys = _gather(row, maxima, low, np.float32(np.inf), _KEEP_ALL)
+    return _select(keys, 0.0, 1.0, False, float(count))
+
+
+@_jit
+def _top_p(row: Row, maxima: Row, temperature: Real, cut: Whole, share: Real) -> Whole:
+    """The rank key at which the ids kept by ``cut`` hold ``share`` of their mass."""
+    peak = maxima.max()
+    sums = _mass_by_bin(row, maxima, temperature, cut)
+    need = share * float(sums.sum())
+    before = np.int64(0)
+    b = 0
+    while float(before + sums[b]) < need:
+        before += sums[b]
+        b += 1
+    low = _least_logit(peak, temperature, -b / _BINS)
+    high = _least_logit(peak, temperature, (1 - b) / _BINS) if b > 0 else np.float32(np.inf)
+    keys = _gather(row, maxima, low, high, cut)
+    return _select(keys, peak, temperature, True, need - float(before))
+
+
+@_jit
 def _cut(
-    row: Row, maxima: Row, temperature: float, log_min_p: float, top_k: int, top_p: float
-) -> tuple[np.float32, int]:
-    """The last kept (logit, id) of a row."""
-    cut = (np.float32(-np.inf), len(row))
+    row: Row, maxima: Row, temperature: Real, log_min_p: Real, top_k: Whole, top_p: Real
+) -> Whole:
+    """The rank key of the last kept id of a row."""
+    cut = _KEEP_ALL
     if 0 < top_k < len(row):
-        cut = _select(row, maxima, temperature, cut, False, float(top_k))
+        cut = _top_k(row, maxima, top_k)
     if log_min_p > -np.inf:
-        logit = _min_p_logit(maxima.max(), temperature, log_min_p)
-        if logit > cut[0]:
-            cut = (logit, len(row))
+        logit = _least_logit(maxima.max(), temperature, log_min_p)
+        cut = min(cut, _rank_key(logit, len(row)))
     if top_p < 1.0:
-        cut = _select(row, maxima, temperature, cut, True, top_p)
+        cut = _top_p(row, maxima, temperature, cut, top_p)
     return cut
+
+
+@_jit
+def _new_maxima(row: Row) -> Row:
+    return np.empty((len(row) + GROUP - 1) // GROUP, np.float32)
 
 
 @_parallel
@@ -339,16 +394,12 @@ def _draw(
 ) -> None:
     for r in prange(logits.shape[0]):
         row = logits[r]
-        maxima = np.empty((len(row) + BLOCK - 1) // BLOCK, np.float32)
-        peak_id, bad[r] = _block_maxima(row, maxima)
-        if bad[r]:
-            token[r] = -1
-        elif temperature[r] == 0.0:
-            token[r] = peak_id
-        else:
-            t = temperature[r]
+        maxima = _new_maxima(row)
+        token[r], bad[r] = _maxima(row, maxima)
+        t = temperature[r]
+        if not bad[r] and t > 0.0:
             cut = _cut(row, maxima, t, log_min_p[r], top_k[r], top_p[r])
-            token[r] = _race(row, maxima, peak_id, t, cut, key[r], np.uint64(position[r]))
+            token[r] = _race(row, maxima, token[r], t, cut, key[r], np.uint64(position[r]))
 
 
 def draw(
@@ -372,19 +423,19 @@ def draw(
 
 
 @_jit
-def _log_total(row: Row, maxima: Row) -> float:
-    """log sum exp(l), summed in 1024 columns so that the order is fixed and the loop is SIMD."""
-    peak = maxima.max()
-    columns = np.zeros(BLOCK, np.float64)
-    for b in range(len(maxima)):
-        block = row[b * BLOCK : min((b + 1) * BLOCK, len(row))]
-        for i in range(len(block)):
-            columns[i] += _exp(np.float64(block[i]) - np.float64(peak))
-    return math.log(columns.sum()) + np.float64(peak)
+def _log_total(row: Row, maxima: Row) -> Real:
+    """log sum exp(l), summed in columns so that the order is fixed and the loop is SIMD."""
+    peak = np.float64(maxima.max())
+    columns = np.zeros(GROUP, np.float64)
+    for g in range(len(maxima)):
+        group = _group(row, g)
+        for i in range(len(group)):
+            columns[i] += _exp(np.float64(group[i]) - peak)
+    return math.log(columns.sum()) + peak
 
 
 @_jit
-def _rank(row: Row, token: int) -> int:
+def _rank(row: Row, token: Whole) -> Whole:
     """1 + the number of ids before ``token`` in the frozen order."""
     own = row[token]
     rank = 1
@@ -396,23 +447,12 @@ def _rank(row: Row, token: int) -> int:
 
 
 @_jit
-def _top(row: Row, maxima: Row, count: int) -> Int64:
-    """The first ``count`` ids of the frozen order."""
-    cut_logit, cut_id = _cut(row, maxima, 1.0, -np.inf, count, 1.0)
-    places = np.empty(count, np.int64)
-    found = 0
-    for b in range(len(maxima)):
-        if maxima[b] < cut_logit:
-            continue
-        start = b * BLOCK
-        block = row[start : min(start + BLOCK, len(row))]
-        for i in range(len(block)):
-            token = start + i
-            if block[i] > cut_logit or (block[i] == cut_logit and token <= cut_id):
-                places[found] = (_place(block[i]) << np.int64(31)) | np.int64(token)
-                found += 1
-    places.sort()
-    return places & np.int64(0x7FFFFFFF)
+def _top(row: Row, maxima: Row, count: Whole) -> Int64:
+    """The first ``count`` ids of the row's order."""
+    cut = _top_k(row, maxima, count)
+    keys = _gather(row, maxima, _logit_of(cut), np.float32(np.inf), cut)
+    keys.sort()
+    return keys & np.int64(0x7FFFFFFF)
 
 
 @_parallel
@@ -427,9 +467,8 @@ def _logprobs(
 ) -> None:
     for r in prange(logits.shape[0]):
         row = logits[r]
-        maxima = np.empty((len(row) + BLOCK - 1) // BLOCK, np.float32)
-        _, bad = _block_maxima(row, maxima)
-        if bad:
+        maxima = _new_maxima(row)
+        if _maxima(row, maxima)[1]:
             continue
         total = _log_total(row, maxima)
         chosen[r] = np.float64(row[ids[r]]) - total

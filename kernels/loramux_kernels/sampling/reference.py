@@ -26,7 +26,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
         hi0, hi1 = (p0 >> 32) & _MASK32, (p1 >> 32) & _MASK32
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, p1 & _MASK32, hi0 ^ c3 ^ k1, p0 & _MASK32
         k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
-    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
+    return torch.stack([word + torch.zeros_like(c0) for word in (c0, c1, c2, c3)], dim=-1)
 
 
 def uniforms(key: NDArray[np.uint64], position: Int64, vocab_size: int) -> Tensor:
@@ -59,7 +59,7 @@ def cut(logits: Tensor, params: DrawParams) -> tuple[Tensor, Tensor]:
     )
     order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
     x = exponents(logits, temperature).gather(1, order)
-    top_k = torch.where(top_k == 0, vocab_size, top_k)
+    top_k = torch.where(top_k > 0, top_k, vocab_size)
     keep = torch.arange(vocab_size, device=device) < top_k[:, None]
     keep &= x >= log_min_p[:, None]
     mass = torch.where(keep, x.exp() * MASS_ONE, 0.0).long().cumsum(dim=-1)

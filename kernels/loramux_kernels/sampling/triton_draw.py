@@ -1,4 +1,4 @@
-"""``loramux_kernels.sampling.draw`` on a GPU: one program per (row, block of ids), then one per row.
+"""``loramux_kernels.sampling.draw`` on a GPU: a program per (row, block of ids), then per row.
 
 A program hashes ``BLOCK`` ids, four to a counter, and keeps its least ``E / w``; the second kernel
 takes the least over the blocks, the lowest id on ties. Filters come in as the last kept (logit, id)
