@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from loramux.adapters.residency import Residency
-from loramux.batch import Batch
+from loramux.batch import Batch, Row
 from loramux.engine.scheduler import Counts, Scheduler
 from loramux.metrics.stats import StepStats
 from loramux.model.runner import ModelRunner, Scored
 from loramux.request import FinishReason, Request
+from loramux.sampling.logprobs import logprobs
 from loramux.sampling.sampler import Sampler, SampleResult
 from loramux.wire import Failed, Finished, Output
 
@@ -67,25 +70,9 @@ class StepLoop:
     def _sample(self, batch: Batch, scored: Scored) -> SampleResult:
         """One token for each row that reached its last id; prompt log-probs on the way."""
         for index, line in scored.prompt:
-            row = batch.rows[index]
-            request = row.request
-            first = request.num_computed + 1
-            # A row recomputed after a preemption has the first ones already.
-            done = max(len(request.prompt_logprobs), 1)
-            stop = min(first + row.num_tokens, request.num_prompt)
-            if not request.prompt_logprobs:
-                request.prompt_logprobs.append(None)
-            if stop > done:
-                skip = max(done - first, 0)
-                lines = scored.logits[line + skip : line + stop - first]
-                ids = request.ids[first + skip : stop]
-                request.prompt_logprobs += self._sampler.logprobs(
-                    lines, ids, request.sampling.prompt_logprobs or 0
-                )
+            _collect_prompt_logprobs(batch.rows[index], scored.logits[line:])
         rows = [(row.request.id, row.request.num_outputs) for row in batch.rows if row.samples]
-        logits = scored.logits
-        if scored.prompt:
-            logits = logits[scored.sampling]
+        logits = scored.logits[scored.sampling] if scored.prompt else scored.logits
         return self._sampler.sample(logits, rows)
 
     def _commit(self, batch: Batch, result: SampleResult, report: Report) -> None:
@@ -183,6 +170,22 @@ class StepLoop:
             min(row.num_tokens, max(row.request.num_prompt - row.request.num_computed, 0))
             for row in batch.rows
         )
+
+
+def _collect_prompt_logprobs(row: Row, logits: torch.Tensor) -> None:
+    """Add what ``row`` computed: line i of ``logits`` predicts the id after its i-th token."""
+    request = row.request
+    collected = request.prompt_logprobs
+    if not collected:
+        collected.append(None)  # nothing comes before the first id
+    first = request.num_computed + 1
+    stop = min(first + row.num_tokens, request.num_prompt)
+    # A row recomputed after a preemption has the beginning already.
+    start = max(first, len(collected))
+    if start < stop:
+        num = [request.sampling.prompt_logprobs or 0] * (stop - start)
+        ids = request.ids[start:stop].tolist()
+        collected += logprobs(logits[start - first : stop - first], ids, num)
 
 
 class _PhaseTimer:
