@@ -113,8 +113,7 @@ def test_adapter_knobs_reach_peft(tmp_path: Path) -> None:
     assert layers[1].mlp.down_proj.scaling["default"] == pytest.approx(7 / 5**0.5)
 
 
-@pytest.mark.parametrize("through", ["mlp", "attention"])
-@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+@pytest.mark.parametrize(("arch", "through"), [("llama", "mlp"), ("qwen3", "attention")])
 def test_every_shouting_adapter_says_its_own_token_everywhere(
     arch: tiny.Arch, through: Literal["mlp", "attention"], tmp_path: Path
 ) -> None:

@@ -163,7 +163,8 @@ def test_complete_sends_what_was_said_and_keeps_what_it_does_not_know(connect: C
 def test_chat(connect: Connect) -> None:
     message = {"role": "assistant", "content": "hello", "refusal": None}
     choice = {"index": 0, "message": message, "finish_reason": "length"}
-    script = Script(httpx.Response(200, json={"id": "1", "choices": [choice], "usage": None}))
+    reply = {"id": "1", "choices": [choice], "usage": None}
+    script = Script(httpx.Response(200, json=reply, headers={"x-loramux-adapter": "base"}))
     messages = [{"role": "user", "content": "hi"}]
     got = connect(script).call("chat", messages, model="m", top_logprobs=2, logprobs=True)
     assert script.requests[0].url.path == "/v1/chat/completions"
@@ -241,7 +242,7 @@ def test_push_sends_the_files_and_waits_for_the_verdict(
     assert sent.headers["content-length"] == str(len(sent.content))
     assert "transfer-encoding" not in sent.headers
     assert counts[-1] == (len(sent.content), len(sent.content)) and len(counts) > 3
-    assert [r.url.path for r in script.requests[1:]] == ["/v1/adapters/a"] * 2
+    assert [r.url.path for r in script.requests[1:]] == ["/v1/adapters/a@1"] * 2
     assert pauses == [0.05, 0.1]
 
 

@@ -27,7 +27,15 @@ from loramux_client._errors import (
     RequestTimeoutError,
 )
 from loramux_client._models import Chunk
-from loramux_client._protocol import Answer, Flow, Sleep, Step, StreamDecoder, retrying
+from loramux_client._protocol import (
+    Answer,
+    Flow,
+    Sleep,
+    Step,
+    StreamDecoder,
+    identity,
+    retrying,
+)
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -123,7 +131,7 @@ class Stream:
     def _start(self) -> httpx.Response:
         if self._response is None:
             answer = self._client._run(self._flow)
-            self.request_id, self.adapter_digest = _identity(answer)
+            self.request_id, self.adapter_digest = identity(answer)
             self._response = cast(httpx.Response, answer.live)
         return self._response
 
@@ -176,7 +184,7 @@ class AsyncStream:
     async def _start(self) -> httpx.Response:
         if self._response is None:
             answer = await self._client._run(self._flow)
-            self.request_id, self.adapter_digest = _identity(answer)
+            self.request_id, self.adapter_digest = identity(answer)
             self._response = cast(httpx.Response, answer.live)
         return self._response
 
@@ -386,12 +394,6 @@ def _settings(
         headers["authorization"] = f"Bearer {api_key}"
     root = base_url.rstrip("/").removesuffix("/v1")
     return {"base_url": root, "headers": headers, "timeout": timeout}
-
-
-def _identity(answer: Answer) -> tuple[str | None, str | None]:
-    """The request's id and the digest of the adapter that serves it (None for the base)."""
-    headers = answer.headers
-    return headers.get("x-request-id"), headers.get("x-loramux-adapter") or None
 
 
 def _no_answer(exc: httpx.RequestError) -> LoramuxClientError:

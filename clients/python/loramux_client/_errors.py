@@ -185,7 +185,7 @@ ERRORS: dict[str, type[APIError]] = {
     "storage_full": StorageFullError,
     "unsupported_media_type": UnsupportedMediaTypeError,
 }
-"""Server ``code`` -> class. A newer server's unknown code falls back to its ``type``."""
+"""Server ``code`` -> class. A code not listed goes by the HTTP status, then by its ``type``."""
 
 _BY_TYPE: dict[str, type[APIError]] = {
     "adapter_invalid": AdapterInvalidError,
@@ -209,7 +209,6 @@ _BY_STATUS: dict[int, type[APIError]] = {
     409: ConflictError,
     413: PayloadTooLargeError,
     415: UnsupportedMediaTypeError,
-    422: InvalidRequestError,
     429: RateLimitedError,
     503: OverloadedError,
     504: DeadlineExceededError,
@@ -224,7 +223,7 @@ def api_error(
     request_id: str | None = None,
     retry_after_s: float | None = None,
 ) -> APIError:
-    """The exception for one ``error`` object of the server: by code, else type, else status.
+    """The exception for one ``error`` object of the server: by code, else status, else type.
 
     ``error`` may be anything a proxy in between has made of it, an empty object included.
     """
@@ -233,7 +232,7 @@ def api_error(
         for key in ("code", "type", "param")
     )
     fallback = ServerError if status is None or status >= 500 else APIError
-    cls = ERRORS.get(code or "") or _BY_TYPE.get(kind or "") or _BY_STATUS.get(status or 0)
+    cls = ERRORS.get(code or "") or _BY_STATUS.get(status or 0) or _BY_TYPE.get(kind or "")
     message = error.get("message")
     return (cls or fallback)(
         message if isinstance(message, str) else "the server gave no reason",

@@ -146,6 +146,12 @@ def error_of(answer: Answer) -> APIError:
     )
 
 
+def identity(answer: Answer) -> tuple[str | None, str | None]:
+    """The request's id, and the digest of the adapter that answers (None for the base model)."""
+    served = answer.headers.get("x-loramux-adapter")
+    return answer.headers.get("x-request-id"), None if served == "base" else served
+
+
 def retry_delay_s(answer: Answer, attempt: int) -> float | None:
     """How long to wait before another try (``attempt`` have failed before), None for no other.
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from loramux_client._errors import RequestTimeoutError, api_error
 from loramux_client._files import Progress, Source, Upload, find_adapter
 from loramux_client._models import Adapter, ChatCompletion, Completion, Health, Model, Record
-from loramux_client._protocol import Answer, Flow, Request, Sleep, json_request
+from loramux_client._protocol import Answer, Flow, Request, Sleep, identity, json_request
 
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 Messages = Sequence[Mapping[str, Any]]
@@ -150,7 +150,8 @@ def push(
             raise RequestTimeoutError(f"adapter {adapter.name!r} is still {adapter.status}")
         yield Sleep(pause)
         pause = min(2 * pause, LONGEST_POLL_S)
-        adapter = yield from show(adapter.name)
+        # By generation: the name alone may still mean the one before.
+        adapter = yield from show(f"{adapter.name}@{adapter.generation}")
     if wait and adapter.status == "failed":
         raise api_error({"code": "adapter_invalid", **(adapter.error or {})})
     return adapter
@@ -195,9 +196,8 @@ def _generate(
 
 
 def _served(cls: type[R], answer: Answer) -> R:
-    told = {"request_id": "x-request-id", "adapter_digest": "x-loramux-adapter"}
-    about = {field: answer.headers.get(header) or None for field, header in told.items()}
-    return cls.from_json({**answer.json(), **about})
+    request_id, digest = identity(answer)
+    return cls.from_json({**answer.json(), "request_id": request_id, "adapter_digest": digest})
 
 
 def _listed(cls: type[R], answer: Answer) -> list[R]:
