@@ -46,6 +46,9 @@ def pefts_key(patterns: list[str], name: str) -> str | None:
 @example("q.proj")
 @example("")
 @example("[^.]*")
+@example("q{,2}_proj")
+@example("[a[:alpha:]]_proj")
+@example("_proj")
 @example("(?i:Q_PROJ)")
 @example("model.layers.1.self_attn.q_proj")
 def test_a_key_matches_as_in_peft_or_is_refused(key: str) -> None:
