@@ -285,9 +285,11 @@ class Registry:
                     raise NotFound("the digest is too short to name one version", param="model")
             return _best(rows)
 
-    def list(self, *, tenant: str = "") -> Rows:
-        """Every row, by name, newest generation first."""
+    def list(self, name: str | None = None, *, tenant: str = "") -> Rows:
+        """Every row (of one name), by name, newest generation first."""
         with self._reading() as db:
+            if name is not None:
+                return self._rows(db, tenant, name)
             return self._select(db, "WHERE tenant = ? ORDER BY name, generation DESC", (tenant,))
 
     def delete(self, name: str, *, tenant: str = "") -> Rows:
