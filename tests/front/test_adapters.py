@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 from tests.front.house import collect, configure, running, spec, until
 
-from loramux.adapters.blobs import BlobStore
+from loramux.adapters.blobs import BlobStore, BlobWriter
 from loramux.adapters.pack import packed_path
 from loramux.adapters.registry import Registry
 from loramux.errors import (
@@ -26,7 +29,7 @@ from loramux.errors import (
     ServiceError,
 )
 from loramux.front.adapters import AdapterView
-from loramux.front.front import Front
+from loramux.front.front import INGEST, Front
 
 WAIT = 20.0
 
@@ -102,8 +105,8 @@ NAMES_OF_NOTHING = [
 def test_names_that_mean_nothing(tmp_path: Path) -> None:
     async def main() -> None:
         async with running(configure(tmp_path)) as front:
-            await upload(front, "cat")
-            for model in NAMES_OF_NOTHING:
+            view = await upload(front, "cat")
+            for model in [*NAMES_OF_NOTHING, f"cat@sha256:{view.digest[:11]}"]:
                 with pytest.raises(NotFound) as caught:
                     front.adapters.resolve(model)
                 assert caught.value.code == "model_not_found"
@@ -257,13 +260,32 @@ def test_a_shared_version_outlives_one_of_its_names(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_an_upload_keeps_a_blob_that_a_deletion_lets_go(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(configure(tmp_path)) as front:
+            await upload(front, "cat")
+            writer = await front.adapters.begin()
+            await writer.write(b"weights")
+            digest = await writer.commit()
+            await front.adapters.delete("cat")
+            await until(lambda: front.adapters.list() == [])
+            assert blobs(tmp_path) == {digest}
+            view = await front.adapters.create("dog", b"{}", digest, wait_s=WAIT)
+            await writer.abort()
+            assert view.status == "ready" and digest in blobs(tmp_path)
+
+    asyncio.run(main())
+
+
 def test_deleted_while_validating(tmp_path: Path) -> None:
     async def main() -> None:
         async with running(configure(tmp_path)) as front:
             await upload(front, "cat", wait_s=0, wait=0.3)
             await front.adapters.delete("cat")
-            await until(lambda: front.adapters.list() == [])
-            assert not files(tmp_path) and not blobs(tmp_path)
+            dog = await upload(front, "dog", b"dog")  # its turn comes after the cat's
+            await until(lambda: [view.name for view in front.adapters.list()] == ["dog"])
+            assert [path.name[:64] for path in files(tmp_path)] == [dog.digest]
+            assert len(blobs(tmp_path)) == 2
 
     asyncio.run(main())
 
@@ -447,7 +469,25 @@ def test_without_an_ingest_process_uploads_fail_and_the_rest_works(
     asyncio.run(main())
 
 
-def test_an_upload_left_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+def test_an_upload_left_in_the_middle_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = []
+    write, abort = BlobWriter.write, BlobWriter.abort
+
+    def slow_write(self: BlobWriter, data: bytes) -> None:
+        order.append("begin")
+        time.sleep(0.05)
+        write(self, data)
+        order.append("end")
+
+    def seen_abort(self: BlobWriter) -> None:
+        order.append("abort")
+        abort(self)
+
+    monkeypatch.setattr(BlobWriter, "write", slow_write)
+    monkeypatch.setattr(BlobWriter, "abort", seen_abort)
+
     async def main() -> None:
         async with running(configure(tmp_path)) as front:
             for committed in (False, True):
@@ -458,10 +498,12 @@ def test_an_upload_left_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
                 await writer.abort()
                 await writer.abort()
             cut_off = await front.adapters.begin()
-            writing = asyncio.create_task(cut_off.write(b"y" * (8 << 20)))
-            await asyncio.sleep(0)
+            order.clear()
+            writing = asyncio.create_task(cut_off.write(b"y" * (2 << 20)))
+            await until(lambda: order)
             writing.cancel()
             await cut_off.abort()
+            assert order == ["begin", "end", "abort"]
             await until(lambda: not blobs(tmp_path))
             assert not list((tmp_path / "data" / "blobs" / "tmp").iterdir())
 
@@ -475,5 +517,28 @@ def test_residency_comes_from_the_engine(tmp_path: Path) -> None:
             assert view.residency == "disk"
             front.snapshot.resident = frozenset([view.digest])
             assert front.adapters.show("cat").residency == "pool"
+
+    asyncio.run(main())
+
+
+def test_with_the_real_ingest_process(tmp_path: Path) -> None:
+    where = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{where}.lora_A.weight": np.ones((2, 16), np.float32),
+        f"{where}.lora_B.weight": np.ones((16, 2), np.float32),
+    }
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+
+    async def main() -> None:
+        async with running(configure(tmp_path), ingest=INGEST) as front:
+            good = await upload(front, "good", save(tensors), wait_s=60, **config)
+            assert (good.status, good.rank) == ("ready", 2)
+            assert [path.name[:64] for path in files(tmp_path)] == [good.digest]
+            with pytest.raises(AdapterInvalid) as caught:
+                await upload(front, "bad", save(tensors), wait_s=60, **config, use_dora=True)
+            assert any("use_dora" in problem for problem in caught.value.problems)
+            with pytest.raises(AdapterInvalid):
+                await upload(front, "worse", b"no safetensors", validate_only=True, **config)
+            assert front.adapters.resolve("good").digest == good.digest
 
     asyncio.run(main())

@@ -80,6 +80,13 @@ def test_an_incomplete_character_at_the_end_is_replaced() -> None:
     assert stream.finish() == "\N{REPLACEMENT CHARACTER}"
 
 
+def test_added_tokens_are_text_unless_special() -> None:
+    ids = tokenizer("byte_level").encode("a[not special é]</s>").ids
+    assert len(ids) == 3
+    assert streamed("byte_level", [ids], skip=True) == "a[not special é]"
+    assert streamed("byte_level", [ids], skip=False) == "a[not special é]</s>"
+
+
 def test_the_alphabet_of_byte_level_is_the_library_s() -> None:
     one = tokenizer("byte_level")
     pieces = {table("byte_level")[i] for i in range(one.get_vocab_size())}
