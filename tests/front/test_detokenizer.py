@@ -42,7 +42,9 @@ def streamed(kind: str, pieces: list[list[int]], skip: bool) -> str:
 @given(st.data(), kinds, st.booleans())
 def test_equals_the_whole_text_for_any_tokens(data: st.DataObject, kind: str, skip: bool) -> None:
     size = tokenizer(kind).get_vocab_size()
-    ids = data.draw(st.lists(st.integers(0, size + 3), max_size=30))
+    # The interesting tokens (words with spaces, added ones, unknown ids) have the highest ids.
+    one = st.integers(0, size + 3) | st.integers(max(0, size - 12), size + 3)
+    ids = data.draw(st.lists(one, max_size=30))
     whole = tokenizer(kind).decode(ids, skip_special_tokens=skip)
     if "fallback" in kind and "\N{REPLACEMENT CHARACTER}" in whole:
         # Runs of byte tokens that are not UTF-8: the documented difference.
@@ -76,6 +78,13 @@ def test_an_incomplete_character_at_the_end_is_replaced() -> None:
     stream = Detokenizer(table("byte_level"))
     assert stream.feed(ids[:-1]) == ""
     assert stream.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_added_tokens_are_text_unless_special() -> None:
+    ids = tokenizer("byte_level").encode("a[not special é]</s>").ids
+    assert len(ids) == 3
+    assert streamed("byte_level", [ids], skip=True) == "a[not special é]"
+    assert streamed("byte_level", [ids], skip=False) == "a[not special é]</s>"
 
 
 def test_the_alphabet_of_byte_level_is_the_library_s() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.front.house import ENGINE, SERVER, collect, configure, expected, running, spec, until
@@ -19,8 +20,8 @@ from loramux.errors import (
     DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
+    LoramuxError,
     Overloaded,
-    RequestError,
 )
 from loramux.front.front import Front
 from loramux.request import AdapterRef
@@ -218,26 +219,24 @@ def test_admission_counts_reserved_and_running(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize(
-    ("fields", "error"),
-    [
-        ({"prompt_ids": []}, InvalidRequest),
-        ({"prompt_ids": [288]}, InvalidRequest),
-        ({"prompt_ids": [5, -1]}, InvalidRequest),
-        ({"prompt_ids": [5] * 505}, ContextLengthExceeded),
-        ({"max_tokens": 508}, ContextLengthExceeded),
-        ({"deadline_s": 1.0, "arrived_at": time.monotonic() - 2}, DeadlineExceeded),
-        ({"adapters": (AdapterRef("f" * 64),)}, Conflict),
-    ],
-)
-def test_what_the_engine_could_not_take_never_reaches_it(
-    tmp_path: Path, fields: dict[str, object], error: type[RequestError]
-) -> None:
+REFUSED: list[tuple[type[LoramuxError], dict[str, Any]]] = [
+    (InvalidRequest, {"prompt_ids": []}),
+    (InvalidRequest, {"prompt_ids": [288]}),
+    (InvalidRequest, {"prompt_ids": [5, -1]}),
+    (ContextLengthExceeded, {"prompt_ids": [5] * 505}),
+    (ContextLengthExceeded, {"max_tokens": 508}),
+    (DeadlineExceeded, {"deadline_s": 1.0, "arrived_at": time.monotonic() - 2}),
+    (Conflict, {"adapters": (AdapterRef("f" * 64),)}),
+]
+
+
+def test_what_the_engine_could_not_take_never_reaches_it(tmp_path: Path) -> None:
     async def main() -> None:
         async with running(configure(tmp_path)) as front:
-            with pytest.raises(error):
-                front.submit(spec("r", **fields))  # type: ignore[arg-type]
-            assert front.snapshot.unfinished == 0
+            for error, fields in REFUSED:
+                with pytest.raises(error):
+                    front.submit(spec("r", **fields))
+                assert front.snapshot.unfinished == 0
             longest = spec("ok", prompt_ids=[287] * 504)
             assert len((await collect(front.submit(longest))).token_ids) == 8
 

@@ -82,7 +82,6 @@ class ChatTemplate:
             templates={"chat": _GENERATION_TAG.sub(block, source)},
             filters={"tojson": _to_json},
             globals={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
-            auto_escape_callback=lambda _: False,
             fuel=_FUEL,
             trim_blocks=True,
             lstrip_blocks=True,

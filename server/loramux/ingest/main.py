@@ -13,7 +13,7 @@ import signal
 from pathlib import Path
 
 from zmq.constants import SocketType
-from zmq.sugar import Context
+from zmq.sugar.context import Context
 
 from loramux.adapters import pack
 from loramux.ingest import job
