@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from tests.http.conftest import Running
 
 
-
 _open: list[socket.socket] = []
 
 
