@@ -193,6 +193,28 @@ def test_a_full_disk_leaves_nothing(
     assert pack.verify_payload(pack.read_header(path))
 
 
+def test_bytes_are_durable_before_their_name_and_the_name_before_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pack.packed_path(tmp_path, DIGEST, "f" * 64)
+    pack_random(tmp_path, path)
+    log: list[str] = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(fd: int) -> None:
+        log.append("fsync " + Path(os.readlink(f"/proc/self/fd/{fd}")).suffix)
+        real_fsync(fd)
+
+    def replace(src: Path, dst: Path) -> None:
+        log.append(f"replace {src.suffix} {dst.suffix}")
+        real_replace(src, dst)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    pack_random(tmp_path, path)
+    assert log == ["fsync .tmp", "replace .tmp .lmx", "fsync "]
+
+
 def test_sweep_removes_only_what_was_interrupted(
     packed: pack.PackedAdapter, tmp_path: Path
 ) -> None:

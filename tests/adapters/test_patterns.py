@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 
 import pytest
@@ -46,6 +45,9 @@ def pefts_key(patterns: list[str], name: str) -> str | None:
 @example("q.proj")
 @example("")
 @example("[^.]*")
+@example("q{,2}_proj")
+@example("[a[:alpha:]]_proj")
+@example("_proj")
 @example("(?i:Q_PROJ)")
 @example("model.layers.1.self_attn.q_proj")
 def test_a_key_matches_as_in_peft_or_is_refused(key: str) -> None:
@@ -87,6 +89,8 @@ def test_keys_outside_the_common_language_are_refused_by_name(key: str) -> None:
         problems.raise_any()
 
 
+# The backtracking engine needs longer than the universe has: there is no close call.
+@pytest.mark.timeout(60)
 def test_expressions_that_would_backtrack_for_ever_end_at_once() -> None:
     bombs = [
         "(.+)+\\d",
@@ -102,11 +106,8 @@ def test_expressions_that_would_backtrack_for_ever_end_at_once() -> None:
         except ValueError:
             continue
     assert pattern.unused()
-    started = time.monotonic()
     for name in NAMES:
         pattern.lookup(name, 0)
-    # The backtracking engine needs longer than the universe has; there is no close call.
-    assert time.monotonic() - started < 20
 
 
 def test_target_expressions_are_not_run() -> None:

@@ -79,6 +79,7 @@ def test_everything_is_there_after_a_restart(registry: Registry, tmp_path: Path)
         ("b", 1, "ready", False),
         ("c", 1, "validating", False),
     ]
+    assert registry.list("b") == before[1:3] and registry.list("none") == []
     registry.close()
     again = Registry(tmp_path)
     again.base_fingerprint = BASE

@@ -100,6 +100,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     ),
     "backwards": (file_bytes({"a": entry(64, 0, [16])}, ZEROS), "header_invalid"),
     "negative": (file_bytes({"a": entry(-4, 60, [16])}, ZEROS), "header_invalid"),
+    "two negative dimensions": (file_bytes({"a": entry(0, 64, [-4, -4])}, ZEROS), "header_invalid"),
     "shape too small": (file_bytes({"a": entry(0, 64, [15])}, ZEROS), "header_invalid"),
     "product overflows": (
         file_bytes({"a": entry(0, 64, [1 << 32, 1 << 32, 16])}, ZEROS),

@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 from tests.front.house import collect, configure, running, spec, until
 
 from loramux.adapters.blobs import BlobStore, BlobWriter
@@ -27,7 +29,7 @@ from loramux.errors import (
     ServiceError,
 )
 from loramux.front.adapters import AdapterView
-from loramux.front.front import Front
+from loramux.front.front import INGEST, Front
 
 WAIT = 20.0
 
@@ -515,5 +517,28 @@ def test_residency_comes_from_the_engine(tmp_path: Path) -> None:
             assert view.residency == "disk"
             front.snapshot.resident = frozenset([view.digest])
             assert front.adapters.show("cat").residency == "pool"
+
+    asyncio.run(main())
+
+
+def test_with_the_real_ingest_process(tmp_path: Path) -> None:
+    where = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{where}.lora_A.weight": np.ones((2, 16), np.float32),
+        f"{where}.lora_B.weight": np.ones((16, 2), np.float32),
+    }
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+
+    async def main() -> None:
+        async with running(configure(tmp_path), ingest=INGEST) as front:
+            good = await upload(front, "good", save(tensors), wait_s=60, **config)
+            assert (good.status, good.rank) == ("ready", 2)
+            assert [path.name[:64] for path in files(tmp_path)] == [good.digest]
+            with pytest.raises(AdapterInvalid) as caught:
+                await upload(front, "bad", save(tensors), wait_s=60, **config, use_dora=True)
+            assert any("use_dora" in problem for problem in caught.value.problems)
+            with pytest.raises(AdapterInvalid):
+                await upload(front, "worse", b"no safetensors", validate_only=True, **config)
+            assert front.adapters.resolve("good").digest == good.digest
 
     asyncio.run(main())

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from tests.front.house import ENGINE, SERVER, collect, configure, expected, running, spec, until
 
 from loramux.errors import (
@@ -105,7 +107,10 @@ def test_cancel_aborts_once(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_kill_9_fails_the_streams_and_another_engine_starts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_kill_9_fails_the_streams_and_another_engine_starts(
+    tmp_path: Path, loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
     async def main() -> None:
         async with running(configure(tmp_path)) as front:
             victim = front.submit(spec("r", "delay=0.01", max_tokens=400))
@@ -130,7 +135,8 @@ def test_kill_9_fails_the_streams_and_another_engine_starts(tmp_path: Path) -> N
             with pytest.raises(Overloaded):
                 await command
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(main())
 
 
 @pytest.mark.parametrize(

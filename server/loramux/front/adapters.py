@@ -107,7 +107,7 @@ class AdapterService:
         self._references[digest] -= 1
         if not self._references[digest]:
             del self._references[digest]
-            self._forget_soon(row for row in self._catalog.rows() if row.digest == digest)
+            self._forget_soon(row for row in self._catalog.deleting() if row.digest == digest)
 
     # Uploads.
 
@@ -318,10 +318,24 @@ class AdapterService:
         first = self._base is None
         self._base = base
         self._registry.base_fingerprint = base.fingerprint
-        if first:
-            await self._on(self._disk, self._sweep)
-        await self._refresh()
-        for row in list(self._catalog.rows()):
+        try:
+            if first:
+                await self._on(self._disk, self._sweep)
+            await self._refresh()
+            self._make_good(base)
+            if first:
+                self._forget_soon(self._catalog.deleting())
+                for name, folder in configured(self._config):
+                    await self._preload(name, folder)
+                if self._verdicts:
+                    await asyncio.wait(list(self._verdicts.values()))
+        finally:  # a disk that fails here must not keep the base from being served
+            if first:
+                self.starting_up = False
+
+    def _make_good(self, base: BaseDescription) -> None:
+        """Give the engine its pins; validate, or pack again, what lacks it."""
+        for row in self._catalog.rows():
             if row.pinned and row.status == "ready":
                 self._spawn(self._tell_engine("pin", row.digest))
             path = packed_path(self._config.data_dir, row.digest, base.fingerprint)
@@ -330,13 +344,6 @@ class AdapterService:
                 self._validate_soon(row)
             if row.status == "validating":
                 self._validate_soon(row)
-        if first:
-            self._forget_soon(self._catalog.rows())
-            for name, folder in configured(self._config):
-                await self._preload(name, folder)
-            if self._verdicts:
-                await asyncio.wait(list(self._verdicts.values()))
-            self.starting_up = False
 
     def _sweep(self) -> None:
         """Remove what an earlier run left half done."""

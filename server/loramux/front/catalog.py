@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -56,6 +57,8 @@ class Catalog:
         self.base_name = base_name
         self._snapshot = snapshot
         self._versions: dict[str, list[AdapterRow]] = {}
+        self._serving: Counter[str] = Counter()
+        self._deleting: dict[int, AdapterRow] = {}
         self.broken: dict[str, AdapterView] = {}
         """Adapters of the command line that could not even be registered."""
         self.unpacked: set[str] = set()
@@ -63,10 +66,19 @@ class Catalog:
 
     def put(self, name: str, rows: list[AdapterRow]) -> None:
         """The registry's rows of a name now, newest generation first."""
+        for row in self._versions.pop(name, ()):
+            self._deleting.pop(row.id, None)
+            if row.status == "ready":
+                self._serving[row.digest] -= 1
+                if not self._serving[row.digest]:
+                    del self._serving[row.digest]
+        for row in rows:
+            if row.status == "deleting":
+                self._deleting[row.id] = row
+            if row.status == "ready":
+                self._serving[row.digest] += 1
         if rows:
             self._versions[name] = rows
-        else:
-            self._versions.pop(name, None)
 
     def rows(self) -> Iterator[AdapterRow]:
         """Every generation of every name."""
@@ -158,9 +170,11 @@ class Catalog:
 
     def serves(self, digest: str) -> bool:
         """Whether any name still serves this version."""
-        return digest not in self.unpacked and any(
-            row.digest == digest and row.status == "ready" for row in self.rows()
-        )
+        return digest in self._serving and digest not in self.unpacked
+
+    def deleting(self) -> tuple[AdapterRow, ...]:
+        """Every generation that is to go."""
+        return tuple(self._deleting.values())
 
 
 def _best(rows: list[AdapterRow]) -> AdapterRow:

@@ -21,8 +21,7 @@ _BACKOFF_S = (0.0, 0.2, 1.0, 2.0, 4.0)
 _TERMINATE_S = 3.0
 """How long a process may take to end by itself when asked."""
 _HIGH_WATER = 1000
-"""Messages in either direction before the sender waits (which is the engine, never its step: its
-own queue is as deep again)."""
+"""Messages that may lie in either direction before the sender waits."""
 
 
 class Charge(Protocol):
