@@ -13,6 +13,7 @@ import httpx
 import pytest
 import uvicorn
 from tests.front.model_dir import write_model
+from tests.http import wire
 from tests.http.fake_front import FakeFront
 
 from loramux.config import ServerConfig
@@ -59,6 +60,13 @@ Start = Callable[..., Running]
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("http") / "model")
+
+
+@pytest.fixture(autouse=True)
+def sockets() -> Iterator[None]:
+    """Closes what a test opened by hand."""
+    yield
+    wire.close_all()
 
 
 @pytest.fixture

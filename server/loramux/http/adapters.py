@@ -13,7 +13,6 @@ from loramux.errors import LoramuxError, NotFound, Overloaded
 from loramux.front.catalog import AdapterView
 from loramux.front.front import Front
 from loramux.http.answers import ModelCard, encode
-from loramux.http.choices import resolve
 from loramux.http.upload import Upload
 from loramux.metrics.prometheus import Exporter
 from loramux.wire import Ready
@@ -164,7 +163,7 @@ class Models:
 
     async def show(self, model: str) -> Response:
         """One card; a name with a generation or digest works too."""
-        served = resolve(self._front, model)
+        served = self._front.adapters.resolve(model)
         if not served.adapters:
             return answer(self._base())
         return answer(self._card(model, self._front.adapters.show(served.name).created))

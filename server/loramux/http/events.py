@@ -107,13 +107,9 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             return task.result()
         raise ClientDisconnect
     finally:
-        await _cancel(task, watcher)
-
-
-async def _cancel(*tasks: asyncio.Task[Any]) -> None:
-    for task in tasks:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
 
 
 class EventStream(Response):
@@ -160,13 +156,16 @@ class EventStream(Response):
                 gone = False
         except asyncio.CancelledError:
             # Shutting down, and the time to drain is over.
-            await _cancel(writer)
+            writer.cancel()
             await send(_chunk(_error_event(Overloaded("the server stops", code="draining"))))
             await send(_LAST)
             raise
         finally:
-            await _cancel(writer, watcher, ticker)
-            self._finish(gone)
+            tasks = (writer, watcher, ticker)
+            for task in tasks:
+                task.cancel()
+            self._finish(gone)  # before any await, where a second cancellation could end us
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

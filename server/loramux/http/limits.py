@@ -65,6 +65,11 @@ class Limits:
                 async with asyncio.timeout(1):
                     while (await receive())["type"] != "http.disconnect":
                         pass
+        except Exception:
+            # A bug, logged and answered with a 500 where Starlette saw it; it raises it again, for
+            # which uvicorn would drop a connection that the client thinks it may keep.
+            if not exchange.complete:
+                raise
 
 
 class _Exchange:
@@ -77,6 +82,7 @@ class _Exchange:
         self._write_timeout_s = write_timeout_s
         self._abort = scope.get("extensions", {}).get(ABORT, {}).get("call")
         self._received = 0
+        self.complete = False
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
         self.declared = int(length) if length.isdigit() else 0
@@ -103,6 +109,7 @@ class _Exchange:
             await self._drop_rest()
             message = {"type": "http.response.body", "body": b"", "more_body": False}
         await self._write(message)
+        self.complete = last
 
     async def _write(self, message: Message) -> None:
         try:
