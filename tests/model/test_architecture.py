@@ -273,7 +273,12 @@ def test_every_problem_is_listed() -> None:
 
 
 def test_fields_that_hold_nothing_are_let_pass() -> None:
-    nothing: dict[str, Any] = {"quantization_config": None, "new_flag": False, "adapters": [], "extra": {}}
+    nothing: dict[str, Any] = {
+        "quantization_config": None,
+        "new_flag": False,
+        "adapters": [],
+        "extra": {},
+    }
     assert parse(LLAMA | nothing) == parse(LLAMA)
 
 
