@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numba
 import pytest
 
 from tests import tiny
@@ -21,3 +22,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return written[key]
 
     return get
+
+
+@pytest.fixture(autouse=True)
+def _one_kernel_thread() -> None:
+    """Tiny shapes gain nothing from threads; a test about threads sets its own number."""
+    numba.set_num_threads(1)
