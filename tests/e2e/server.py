@@ -46,7 +46,7 @@ class Server:
             self.close(signal.SIGKILL)
             raise
 
-    def await_ready(self, timeout_s: float = 120) -> None:
+    def await_ready(self, timeout_s: float = 300) -> None:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             assert self.process.poll() is None, Path(self.log.name).read_text()

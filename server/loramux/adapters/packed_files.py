@@ -43,7 +43,7 @@ class PackedFiles:
         with FileIO(packed.path) as file:
             file.seek(packed.payload_offset)
             for target, commit in self._targets(frames):
-                view = memoryview(target.numpy())[: min(left, target.numel())]
+                view = memoryview(target.numpy().data)[: min(left, target.numel())]
                 _read_exactly(file, view)
                 digest.update(view)
                 left -= len(view)
@@ -62,7 +62,7 @@ class PackedFiles:
                 yield data(frame), lambda: None
             return
         staging = torch.empty(self._arena.frame.frame_bytes, dtype=torch.uint8, pin_memory=True)
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         for frame in frames:
 
             def commit(frame: int = frame) -> None:

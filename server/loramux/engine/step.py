@@ -93,9 +93,12 @@ class StepLoop:
                 broken.append(request)
                 continue
             sampled.append(token_id)
-            if request.first_sampled is None:
+            first = request.first_sampled is None
+            if first:
                 request.first_sampled = now
             output = Output(request.id, request.num_outputs, [token_id])
+            if first:
+                output.started = _start(request)
             if logprob is not None:
                 output.logprobs = [logprob]
             report.outputs.append(output)
@@ -132,15 +135,15 @@ class StepLoop:
     ) -> None:
         self._scheduler.finish(request)
         report.ended.append(request)
-        scheduled = request.first_scheduled or request.arrival
+        cached_tokens, queue_s, prefill_s = _start(request)
         report.finished.append(
             Finished(
                 request.id,
                 reason,
                 stop_token_id,
-                cached_tokens=request.num_cached or 0,
-                queue_s=scheduled - request.arrival,
-                prefill_s=(request.first_sampled or scheduled) - scheduled,
+                cached_tokens=cached_tokens,
+                queue_s=queue_s,
+                prefill_s=prefill_s,
             )
         )
 
@@ -170,6 +173,13 @@ class StepLoop:
             min(row.num_tokens, max(row.request.num_prompt - row.request.num_computed, 0))
             for row in batch.rows
         )
+
+
+def _start(request: Request) -> tuple[int, float, float]:
+    """Prompt tokens found in the cache, seconds it waited, seconds until its first token."""
+    scheduled = request.first_scheduled or request.arrival
+    sampled = request.first_sampled or scheduled
+    return request.num_cached or 0, scheduled - request.arrival, sampled - scheduled
 
 
 def _collect_prompt_logprobs(row: Row, logits: torch.Tensor) -> None:
