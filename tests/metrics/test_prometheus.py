@@ -118,7 +118,7 @@ def lora_info(exporter: Exporter) -> tuple[dict[str, str], float]:
 
 
 def test_lora_requests_info_is_one_series_for_ever(source: Source, exporter: Exporter) -> None:
-    for number in range(50):
+    for number in range(5):
         source.observations.step(
             StepStats(resident=[digest(number), digest(2)], waiting_adapters=[digest(7)])
         )
