@@ -94,7 +94,11 @@ def shared(model_dir: Path) -> Iterator[Running]:
 
 def launch(model_dir: Path, **settings: Any) -> tuple[Running, Callable[[], None]]:
     config = ServerConfig(model=model_dir, port=0, **settings)
-    front = FakeFront(config, model_dir)
+    return serve(FakeFront(config, model_dir), config)
+
+
+def serve(front: Any, config: ServerConfig) -> tuple[Running, Callable[[], None]]:
+    """A server over any front, and what stops it."""
     server = uvicorn.Server(uvicorn_config(build_app(front, config), config, port=0))
     thread = threading.Thread(target=server.run)
     thread.start()

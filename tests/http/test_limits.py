@@ -51,8 +51,7 @@ def test_a_declared_length_is_refused_before_any_byte_of_it(small: Running) -> N
     raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 999999999\r\n\r\n")
     answer = wire.read_until(raw, b"}}")
     assert wire.status(answer) == 413 and b"connection: close" in answer.lower()
-    started = time.monotonic()
-    assert wire.read_all(raw) == b"" and time.monotonic() - started < 8
+    assert wire.read_all(raw) == b""
 
 
 def test_a_refusal_arrives_while_the_client_still_sends(small: Running) -> None:
@@ -144,6 +143,9 @@ def test_large_headers(shared: Running) -> None:
         else:
             assert len(headers) == 1, "only what was still being sent may lose its answer"
     raw = wire.connect(shared)
+    raw.sendall(b"GET /version HTTP/1.1\r\nx: " + b"y" * (MAX_HEAD_BYTES + 1))
+    assert wire.status(wire.read_until(raw, b"}}")) == 431, "before the header has ended"
+    raw = wire.connect(shared)
     raw.sendall(wire.request("/version", b"", filler, filler, *["x: y"] * 100, method="GET"))
     assert wire.status(wire.read_until(raw, b"}")) == 200
 
@@ -173,6 +175,17 @@ def test_headers_that_never_end(start: Start, sent: bytes) -> None:
     raw = wire.connect(server)
     raw.sendall(wire.request("/version", b"", method="GET"))
     assert wire.status(wire.read_until(raw, b"}")) == 200
+
+
+@pytest.mark.parametrize("sent", [b"\r\n", b"GET /ver", b"GET /version HTTP/1.1\r\nx: "])
+def test_the_next_headers_have_their_time_too(start: Start, sent: bytes) -> None:
+    server = start(header_timeout_s=0.4)
+    raw = wire.connect(server)
+    for _ in range(2):
+        raw.sendall(wire.request("/version", b"", method="GET"))
+        assert wire.status(wire.read_until(raw, b"}")) == 200
+    raw.sendall(sent)
+    assert wire.read_all(raw) == b""
 
 
 def test_dripped_headers_do_not_reset_the_clock(start: Start) -> None:

@@ -115,10 +115,46 @@ def test_prompts_times_n_come_in_openais_order(client: openai.OpenAI, shared: Ru
     wanted = ["11:0", "11:1", "12:0", "12:1", "15:0", "15:1"]
     assert [choice.text for choice in answer.choices] == wanted
     assert answer.usage and answer.usage.prompt_tokens == 6, "every prompt once"
+    echoed = client.completions.create(model="base", prompt=ids, n=2, echo=True)
+    for choice, prompt in zip(echoed.choices, [p for p in ids for _ in range(2)], strict=True):
+        assert choice.text.startswith(asyncio.run(shared.front.tokenizer.decode(prompt)))
     texts = [""] * 6
     for chunk in client.completions.create(model="base", prompt=ids, n=2, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == wanted
+
+
+def test_cached_tokens_are_counted_once_a_prompt(start: Start) -> None:
+    server = start()
+    server.front.cached_tokens = 3
+    usage = server.complete(["the dog", "the fox"], n=2).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 6}
+    usage = server.chat(n=3, max_tokens=2).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 3}
+    assert usage["completion_tokens"] == 6
+
+
+def test_a_prompt_that_ends_inside_a_character(client: openai.OpenAI) -> None:
+    prompt = [*tokens("a"), tokens("😀")[0]]
+    answer = client.completions.create(
+        model="base", prompt=prompt, max_tokens=3, echo=True, logprobs=0
+    )
+    choice = answer.choices[0]
+    assert choice.text.startswith("a\ufffdh") and choice.logprobs
+    assert choice.logprobs.text_offset[:3] == [0, 1, len("a\ufffd")]
+
+
+def test_special_tokens_take_no_room_in_the_text(client: openai.OpenAI, shared: Running) -> None:
+    async def special(spec):
+        yield [*tokens("a"), 0, *tokens("b")]
+
+    shared.front.script = special
+    options = {"model": "base", "prompt": "x", "max_tokens": 3, "logprobs": 0}
+    choice = client.completions.create(**options).choices[0]
+    assert choice.text == "ab" and choice.logprobs.text_offset == [0, 1, 1]
+    whole = client.completions.create(**options, extra_body={"skip_special_tokens": False})
+    choice = whole.choices[0]
+    assert choice.text == "a<s>b" and choice.logprobs.text_offset == [0, 1, 4]
 
 
 def test_stop_string_and_eos(client: openai.OpenAI, shared: Running) -> None:

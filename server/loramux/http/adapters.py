@@ -9,7 +9,7 @@ import msgspec
 from fastapi import Query, Request
 from starlette.responses import Response
 
-from loramux.errors import LoramuxError, NotFound, Overloaded
+from loramux.errors import AdapterInvalid, LoramuxError, NotFound, Overloaded
 from loramux.front.catalog import AdapterView
 from loramux.front.front import Front
 from loramux.http.answers import ModelCard, encode
@@ -48,11 +48,7 @@ class Adapters:
         adapters = self._front.adapters
         upload = Upload(adapters, self._front.config)
         try:
-            try:
-                await upload.read(request)
-            except LoramuxError as exc:
-                self._exporter.uploaded(exc.code)
-                raise
+            await upload.read(request)
             before = self._find(upload.name)
             view = await adapters.create(
                 upload.name,
@@ -62,6 +58,11 @@ class Adapters:
                 wait_s=wait,
                 expected_generation=expected_generation,
             )
+        except LoramuxError as exc:
+            # The front counts the verdicts on what it registered.
+            if validate_only or not isinstance(exc, AdapterInvalid):
+                self._exporter.uploaded(exc.code)
+            raise
         finally:
             await upload.abort()
         known = before is not None and before.status == "ready" and before.digest == view.digest

@@ -54,6 +54,9 @@ class BoundedConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self._head_timer is None:
+            self._wait_for_head()  # uvicorn's keep-alive clock stops at any byte, a stray one too
         super().data_received(data)
         if self._in_head and not self.transport.is_closing():
             # httptools hands over a header only once it is whole, so bytes are counted here.

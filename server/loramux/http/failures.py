@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loramux.errors import InvalidRequest, LoramuxError, RequestError
+from loramux.errors import InvalidRequest, LoramuxError, NotFound, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def internal_error() -> LoramuxError:
 
 
 def failure(exc: LoramuxError, *, status: int | None = None) -> Response:
-    """The HTTP answer for one error; ``status`` only where HTTP itself refuses (405, 404)."""
+    """The HTTP answer for one error; ``status`` where HTTP itself refuses (405)."""
     headers = {}
     if exc.retry is not None:
         headers["x-should-retry"] = "true" if exc.retry else "false"
@@ -105,15 +105,14 @@ async def _on_query_error(_: Request, exc: Exception) -> Response:
 async def _on_http_error(_: Request, exc: Exception) -> Response:
     """Starlette's own refusals: no such route, or not with this method."""
     assert isinstance(exc, HTTPException)
+    refusal: RequestError
     if exc.status_code == 404:
-        answer = failure(
-            RequestError("no such route", code="route_not_found"), status=exc.status_code
-        )
+        refusal = NotFound("no such route", code="route_not_found")
     elif exc.status_code == 405:
         refusal = RequestError("this route does not take that method", code="method_not_allowed")
-        answer = failure(refusal, status=exc.status_code)
     else:
-        answer = failure(RequestError("the request cannot be served"), status=exc.status_code)
+        refusal = RequestError("the request cannot be served")
+    answer = failure(refusal, status=exc.status_code)
     answer.headers.update(exc.headers or {})
     return answer
 
