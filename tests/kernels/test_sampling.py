@@ -70,6 +70,7 @@ def test_cpu_equals_reference(
     top_p: float,
     position: int,
 ) -> None:
+    # Over 10 s only where the kernels are not in numba's cache yet: they compile here.
     rows = len(logits)
     how = params(rows, temperature=temperature, min_p=min_p, top_k=top_k, top_p=top_p)
     at = np.arange(position, position + rows, dtype=np.int64)
@@ -150,7 +151,9 @@ def test_frequencies_follow_the_distribution(size: int, temperature: float, top_
         drawn, _ = draw(logits, how, np.arange(start, start + step))
         counts += np.bincount(drawn, minlength=size)
     assert chi_square_fits(counts, distribution(row.astype(np.float64), temperature, top_p))
-    assert not chi_square_fits(counts, distribution(row.astype(np.float64), temperature * 1.25, top_p))
+    assert not chi_square_fits(
+        counts, distribution(row.astype(np.float64), temperature * 1.25, top_p)
+    )
 
 
 def test_choices_and_seeds_are_independent_streams() -> None:
@@ -214,7 +217,9 @@ def test_greedy_takes_the_lowest_id_of_the_greatest_logit() -> None:
         logits[0, at:] = 0.0
         logits[0, at] = -0.0
         for implementation in (cpu, reference):
-            drawn, _ = implementation.draw(logits, params(1, temperature=0.0), np.zeros(1, np.int64))
+            drawn, _ = implementation.draw(
+                logits, params(1, temperature=0.0), np.zeros(1, np.int64)
+            )
             assert drawn[0] == at
 
 

@@ -31,7 +31,8 @@ GROUP = 128
 _MASS_ONE = float(1 << 40)
 _NO_MASS = -28.0  # e^-28 < 2^-40
 _BINS = 32.0
-_KEEP_ALL = (0xFF000001 << 31) | 0x7FFFFFFF  # the rank key of -inf, with the greatest id
+# The rank key of -inf with the greatest id; numba would compile twice for a plain constant.
+_KEEP_ALL = np.int64((0xFF000001 << 31) | 0x7FFFFFFF)
 _LOG2E = 1.4426950408889634
 _LN2_HIGH = 6.93147180369123816490e-01
 _ROUND = 6755399441055744.0
@@ -337,9 +338,9 @@ def _top_k(row: Row, maxima: Row, count: Whole) -> Whole:
         places = np.empty(len(maxima), np.int64)
         for g in range(len(maxima)):
             places[g] = _rank_key(maxima[g], g)
-        low = _logit_of(_select(places, 0.0, 1.0, False, float(count)))
+        low = _logit_of(_select(places, low, 1.0, False, float(count)))
     keys = _gather(row, maxima, low, np.float32(np.inf), _KEEP_ALL)
-    return _select(keys, 0.0, 1.0, False, float(count))
+    return _select(keys, low, 1.0, False, float(count))
 
 
 @_jit
