@@ -70,6 +70,7 @@ def test_cpu_equals_reference(
     top_p: float,
     position: int,
 ) -> None:
+    # Over 10 s only where the kernels are not in numba's cache yet: they compile here.
     rows = len(logits)
     how = params(rows, temperature=temperature, min_p=min_p, top_k=top_k, top_p=top_p)
     at = np.arange(position, position + rows, dtype=np.int64)
@@ -109,6 +110,18 @@ def test_cpu_equals_reference_on_long_rows(scale: float, filters: dict[str, floa
     for start in range(0, 30, 3):
         at = np.arange(start, start + 3)
         assert cpu.draw(logits, how, at)[0].tolist() == reference.draw(logits, how, at)[0].tolist()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01])
+@pytest.mark.parametrize("top_k", [0, 9_000])
+@pytest.mark.parametrize("top_p", [0.37, 0.999])
+def test_mass_beyond_the_integers_of_float64(scale: float, top_k: int, top_p: float) -> None:
+    logits = torch.randn(1, 20_011, generator=torch.Generator().manual_seed(2)) * scale
+    how = params(1, top_k=top_k, top_p=top_p)  # 20,011 weights near 2^40: over 2^53 in all
+    logit, last = (end.item() for end in reference.cut(logits, how))
+    row = logits[0].numpy()
+    expected = np.flatnonzero((row > logit) | ((row == logit) & (np.arange(20_011) <= last)))
+    assert kept_by_cpu(row, how) == expected.tolist()
 
 
 def distribution(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,3 +136,15 @@ def test_golden_tokens(case: dict[str, object]) -> None:
     for implementation in (reference, cpu):
         drawn, bad = implementation.draw(logits, params_of(case), position)
         assert (drawn.tolist(), bad.tolist()) == ([case["token"]], [False])
+
+
+@pytest.mark.parametrize("implementation", [reference, cpu])
+def test_equal_scores_go_to_the_lowest_id(implementation: Any) -> None:
+    """Found by search: of 2^17 equal logits two hold the same least hash."""
+    tie = GOLDEN["tie"]
+    assert len({hashed(tie["seed"], 0, tie["position"], at) for at in tie["tokens"]}) == 1
+    how = params_of(
+        {"seed": tie["seed"], "choice": 0, "temperature": 1.0, "min_p": 0, "top_k": 0, "top_p": 1.0}
+    )
+    drawn, _ = implementation.draw(torch.zeros(1, 1 << 17), how, np.array([tie["position"]]))
+    assert drawn.tolist() == [min(tie["tokens"])]

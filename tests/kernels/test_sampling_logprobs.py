@@ -25,6 +25,7 @@ torch.set_num_threads(1)
 )
 @settings(deadline=None, max_examples=200)
 def test_logprobs_by_hand(size: int, values: list[float], count: int, seed: int) -> None:
+    # Over 10 s only where the kernels are not in numba's cache yet: they compile here.
     rng = np.random.default_rng(seed)
     logits = np.asarray(values, np.float32)[rng.integers(len(values), size=(3, size))]
     ids = rng.integers(size, size=3)

@@ -63,6 +63,18 @@ def random_batch() -> tuple[torch.Tensor, DrawParams, NDArray[np.int64]]:
     return logits, how, rng.integers(0, 2**34, 12)
 
 
+def tied_row() -> tuple[torch.Tensor, DrawParams, NDArray[np.int64]]:
+    """Equal logits, two of them with the same least hash, in blocks far apart."""
+    how = DrawParams(
+        temperature=np.ones(1),
+        log_min_p=np.full(1, -math.inf),
+        top_k=np.zeros(1, np.int64),
+        top_p=np.ones(1),
+        key=np.array([stream_key(GOLDEN["tie"]["seed"], 0)], np.uint64),
+    )
+    return torch.zeros(1, 1 << 17), how, np.array([GOLDEN["tie"]["position"]])
+
+
 def interpreted(*, target: Path) -> None:
     from loramux_kernels.sampling import triton_draw
 
@@ -70,19 +82,21 @@ def interpreted(*, target: Path) -> None:
     warnings.simplefilter("ignore", RuntimeWarning)
     drawn = [triton_draw.draw(*batch[:3])[0].tolist() for batch in golden_batches()]
     token, bad = triton_draw.draw(*random_batch())
-    target.write_text(json.dumps([drawn, token.tolist(), bad.tolist()]))
+    tie, _ = triton_draw.draw(*tied_row())
+    target.write_text(json.dumps([drawn, token.tolist(), bad.tolist(), tie.tolist()]))
 
 
 def test_interpreted_kernel_draws_the_same_tokens(tmp_path: Path) -> None:
     target = tmp_path / "drawn.json"
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, __file__, str(target)], env=environment, check=True)
-    golden, token, bad = json.loads(target.read_text())
+    golden, token, bad, tie = json.loads(target.read_text())
     assert golden == [expected for _, _, _, expected in golden_batches()]
     expected_token, expected_bad = reference.draw(*random_batch())
     assert token == expected_token.tolist()
     assert bad == expected_bad.tolist()
     assert sum(bad) == 3
+    assert tie == [min(GOLDEN["tie"]["tokens"])]
 
 
 @pytest.mark.parametrize("capability", [80, 90])

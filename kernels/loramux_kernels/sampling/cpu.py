@@ -31,7 +31,8 @@ GROUP = 128
 _MASS_ONE = float(1 << 40)
 _NO_MASS = -28.0  # e^-28 < 2^-40
 _BINS = 32.0
-_KEEP_ALL = (0xFF000001 << 31) | 0x7FFFFFFF  # the rank key of -inf, with the greatest id
+# The rank key of -inf with the greatest id; numba would compile twice for a plain constant.
+_KEEP_ALL = np.int64((0xFF000001 << 31) | 0x7FFFFFFF)
 _LOG2E = 1.4426950408889634
 _LN2_HIGH = 6.93147180369123816490e-01
 _ROUND = 6755399441055744.0
@@ -296,36 +297,40 @@ def _gather(row: Row, maxima: Row, low: Real, high: Real, cut: Whole) -> Int64:
 
 
 @_jit
-def _select(keys: Int64, peak: Real, temperature: Real, by_mass: bool, need: Real) -> Whole:
-    """The rank key at which ``keys``, in ascending order, first hold ``need``: a quickselect.
+def _select(
+    keys: Int64, peak: Real, temperature: Real, by_mass: bool, done: Whole, need: Real
+) -> Whole:
+    """The rank key at which ``done`` plus ``keys``, in ascending order, reach ``need``.
 
-    ``need`` is mass, or a number of ids; ``keys`` hold as much and lose their order.
+    Counted in mass or, where peak and temperature do not matter, in ids. A quickselect: ``keys``
+    lose their order. All that is added are integers, so the pivots do not influence the result.
     """
     low, high = 0, len(keys)
-    done = 0.0
-    while True:
+    pivot = np.int64(0)
+    while low < high:
         middle = (low + high) // 2
         pivot = keys[middle]
         keys[middle] = keys[high - 1]
         split = low
-        below = 0.0
+        below = np.int64(0)
         for i in range(low, high - 1):
             key = keys[i]
             if key < pivot:
                 keys[i] = keys[split]
                 keys[split] = key
                 split += 1
-                below += _mass(_logit_of(key), peak, temperature) if by_mass else 1.0
+                below += np.int64(_mass(_logit_of(key), peak, temperature)) if by_mass else 1
         keys[high - 1] = keys[split]
         keys[split] = pivot
-        own = _mass(_logit_of(pivot), peak, temperature) if by_mass else 1.0
-        if done + below >= need:
+        own = np.int64(_mass(_logit_of(pivot), peak, temperature)) if by_mass else np.int64(1)
+        if float(done + below) >= need:
             high = split
-        elif done + below + own >= need:
-            return pivot
+        elif float(done + below + own) >= need:
+            break
         else:
             done += below + own
             low = split + 1
+    return pivot
 
 
 @_jit
@@ -337,9 +342,9 @@ def _top_k(row: Row, maxima: Row, count: Whole) -> Whole:
         places = np.empty(len(maxima), np.int64)
         for g in range(len(maxima)):
             places[g] = _rank_key(maxima[g], g)
-        low = _logit_of(_select(places, 0.0, 1.0, False, float(count)))
+        low = _logit_of(_select(places, low, 1.0, False, np.int64(0), float(count)))
     keys = _gather(row, maxima, low, np.float32(np.inf), _KEEP_ALL)
-    return _select(keys, 0.0, 1.0, False, float(count))
+    return _select(keys, low, 1.0, False, np.int64(0), float(count))
 
 
 @_jit
@@ -356,7 +361,7 @@ def _top_p(row: Row, maxima: Row, temperature: Real, cut: Whole, share: Real) ->
     low = _least_logit(peak, temperature, -b / _BINS)
     high = _least_logit(peak, temperature, (1 - b) / _BINS) if b > 0 else np.float32(np.inf)
     keys = _gather(row, maxima, low, high, cut)
-    return _select(keys, peak, temperature, True, need - float(before))
+    return _select(keys, peak, temperature, True, before, need)
 
 
 @_jit
