@@ -103,7 +103,7 @@ def test_one_row_at_the_widths_of_a_real_model() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def random_matrix(out: int, inner: int) -> torch.Tensor:
-        return torch.randn(out, inner, generator=generator) * inner**-0.5
+        return torch.randn(out, inner, generator=generator).mul_(inner**-0.5)
 
     def layer() -> LayerWeights:
         matrices = {
@@ -115,8 +115,8 @@ def test_one_row_at_the_widths_of_a_real_model() -> None:
             "post_norm": torch.ones(576),
         }
         return LayerWeights(
-            **{field.name: matrices.get(field.name) for field in fields(LayerWeights)}
-        )  # type: ignore[arg-type]
+            **{f.name: matrices.get(f.name) for f in fields(LayerWeights)}  # type: ignore[arg-type]
+        )
 
     embedding = random_matrix(49152, 576)
     weights = Weights(embedding, (layer(), layer()), torch.ones(576), embedding)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 
+import numba
 import numpy as np
 import pytest
 import torch
 
-from loramux.model.layers.linear import INNER_BLOCK, MIN_ROWS, padded, project
+from loramux.model.layers import linear
+from loramux.model.layers.linear import FEW_ROWS, INNER_BLOCK, MIN_ROWS, padded, project
+from loramux_kernels.jit import set_num_threads
 
 ROWS = 520
 
@@ -16,17 +19,20 @@ ROWS = 520
 def defined(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """What ``project`` promises: fused multiply-adds along each block, then the blocks in order.
 
-    A fused multiply-add rounds once, which float64 does here for float32 factors; rounding twice
-    differs only within half a unit of float64, about once in 2^29 steps. (A last block of a single
-    column is one multiply-add into the total; no width of a model is odd.)
+    A block that is not full comes first. A fused multiply-add rounds once, which float64 does here
+    for float32 factors; rounding twice differs only within half a unit of float64, about once in
+    2^29 steps.
     """
     xs, ws = (t.numpy().astype(np.float64) for t in (x, weight))
     total = np.zeros((len(xs), len(ws)), np.float32)
-    for start in range(0, xs.shape[1], INNER_BLOCK):
+    ends = range(xs.shape[1] % INNER_BLOCK or INNER_BLOCK, xs.shape[1] + 1, INNER_BLOCK)
+    start = 0
+    for end in ends:
         part = np.zeros_like(total)
-        for k in range(start, min(start + INNER_BLOCK, xs.shape[1])):
+        for k in range(start, end):
             part = (xs[:, k, None] * ws[None, :, k] + part).astype(np.float32)
         total += part
+        start = end
     return torch.from_numpy(total)
 
 
@@ -44,7 +50,7 @@ def result(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def test_a_row_is_the_same_bits_among_any_number_of_rows(
     width_in: int, width_out: int, threads: int
 ) -> None:
-    torch.set_num_threads(threads)
+    set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     generator = torch.Generator().manual_seed(width_in)
     weight = torch.randn(width_out, width_in, generator=generator)
     x = torch.randn(ROWS, width_in, generator=generator)
@@ -56,8 +62,8 @@ def test_a_row_is_the_same_bits_among_any_number_of_rows(
         assert torch.equal(result(x[here], weight), everything[here]), rows
 
 
-@pytest.mark.parametrize("rows", [MIN_ROWS, 9, 40])
-@pytest.mark.parametrize("width_in", [5, INNER_BLOCK, INNER_BLOCK + 2, 576])
+@pytest.mark.parametrize("rows", [MIN_ROWS, FEW_ROWS, FEW_ROWS + 1, 40])
+@pytest.mark.parametrize("width_in", [1, 5, INNER_BLOCK, INNER_BLOCK + 1, 576])
 def test_the_sum_is_the_one_defined(rows: int, width_in: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     weight = torch.randn(37, width_in, generator=generator)
@@ -74,3 +80,13 @@ def test_integers_are_exact() -> None:
 
 def test_small_batches_are_padded() -> None:
     assert [padded(rows) for rows in (0, 1, MIN_ROWS, 9)] == [MIN_ROWS, MIN_ROWS, MIN_ROWS, 9]
+
+
+def test_another_blas_is_used_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the BLAS sums in its own order, our kernel keeps out of its way."""
+    used: list[int] = []
+    monkeypatch.setattr(linear, "_blas_sums_as_defined", lambda: False)
+    monkeypatch.setattr(linear, "project_few", lambda *args: used.append(1))
+    x, weight = torch.ones(MIN_ROWS, 20), torch.ones(9, 20)
+    assert torch.equal(result(x, weight), torch.full((MIN_ROWS, 9), 20.0))
+    assert not used

@@ -62,7 +62,8 @@ class Decoder:
         if max(rows, num_scored) > self.max_tokens:
             raise ValueError(f"{rows} rows, {num_scored} scored: at most {self.max_tokens} fit")
         work = self._workspace.first(padded(rows))
-        # Padding rows go through everything but attention, which never writes them.
+        # Padding rows go through everything but attention, which never writes them; they must not
+        # keep what earlier batches left there.
         work.hidden[rows:].zero_()
         work.attended[rows:].zero_()
         work.residual.zero_()
