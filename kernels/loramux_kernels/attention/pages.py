@@ -55,6 +55,8 @@ class Pages:
             )
         if (np.diff(self.row_start) > self.context).any():
             raise ValueError("Pages: a request has more rows than context")
+        if not self.offsets.flags.c_contiguous:
+            raise ValueError("Pages: offsets must be contiguous")
         rows = np.diff(self.row_start)
         owners = np.repeat(np.arange(requests, dtype=np.int32), rows)
         object.__setattr__(self, "request_of_row", owners)
