@@ -36,12 +36,12 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "server"), str(ROOT / "kernels")]
 
 
+from tests.harness import install_adapter  # noqa: E402
 
 from loramux.config import ServerConfig  # noqa: E402
 from loramux.engine.assemble import Assembled, assemble  # noqa: E402
 from loramux.request import AdapterRef, SamplingParams  # noqa: E402
 from loramux.wire import Submit  # noqa: E402
-from tests.harness import install_adapter  # noqa: E402
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 576,

@@ -20,7 +20,7 @@ _TILE = 8
 independent chains keep the multipliers busy."""
 
 
-@parallel
+@parallel("void(float32[:,::1], float32[:,::1], float32[:,::1], int64)")
 def project_few(out: Any, x: Any, weight: Any, inner_block: int) -> None:
     """``out[T, n] = x[T, k] @ weight[n, k]^T``; float32, contiguous, ``n >= 8``."""
     rows, width_in = x.shape
