@@ -6,9 +6,10 @@ a split, each split is a program of its own (Flash-Decoding) and a second kernel
 in order; a row with one part gets the same bits as without folding.
 """
 
-from __future__ import annotations
+# Triton reads the kernels' annotations as code: only constexpr may stand there.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-from typing import Any
+from __future__ import annotations
 
 import torch
 import triton
@@ -54,6 +55,7 @@ def rope_store(
         HALF=half,
         BLOCK=triton.next_power_of_2(half),
         num_warps=1,
+        enable_fp_fusion=True,
     )
 
 
@@ -110,6 +112,7 @@ def paged_attention(
         ALONE=splits == 1,
         PRECISION="tf32" if qkv.dtype != torch.float32 else "tf32x3",
         num_warps=4,
+        enable_fp_fusion=True,
         num_stages=2,
     )
     if splits == 1:
@@ -129,27 +132,28 @@ def paged_attention(
         BLOCK_D=triton.next_power_of_2(pages.head_dim),
         SPLIT=SPLIT,
         num_warps=1,
+        enable_fp_fusion=True,
     )
 
 
-@triton.jit(do_not_specialize=["max_pages"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["max_pages"])
 def rope_store_kernel(
-    qkv: Any,
-    cos: Any,
-    sin: Any,
-    positions: Any,
-    pool: Any,
-    offsets: Any,
-    request_of_row: Any,
-    row_start: Any,
-    context: Any,
-    max_pages: Any,
+    qkv,
+    cos,
+    sin,
+    positions,
+    pool,
+    offsets,
+    request_of_row,
+    row_start,
+    context,
+    max_pages,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """A program per (row, head of q, k or v)."""
     row, head = tl.program_id(0), tl.program_id(1)
     lanes = tl.arange(0, BLOCK)
@@ -180,22 +184,22 @@ def rope_store_kernel(
         tl.store(to + HALF, second.to(pool.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["max_pages", "head_rows", "window"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["max_pages", "head_rows", "window"])
 def attention_kernel(
-    out: Any,
-    parts: Any,
-    bounds: Any,
-    qkv: Any,
-    pool: Any,
-    offsets: Any,
-    block_request: Any,
-    block_row: Any,
-    row_start: Any,
-    context: Any,
-    max_pages: Any,
-    head_rows: Any,
-    scale: Any,
-    window: Any,
+    out,
+    parts,
+    bounds,
+    qkv,
+    pool,
+    offsets,
+    block_request,
+    block_row,
+    row_start,
+    context,
+    max_pages,
+    head_rows,
+    scale,
+    window,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
@@ -208,7 +212,7 @@ def attention_kernel(
     SPLIT: tl.constexpr,
     ALONE: tl.constexpr,
     PRECISION: tl.constexpr,
-) -> None:
+):
     """A program per (block of a request's rows, KV head, split of the context)."""
     block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     request = tl.load(block_request + block)
@@ -273,21 +277,21 @@ def attention_kernel(
         tl.store(bounds + lane * 2 + 1, mass, mask=real)
 
 
-@triton.jit(do_not_specialize=["head_rows", "window"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["head_rows", "window"])
 def fold_kernel(
-    out: Any,
-    parts: Any,
-    bounds: Any,
-    request_of_row: Any,
-    row_start: Any,
-    context: Any,
-    head_rows: Any,
-    window: Any,
+    out,
+    parts,
+    bounds,
+    request_of_row,
+    row_start,
+    context,
+    head_rows,
+    window,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr,
-) -> None:
+):
     """A program per (row, head): the row's own splits in order."""
     row, head = tl.program_id(0), tl.program_id(1)
     request = tl.load(request_of_row + row)

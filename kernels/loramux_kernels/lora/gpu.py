@@ -4,9 +4,10 @@ Everything is widened to fp32 on load and narrowed on store. Half-precision valu
 mantissa, so the tensor cores multiply them exactly; anything wider takes three TF32 products.
 """
 
-from __future__ import annotations
+# Triton reads the kernels' annotations as code: only constexpr may stand there.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-from typing import Any
+from __future__ import annotations
 
 import torch
 import triton
@@ -73,6 +74,7 @@ def add_lora(
         PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
         **common,
         num_warps=4,
+        enable_fp_fusion=True,
         num_stages=3,
     )
     dispatch.calls["gpu:expand"] += 1
@@ -97,20 +99,21 @@ def add_lora(
         ROW_WIDTH=row_width,
         **common,
         num_warps=4,
+        enable_fp_fusion=True,
         num_stages=3,
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _vectors(
-    arena: Any,
-    slices: Any,
-    element: Any,
-    known: Any,
+    arena,
+    slices,
+    element,
+    known,
     DTYPE: tl.constexpr,
     SLICE_BYTES: tl.constexpr,
     CHUNK: tl.constexpr,
-) -> Any:
+):
     """One chunk of each vector whose next element is ``element[i]``, as fp32 [vectors, CHUNK]."""
     ITEMSIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
     PER_SLICE: tl.constexpr = SLICE_BYTES // ITEMSIZE
@@ -122,14 +125,14 @@ def _vectors(
     return tl.load(pool + at[:, None] + lanes[None, :], mask=known[:, None], other=0).to(tl.float32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _project(
-    x: Any,
-    real: Any,
-    arena: Any,
-    slices: Any,
-    element: Any,
-    known: Any,
+    x,
+    real,
+    arena,
+    slices,
+    element,
+    known,
     DTYPE: tl.constexpr,
     WIDTH: tl.constexpr,
     SLICE_BYTES: tl.constexpr,
@@ -137,7 +140,7 @@ def _project(
     ROWS: tl.constexpr,
     RANKS: tl.constexpr,
     PRECISION: tl.constexpr,
-) -> Any:
+):
     """``x A^T`` [ROWS, RANKS] for rows at the pointers ``x`` and the vectors from ``element``."""
     lanes = tl.arange(0, CHUNK)
     acc = tl.zeros((ROWS, RANKS), dtype=tl.float32)
@@ -149,26 +152,26 @@ def _project(
     return acc
 
 
-@triton.jit(do_not_specialize=["layer", "pitch"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["layer", "pitch"])
 def shrink_kernel(
-    h: Any,
-    x: Any,
-    arena: Any,
-    slices: Any,
-    list_start: Any,
-    dtype: Any,
-    a_offset: Any,
-    rank: Any,
-    scale: Any,
-    row_start: Any,
-    slot: Any,
-    request_scale: Any,
-    run_of_entry: Any,
-    pair_start: Any,
-    entry_block: Any,
-    entry_block_row: Any,
-    layer: Any,
-    pitch: Any,
+    h,
+    x,
+    arena,
+    slices,
+    list_start,
+    dtype,
+    a_offset,
+    rank,
+    scale,
+    row_start,
+    slot,
+    request_scale,
+    run_of_entry,
+    pair_start,
+    entry_block,
+    entry_block_row,
+    layer,
+    pitch,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
     LAYERS: tl.constexpr,
@@ -178,7 +181,7 @@ def shrink_kernel(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     RANKS: tl.constexpr,
-) -> None:
+):
     """``h[row, entry, j] = c s A_j x[row]``: a program per (entry's row block, module, ranks)."""
     block, which, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     entry = tl.load(entry_block + block)
@@ -219,21 +222,21 @@ def shrink_kernel(
     tl.store(h + to[:, None] + ranks[None, :], acc, mask=real[:, None] & known[None, :])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _lift(
-    acc: Any,
-    h: Any,
-    real: Any,
-    arena: Any,
-    slices: Any,
-    element: Any,
-    padded: Any,
-    vectors: Any,
+    acc,
+    h,
+    real,
+    arena,
+    slices,
+    element,
+    padded,
+    vectors,
     DTYPE: tl.constexpr,
     SLICE_BYTES: tl.constexpr,
     CHUNK: tl.constexpr,
     RANKS: tl.constexpr,
-) -> Any:
+):
     """``acc + h B`` [ROWS, CHUNK] for one chunk of every vector of B, in order."""
     for j in range(0, vectors, RANKS):
         ranks = j + tl.arange(0, RANKS)
@@ -245,25 +248,25 @@ def _lift(
     return acc
 
 
-@triton.jit(do_not_specialize=["layer", "pitch"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["layer", "pitch"])
 def expand_kernel(
-    y: Any,
-    h: Any,
-    arena: Any,
-    slices: Any,
-    list_start: Any,
-    dtype: Any,
-    b_offset: Any,
-    rank: Any,
-    out_width: Any,
-    row_start: Any,
-    entry_start: Any,
-    slot: Any,
-    pair_start: Any,
-    run_block: Any,
-    run_block_row: Any,
-    layer: Any,
-    pitch: Any,
+    y,
+    h,
+    arena,
+    slices,
+    list_start,
+    dtype,
+    b_offset,
+    rank,
+    out_width,
+    row_start,
+    entry_start,
+    slot,
+    pair_start,
+    run_block,
+    run_block_row,
+    layer,
+    pitch,
     ROW_WIDTH: tl.constexpr,
     LAYERS: tl.constexpr,
     FIRST_MODULE: tl.constexpr,
@@ -272,7 +275,7 @@ def expand_kernel(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     RANKS: tl.constexpr,
-) -> None:
+):
     """``y[row] += sum_entries h B``: a program per (run's row block, module, chunk of columns),
     the only writer of its elements, so the order is that of the entries."""
     block, which, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
