@@ -34,6 +34,12 @@ def _module(package: str, backend: Backend) -> Any:
     return import_module(f"{package}.{backend}")
 
 
+def warm_up() -> None:
+    """Compile every CPU kernel, or load it from numba's cache on disk."""
+    for operation in ("attention", "lora", "norm"):
+        _module(f"loramux_kernels.{operation}", "cpu")
+
+
 def _natural(tensor: torch.Tensor) -> Backend:
     if tensor.is_cuda:
         return "gpu"

@@ -17,10 +17,17 @@ numba.config.THREADING_LAYER = "omp"
 F = TypeVar("F", bound=Callable[..., object])
 
 
-def parallel(function: F) -> F:
-    """Compile an entry point: parallel loops, no GIL, cached on disk."""
-    compiled: F = numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")(function)
-    return compiled
+def parallel(signature: str) -> Callable[[F], F]:
+    """Compile an entry point for one signature when its module is imported: parallel loops, no
+    GIL, cached on disk. Operands of another dtype or layout raise TypeError, they never compile
+    a second form while a request waits."""
+
+    def compile_(function: F) -> F:
+        options = {"parallel": True, "nogil": True, "cache": True, "error_model": "numpy"}
+        compiled: F = numba.njit(signature, **options)(function)
+        return compiled
+
+    return compile_
 
 
 def inner(function: F) -> F:

@@ -36,6 +36,8 @@ def rope_store(
             f"rope_store: cos and sin must be [positions, {pages.head_dim // 2}], "
             f"got {list(cos.shape)} and {list(sin.shape)}"
         )
+    if not (cos.is_contiguous() and sin.is_contiguous() and positions.is_contiguous()):
+        raise ValueError("rope_store: cos, sin and positions must be contiguous")
     implementation(__name__, qkv).rope_store(
         qkv, cos, sin, positions, arena, pages, layer, num_heads
     )

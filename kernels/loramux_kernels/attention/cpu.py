@@ -103,7 +103,10 @@ def _turn(qkv: Any, at: int, cos: Any, sin: Any, angle: int, half: int) -> None:
         simd.store_part(qkv, at + half + d, simd.fma(second, c, simd.mul(first, s)), left)
 
 
-@parallel
+@parallel(
+    "void(float32[:,::1], float32[:,::1], float32[:,::1], int64[::1], uint8[::1],"
+    " int64[:,:,::1], int64, int32[::1], int32[::1], int32[::1], int64, int64, int64, int64)"
+)
 def _rope_store(
     qkv: Any,
     cos: Any,
@@ -179,7 +182,91 @@ def _scaled_sum(
             simd.store_part(acc, at + d, s, left)
 
 
-@parallel
+@inner
+def _attend_items(
+    thread: int,
+    threads: int,
+    out: Any,
+    qkv: Any,
+    columns: int,
+    pool: Any,
+    offsets: Any,
+    layer: int,
+    block_request: Any,
+    block_row: Any,
+    row_start: Any,
+    context: Any,
+    page_tokens: int,
+    kv_heads: int,
+    dim: int,
+    heads: int,
+    parts: int,
+    scale: float,
+    window: int,
+) -> None:
+    """Every ``threads``-th item: a block of a request's rows, and a KV head's query heads or,
+    with ``parts`` > 1, a share of them."""
+    blocks = len(block_row)
+    group = heads // kv_heads
+    part = group // parts
+    scales = simd.splat(np.float32(scale))
+    acc = np.empty(ROW_BLOCK * part * dim, dtype=np.float32)
+    top = np.empty(ROW_BLOCK * part, dtype=np.float32)
+    mass = np.empty(ROW_BLOCK * part, dtype=np.float32)
+    keys = np.empty(KEY_BLOCK, dtype=np.int64)
+    values = np.empty(KEY_BLOCK, dtype=np.int64)
+    weights = np.empty(KEY_BLOCK, dtype=np.float32)
+    for item in range(thread, blocks * kv_heads * parts, threads):
+        block = item // (kv_heads * parts)
+        kv_head = item // parts % kv_heads
+        first_head = kv_head * group + item % parts * part
+        request = block_request[block]
+        row = block_row[block]
+        rows = min(ROW_BLOCK, row_start[request + 1] - row)
+        # The token that the block's first row is, in its request.
+        token = context[request] - (row_start[request + 1] - row)
+        acc[:] = 0
+        top[:] = -np.inf
+        mass[:] = 0
+        start = max(0, token + 1 - window) if window > 0 else 0
+        for base in range(start // KEY_BLOCK * KEY_BLOCK, token + rows, KEY_BLOCK):
+            for i in range(min(KEY_BLOCK, token + rows - base)):
+                if base + i >= start:
+                    page = offsets[layer, request, (base + i) // page_tokens] // 4
+                    within = kv_head * page_tokens + (base + i) % page_tokens
+                    keys[i] = page + within * dim
+                    values[i] = keys[i] + kv_heads * page_tokens * dim
+            for r in range(rows):
+                last = min(KEY_BLOCK, token + r + 1 - base)
+                first = max(0, token + r + 1 - window - base) if window > 0 else 0
+                if first >= last:
+                    continue
+                for g in range(part):
+                    q = (row + r) * columns + (first_head + g) * dim
+                    weights[:] = -np.inf
+                    for i in range(first, last):
+                        weights[i] = _dot(qkv, q, pool, keys[i], dim)
+                    s = simd.mul(scales, simd.load(weights, 0))
+                    state = r * part + g
+                    above = max(top[state], simd.largest(s))
+                    s = simd.exp(simd.add(s, simd.splat(-above)))
+                    simd.store(weights, 0, s)
+                    keep = np.exp(top[state] - above)
+                    top[state] = above
+                    mass[state] = mass[state] * keep + simd.total(s)
+                    _scaled_sum(acc, state * dim, keep, weights, first, last, pool, values, dim)
+        for r in range(rows):
+            for g in range(part):
+                state = r * part + g
+                to = (row + r) * heads * dim + (first_head + g) * dim
+                for d in range(dim):
+                    out[to + d] = acc[state * dim + d] / mass[state]
+
+
+@parallel(
+    "void(float32[:,::1], float32[:,::1], uint8[::1], int64[:,:,::1], int64, int32[::1],"
+    " int32[::1], int32[::1], int32[::1], int64, int64, int64, int64, float64, int64, int64)"
+)
 def _paged_attention(
     out: Any,
     qkv: Any,
@@ -201,61 +288,27 @@ def _paged_attention(
     pool = arena.view(np.float32)
     columns = qkv.shape[1]
     out, qkv = out.reshape(-1), qkv.reshape(-1)
-    group = heads // kv_heads
-    blocks = len(block_row)
     # One lone long row must still occupy every thread: then each query head is its own item.
-    parts = group if blocks * kv_heads < 4 * threads else 1
-    part = group // parts
-    scales = simd.splat(np.float32(scale))
+    parts = heads // kv_heads if len(block_row) * kv_heads < 4 * threads else 1
     for thread in prange(threads):
-        acc = np.empty(ROW_BLOCK * part * dim, dtype=np.float32)
-        top = np.empty(ROW_BLOCK * part, dtype=np.float32)
-        mass = np.empty(ROW_BLOCK * part, dtype=np.float32)
-        keys = np.empty(KEY_BLOCK, dtype=np.int64)
-        values = np.empty(KEY_BLOCK, dtype=np.int64)
-        weights = np.empty(KEY_BLOCK, dtype=np.float32)
-        for item in range(thread, blocks * kv_heads * parts, threads):
-            block = item // (kv_heads * parts)
-            kv_head = item // parts % kv_heads
-            first_head = kv_head * group + item % parts * part
-            request = block_request[block]
-            row = block_row[block]
-            rows = min(ROW_BLOCK, row_start[request + 1] - row)
-            # The token that the block's first row is, in its request.
-            token = context[request] - (row_start[request + 1] - row)
-            acc[:] = 0
-            top[:] = -np.inf
-            mass[:] = 0
-            start = max(0, token + 1 - window) if window > 0 else 0
-            for base in range(start // KEY_BLOCK * KEY_BLOCK, token + rows, KEY_BLOCK):
-                for i in range(min(KEY_BLOCK, token + rows - base)):
-                    if base + i >= start:
-                        page = offsets[layer, request, (base + i) // page_tokens] // 4
-                        within = kv_head * page_tokens + (base + i) % page_tokens
-                        keys[i] = page + within * dim
-                        values[i] = keys[i] + kv_heads * page_tokens * dim
-                for r in range(rows):
-                    last = min(KEY_BLOCK, token + r + 1 - base)
-                    first = max(0, token + r + 1 - window - base) if window > 0 else 0
-                    if first >= last:
-                        continue
-                    for g in range(part):
-                        q = (row + r) * columns + (first_head + g) * dim
-                        weights[:] = -np.inf
-                        for i in range(first, last):
-                            weights[i] = _dot(qkv, q, pool, keys[i], dim)
-                        s = simd.mul(scales, simd.load(weights, 0))
-                        state = r * part + g
-                        above = max(top[state], simd.largest(s))
-                        s = simd.exp(simd.add(s, simd.splat(-above)))
-                        simd.store(weights, 0, s)
-                        keep = np.exp(top[state] - above)
-                        top[state] = above
-                        mass[state] = mass[state] * keep + simd.total(s)
-                        _scaled_sum(acc, state * dim, keep, weights, first, last, pool, values, dim)
-            for r in range(rows):
-                for g in range(part):
-                    state = r * part + g
-                    to = (row + r) * heads * dim + (first_head + g) * dim
-                    for d in range(dim):
-                        out[to + d] = acc[state * dim + d] / mass[state]
+        _attend_items(
+            thread,
+            threads,
+            out,
+            qkv,
+            columns,
+            pool,
+            offsets,
+            layer,
+            block_request,
+            block_row,
+            row_start,
+            context,
+            page_tokens,
+            kv_heads,
+            dim,
+            heads,
+            parts,
+            scale,
+            window,
+        )

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from loramux_kernels.blocks import row_blocks
+from loramux_kernels.mirror import mirror
 
 ROW_BLOCK = 8
 """Rows of one request that a work item takes together, so that they read each key once."""
@@ -38,6 +39,7 @@ class Pages:
     request_of_row: npt.NDArray[np.int32] = field(init=False)
     block_request: npt.NDArray[np.int32] = field(init=False)
     block_row: npt.NDArray[np.int32] = field(init=False)
+    _tensors: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         requests = len(self.context)
@@ -55,12 +57,23 @@ class Pages:
             )
         if (np.diff(self.row_start) > self.context).any():
             raise ValueError("Pages: a request has more rows than context")
+        if not self.offsets.flags.c_contiguous:
+            raise ValueError("Pages: offsets must be contiguous")
         rows = np.diff(self.row_start)
         owners = np.repeat(np.arange(requests, dtype=np.int32), rows)
         object.__setattr__(self, "request_of_row", owners)
         block_request, block_row = row_blocks(rows, self.row_start[:-1], ROW_BLOCK)
         object.__setattr__(self, "block_request", block_request)
         object.__setattr__(self, "block_row", block_row)
+
+    def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The arrays on ``device``, brought there once."""
+        if not self._tensors:
+            arrays = {
+                name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)
+            }
+            self._tensors.update(mirror(arrays, device))
+        return self._tensors
 
     @property
     def num_rows(self) -> int:

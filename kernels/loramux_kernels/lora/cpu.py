@@ -13,6 +13,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numba import prange
 
 from loramux_kernels import dispatch, simd
 from loramux_kernels.jit import inner, parallel
@@ -87,12 +88,9 @@ def _shrink_with(load: Any) -> Any:
     @inner
     def rest(s: Any, x: Any, at: int, w: Any, a: int, length: int) -> Any:
         first = s[0]
-        left = length % 16
-        for k in range(0, length - left, 16):
-            first = simd.fma(simd.load(x, at + k), load(w, a + k), first)
-        if left:
-            k = length - left
-            first = simd.fma(simd.load_part(x, at + k, left), load(w, a + k), first)
+        for k in range(0, length, 16):
+            part = simd.load_part(x, at + k, min(16, length - k))
+            first = simd.fma(part, load(w, a + k), first)
         return first, s[1], s[2], s[3]
 
     @inner
@@ -248,7 +246,163 @@ _shrink_f16, _expand_f16 = _shrink_with(_load_f16), _expand_with(_load_f16)
 _shrink_bf16, _expand_bf16 = _shrink_with(_load_bf16), _expand_with(_load_bf16)
 
 
-@parallel
+@inner
+def _shrink_items(
+    thread: int,
+    threads: int,
+    f32: Any,
+    u16: Any,
+    slices: Any,
+    slice_bytes: int,
+    chunk: int,
+    list_start: Any,
+    dtype: Any,
+    a_offset: Any,
+    rank: Any,
+    scale: Any,
+    layer: int,
+    first_module: int,
+    modules: int,
+    in_width: int,
+    row_start: Any,
+    slot: Any,
+    request_scale: Any,
+    run_of_entry: Any,
+    pair_start: Any,
+    entry_block: Any,
+    entry_block_row: Any,
+    rank_tiles: int,
+    x: Any,
+    h: Any,
+) -> None:
+    """Every ``threads``-th item: a block of one entry's rows, a module, a tile of ranks."""
+    in_padded = (in_width + chunk - 1) // chunk * chunk
+    pitch = rank_tiles * RANK_TILE
+    blocks = len(entry_block)
+    for item in range(thread, blocks * modules * rank_tiles, threads):
+        block = item % blocks
+        which = item // blocks % modules
+        module = first_module + which
+        first = item // (blocks * modules) * RANK_TILE
+        entry = entry_block[block]
+        adapter = slot[entry]
+        vectors = min(RANK_TILE, rank[adapter, layer, module] - first)
+        if vectors <= 0:
+            continue
+        run = run_of_entry[entry]
+        row = entry_block_row[block]
+        rows = min(ROW_BLOCK, row_start[run + 1] - row)
+        pair = pair_start[entry] + row - row_start[run]
+        args = (
+            slices,
+            list_start[adapter],
+            a_offset[adapter, layer, module] + first * in_padded,
+            in_padded,
+            vectors,
+            x,
+            row * in_width,
+            in_width,
+            rows,
+            h,
+            (pair * modules + which) * pitch + first,
+            modules * pitch,
+            request_scale[entry] * scale[adapter, layer, module],
+        )
+        if dtype[adapter] == 0:
+            _shrink_f32(f32, slice_bytes // 4, *args)
+        elif dtype[adapter] == 1:
+            _shrink_f16(u16, slice_bytes // 2, *args)
+        else:
+            _shrink_bf16(u16, slice_bytes // 2, *args)
+
+
+@inner
+def _expand_items(
+    thread: int,
+    threads: int,
+    f32: Any,
+    u16: Any,
+    slices: Any,
+    slice_bytes: int,
+    chunk: int,
+    list_start: Any,
+    dtype: Any,
+    b_offset: Any,
+    rank: Any,
+    layer: int,
+    first_module: int,
+    modules: int,
+    out_widths: Any,
+    row_start: Any,
+    entry_start: Any,
+    slot: Any,
+    pair_start: Any,
+    run_block: Any,
+    run_block_row: Any,
+    rank_tiles: int,
+    y: Any,
+    row_width: int,
+    h: Any,
+) -> None:
+    """Every ``threads``-th item: a block of one run's rows, a module, a tile of columns."""
+    pitch = rank_tiles * RANK_TILE
+    blocks = len(run_block)
+    widest = 0
+    for module in range(first_module, first_module + modules):
+        widest = max(widest, out_widths[module])
+    column_tiles = (widest + COLUMN_TILE - 1) // COLUMN_TILE
+    for item in range(thread, blocks * modules * column_tiles, threads):
+        block = item % blocks
+        which = item // blocks % modules
+        module = first_module + which
+        run = run_block[block]
+        row = run_block_row[block]
+        rows = min(ROW_BLOCK, row_start[run + 1] - row)
+        # A lone row reads whole vectors, as one stream; many rows of y stay in the cache.
+        tile = widest if rows == 1 and blocks >= threads else COLUMN_TILE
+        column = item // (blocks * modules) * tile
+        out_width = out_widths[module]
+        columns = min(tile, out_width - column)
+        if columns <= 0:
+            continue
+        before = 0
+        for other in range(first_module, module):
+            before += out_widths[other]
+        out_padded = (out_width + chunk - 1) // chunk * chunk
+        for entry in range(entry_start[run], entry_start[run + 1]):
+            adapter = slot[entry]
+            pair = pair_start[entry] + row - row_start[run]
+            args = (
+                slices,
+                list_start[adapter],
+                b_offset[adapter, layer, module] + column,
+                out_padded,
+                rank[adapter, layer, module],
+                y,
+                row * row_width + before + column,
+                row_width,
+                columns,
+                rows,
+                h,
+                (pair * modules + which) * pitch,
+                modules * pitch,
+            )
+            if dtype[adapter] == 0:
+                _expand_f32(f32, slice_bytes // 4, *args)
+            elif dtype[adapter] == 1:
+                _expand_f16(u16, slice_bytes // 2, *args)
+            else:
+                _expand_bf16(u16, slice_bytes // 2, *args)
+
+
+@parallel(
+    "void(float32[:,::1], float32[:,::1], uint8[::1],"
+    " int64[::1], int64, int64, int64[::1], int32[::1],"
+    " int64[:,:,::1], int64[:,:,::1], int32[:,:,::1], float32[:,:,::1],"
+    " int64, int64, int64, int64[::1], int64[::1],"
+    " int32[::1], int32[::1], int32[::1], float32[::1], int32[::1], int32[::1],"
+    " int32[::1], int32[::1], int32[::1], int32[::1], int64, int64)"
+)
 def _add_lora(
     y: Any,
     x: Any,
@@ -283,95 +437,63 @@ def _add_lora(
     f32, u16 = arena.view(np.float32), arena.view(np.uint16)
     x, y, row_width = x.reshape(-1), y.reshape(-1), y.shape[1]
     in_width = in_widths[first_module]
-    in_padded = (in_width + chunk - 1) // chunk * chunk
     rank_tiles = (top_rank + RANK_TILE - 1) // RANK_TILE
     # h[pair, module, rank]: one small vector per (row, entry).
-    pitch = rank_tiles * RANK_TILE
-    h = np.empty(pair_start[-1] * modules * pitch, dtype=np.float32)
-
-    blocks = len(entry_block)
-    for thread in numba.prange(threads):
-        for item in range(thread, blocks * modules * rank_tiles, threads):
-            block = item % blocks
-            which = item // blocks % modules
-            module = first_module + which
-            first = item // (blocks * modules) * RANK_TILE
-            entry = entry_block[block]
-            adapter = slot[entry]
-            vectors = min(RANK_TILE, rank[adapter, layer, module] - first)
-            if vectors <= 0:
-                continue
-            run = run_of_entry[entry]
-            row = entry_block_row[block]
-            rows = min(ROW_BLOCK, row_start[run + 1] - row)
-            pair = pair_start[entry] + row - row_start[run]
-            args = (
-                slices,
-                list_start[adapter],
-                a_offset[adapter, layer, module] + first * in_padded,
-                in_padded,
-                vectors,
-                x,
-                row * in_width,
-                in_width,
-                rows,
-                h,
-                (pair * modules + which) * pitch + first,
-                modules * pitch,
-                request_scale[entry] * scale[adapter, layer, module],
-            )
-            if dtype[adapter] == 0:
-                _shrink_f32(f32, slice_bytes // 4, *args)
-            elif dtype[adapter] == 1:
-                _shrink_f16(u16, slice_bytes // 2, *args)
-            else:
-                _shrink_bf16(u16, slice_bytes // 2, *args)
-
-    blocks = len(run_block)
-    widest = 0
-    for module in range(first_module, first_module + modules):
-        widest = max(widest, out_widths[module])
-    column_tiles = (widest + COLUMN_TILE - 1) // COLUMN_TILE
-    for thread in numba.prange(threads):
-        for item in range(thread, blocks * modules * column_tiles, threads):
-            block = item % blocks
-            which = item // blocks % modules
-            module = first_module + which
-            run = run_block[block]
-            row = run_block_row[block]
-            rows = min(ROW_BLOCK, row_start[run + 1] - row)
-            # A lone row reads whole vectors, as one stream; many rows of y stay in the cache.
-            tile = widest if rows == 1 and blocks >= threads else COLUMN_TILE
-            column = item // (blocks * modules) * tile
-            out_width = out_widths[module]
-            columns = min(tile, out_width - column)
-            if columns <= 0:
-                continue
-            before = 0
-            for other in range(first_module, module):
-                before += out_widths[other]
-            out_padded = (out_width + chunk - 1) // chunk * chunk
-            for entry in range(entry_start[run], entry_start[run + 1]):
-                adapter = slot[entry]
-                pair = pair_start[entry] + row - row_start[run]
-                args = (
-                    slices,
-                    list_start[adapter],
-                    b_offset[adapter, layer, module] + column,
-                    out_padded,
-                    rank[adapter, layer, module],
-                    y,
-                    row * row_width + before + column,
-                    row_width,
-                    columns,
-                    rows,
-                    h,
-                    (pair * modules + which) * pitch,
-                    modules * pitch,
-                )
-                if dtype[adapter] == 0:
-                    _expand_f32(f32, slice_bytes // 4, *args)
-                elif dtype[adapter] == 1:
-                    _expand_f16(u16, slice_bytes // 2, *args)
-                else:
-                    _expand_bf16(u16, slice_bytes // 2, *args)
+    h = np.empty(pair_start[-1] * modules * rank_tiles * RANK_TILE, dtype=np.float32)
+    for thread in prange(threads):
+        _shrink_items(
+            thread,
+            threads,
+            f32,
+            u16,
+            slices,
+            slice_bytes,
+            chunk,
+            list_start,
+            dtype,
+            a_offset,
+            rank,
+            scale,
+            layer,
+            first_module,
+            modules,
+            in_width,
+            row_start,
+            slot,
+            request_scale,
+            run_of_entry,
+            pair_start,
+            entry_block,
+            entry_block_row,
+            rank_tiles,
+            x,
+            h,
+        )
+    for thread in prange(threads):
+        _expand_items(
+            thread,
+            threads,
+            f32,
+            u16,
+            slices,
+            slice_bytes,
+            chunk,
+            list_start,
+            dtype,
+            b_offset,
+            rank,
+            layer,
+            first_module,
+            modules,
+            out_widths,
+            row_start,
+            entry_start,
+            slot,
+            pair_start,
+            run_block,
+            run_block_row,
+            rank_tiles,
+            y,
+            row_width,
+            h,
+        )

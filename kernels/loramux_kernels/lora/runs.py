@@ -8,9 +8,11 @@ from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from loramux_kernels.blocks import row_blocks
 from loramux_kernels.lora.table import SITES, AdapterTable
+from loramux_kernels.mirror import mirror
 
 ROW_BLOCK = 16
 """Rows that one work item takes together, so that they read each weight from memory once."""
@@ -38,6 +40,7 @@ class Runs:
     entry_block_row: npt.NDArray[np.int32] = field(init=False)
     run_block: npt.NDArray[np.int32] = field(init=False)
     run_block_row: npt.NDArray[np.int32] = field(init=False)
+    _tensors: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
     _top_rank: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +75,13 @@ class Runs:
             for name, modules in SITES.items():
                 self._top_rank[name] = ranks[:, list(modules)].max(axis=1).tolist()
         return self._top_rank[site][layer]
+
+    def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The arrays on ``device``, brought there once."""
+        if not self._tensors:
+            names = (f.name for f in fields(self) if not f.name.startswith("_"))
+            self._tensors.update(mirror({name: getattr(self, name) for name in names}, device))
+        return self._tensors
 
     @property
     def num_rows(self) -> int:

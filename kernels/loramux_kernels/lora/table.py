@@ -36,7 +36,7 @@ class AdapterTable:
 
     Arrays, indexed by slot: ``a_offset``, ``b_offset``, ``rank``, ``scale`` [slots, layers, 7],
     ``dtype`` (index into DTYPES) and ``list_start`` [slots]; the slice list of a slot begins at
-    ``slices[list_start[slot]]``.
+    ``slices[list_start[slot]]``. ``tensors`` holds the same arrays on ``device``.
     """
 
     def __init__(
@@ -75,7 +75,9 @@ class AdapterTable:
         self.b_offset: npt.NDArray[np.int64] = np.zeros((0, num_layers, 7), dtype=np.int64)
         self.rank: npt.NDArray[np.int32] = np.zeros((0, num_layers, 7), dtype=np.int32)
         self.scale: npt.NDArray[np.float32] = np.zeros((0, num_layers, 7), dtype=np.float32)
-        self.max_rank = 0
+        self.tensors: dict[str, torch.Tensor] = {
+            "out_width": torch.from_numpy(self.out_width).to(self.device)
+        }
         self._free_slots: list[int] = []
         self._extents: dict[int, tuple[int, int]] = {}
 
@@ -109,7 +111,9 @@ class AdapterTable:
         self.dtype[slot] = DTYPES.index(dtype)
         for name, values in row.items():
             getattr(self, name)[slot] = values
-        self.max_rank = max(self.max_rank, int(rank.max(initial=0)))
+        self._mirror("slices", start, len(slices))
+        for name in ("list_start", "dtype", *_ROWS):
+            self._mirror(name, slot, 1)
         return slot
 
     def remove(self, slot: int) -> None:
@@ -133,6 +137,8 @@ class AdapterTable:
                 )
         if slices.ndim != 1 or slices.dtype != np.int64:
             raise ValueError("AdapterTable.add: slices must be a 1-D int64 array")
+        if (slices % (self.chunk * dtype.itemsize)).any():
+            raise ValueError("AdapterTable.add: slices must start at multiples of a chunk")
         if (row["rank"] < 0).any():
             raise ValueError("AdapterTable.add: rank must not be negative")
         elements = len(slices) * (self.slice_bytes // dtype.itemsize)
@@ -160,6 +166,16 @@ class AdapterTable:
             grown[: len(self.slices)] = self.slices
             self.slices = grown
         return start
+
+    def _mirror(self, name: str, start: int, count: int) -> None:
+        """Bring ``count`` changed elements to the device; all of them after the array grew."""
+        array = torch.from_numpy(getattr(self, name))
+        known = self.tensors.get(name)
+        if known is None or known.shape != array.shape:
+            self.tensors[name] = array.to(self.device)
+        elif self.device.type != "cpu":
+            part = slice(start, start + count)
+            known[part].copy_(array[part], non_blocking=True)
 
     def _grow_slots(self) -> None:
         before = len(self.list_start)

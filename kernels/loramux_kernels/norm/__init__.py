@@ -41,6 +41,8 @@ def head_rms_norm(
         )
     if q_weight.shape != (head_dim,) or k_weight.shape != (head_dim,):
         raise ValueError(f"head_rms_norm: the weights must be [{head_dim}]")
+    if not (q_weight.is_contiguous() and k_weight.is_contiguous()):
+        raise ValueError("head_rms_norm: the weights must be contiguous")
     implementation(__name__, qkv).head_rms_norm(
         qkv, q_weight, k_weight, num_heads, num_kv_heads, head_dim, eps
     )
@@ -59,6 +61,8 @@ def silu_mul(out: torch.Tensor, gate_up: torch.Tensor) -> None:
 
 
 def _check(name: str, weight: torch.Tensor, *rows: torch.Tensor) -> None:
+    if not weight.is_contiguous():
+        raise ValueError(f"{name}: the weight must be contiguous")
     for tensor in rows:
         if tensor.shape != (rows[0].shape[0], weight.shape[0]) or not tensor.is_contiguous():
             raise ValueError(

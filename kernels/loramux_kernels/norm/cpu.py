@@ -69,7 +69,7 @@ def _norm_row(out: Any, to: int, x: Any, at: int, weight: Any, width: int, eps: 
         simd.store_part(out, to + whole, simd.mul(v, simd.load_part(weight, whole, left)), left)
 
 
-@parallel
+@parallel("void(float32[:,::1], float32[:,::1], float32[::1], float64)")
 def _rms_norm(out: Any, x: Any, weight: Any, eps: float) -> None:
     rows, width = x.shape
     out, x = out.reshape(-1), x.reshape(-1)
@@ -77,7 +77,7 @@ def _rms_norm(out: Any, x: Any, weight: Any, eps: float) -> None:
         _norm_row(out, row * width, x, row * width, weight, width, eps)
 
 
-@parallel
+@parallel("void(float32[:,::1], float32[:,::1], float32[:,::1], float32[::1], float64)")
 def _add_rms_norm(out: Any, residual: Any, x: Any, weight: Any, eps: float) -> None:
     rows, width = x.shape
     out, residual, x = out.reshape(-1), residual.reshape(-1), x.reshape(-1)
@@ -93,7 +93,7 @@ def _add_rms_norm(out: Any, residual: Any, x: Any, weight: Any, eps: float) -> N
         _norm_row(out, at, residual, at, weight, width, eps)
 
 
-@parallel
+@parallel("void(float32[:,::1], float32[::1], float32[::1], int64, int64, int64, float64)")
 def _head_rms_norm(
     qkv: Any,
     q_weight: Any,
@@ -119,7 +119,7 @@ def _silu(gate: Any) -> Any:
     return simd.div(gate, simd.add(one, simd.exp(minus)))
 
 
-@parallel
+@parallel("void(float32[:,::1], float32[:,::1])")
 def _silu_mul(out: Any, gate_up: Any) -> None:
     rows, width = out.shape
     out, gate_up = out.reshape(-1), gate_up.reshape(-1)
