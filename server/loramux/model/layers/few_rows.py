@@ -20,7 +20,36 @@ _TILE = 8
 independent chains keep the multipliers busy."""
 
 
-@parallel
+@inner
+def _add_block(
+    sums: Any, to: int, w: Any, w_at: int, w_stride: int, x: Any, x_at: int, x_stride: int, n: int
+) -> None:
+    """Add one inner block of eight columns, sixteen rows each, to ``sums[to:]``."""
+    zero = splat(np.float32(0))
+    a, b, c, d, e, f, g, h = zero, zero, zero, zero, zero, zero, zero, zero
+    w0, w1, w2, w3 = w_at, w_at + w_stride, w_at + 2 * w_stride, w_at + 3 * w_stride
+    w4, w5, w6, w7 = w0 + 4 * w_stride, w1 + 4 * w_stride, w2 + 4 * w_stride, w3 + 4 * w_stride
+    for k in range(n):
+        v = load(x, x_at + k * x_stride)
+        a = fma(splat(w[w0 + k]), v, a)
+        b = fma(splat(w[w1 + k]), v, b)
+        c = fma(splat(w[w2 + k]), v, c)
+        d = fma(splat(w[w3 + k]), v, d)
+        e = fma(splat(w[w4 + k]), v, e)
+        f = fma(splat(w[w5 + k]), v, f)
+        g = fma(splat(w[w6 + k]), v, g)
+        h = fma(splat(w[w7 + k]), v, h)
+    store(sums, to, add(load(sums, to), a))
+    store(sums, to + LANES, add(load(sums, to + LANES), b))
+    store(sums, to + 2 * LANES, add(load(sums, to + 2 * LANES), c))
+    store(sums, to + 3 * LANES, add(load(sums, to + 3 * LANES), d))
+    store(sums, to + 4 * LANES, add(load(sums, to + 4 * LANES), e))
+    store(sums, to + 5 * LANES, add(load(sums, to + 5 * LANES), f))
+    store(sums, to + 6 * LANES, add(load(sums, to + 6 * LANES), g))
+    store(sums, to + 7 * LANES, add(load(sums, to + 7 * LANES), h))
+
+
+@parallel("void(float32[:,::1], float32[:,::1], float32[:,::1], int64)")
 def project_few(out: Any, x: Any, weight: Any, inner_block: int) -> None:
     """``out[T, n] = x[T, k] @ weight[n, k]^T``; float32, contiguous, ``n >= 8``."""
     rows, width_in = x.shape
@@ -51,32 +80,3 @@ def project_few(out: Any, x: Any, weight: Any, inner_block: int) -> None:
             at = row // LANES * _TILE * LANES + row % LANES
             for column in range(_TILE):
                 out[row, first + column] = sums[at + column * LANES]
-
-
-@inner
-def _add_block(
-    sums: Any, to: int, w: Any, w_at: int, w_stride: int, x: Any, x_at: int, x_stride: int, n: int
-) -> None:
-    """Add one inner block of eight columns, sixteen rows each, to ``sums[to:]``."""
-    zero = splat(np.float32(0))
-    a, b, c, d, e, f, g, h = zero, zero, zero, zero, zero, zero, zero, zero
-    w0, w1, w2, w3 = w_at, w_at + w_stride, w_at + 2 * w_stride, w_at + 3 * w_stride
-    w4, w5, w6, w7 = w0 + 4 * w_stride, w1 + 4 * w_stride, w2 + 4 * w_stride, w3 + 4 * w_stride
-    for k in range(n):
-        v = load(x, x_at + k * x_stride)
-        a = fma(splat(w[w0 + k]), v, a)
-        b = fma(splat(w[w1 + k]), v, b)
-        c = fma(splat(w[w2 + k]), v, c)
-        d = fma(splat(w[w3 + k]), v, d)
-        e = fma(splat(w[w4 + k]), v, e)
-        f = fma(splat(w[w5 + k]), v, f)
-        g = fma(splat(w[w6 + k]), v, g)
-        h = fma(splat(w[w7 + k]), v, h)
-    store(sums, to, add(load(sums, to), a))
-    store(sums, to + LANES, add(load(sums, to + LANES), b))
-    store(sums, to + 2 * LANES, add(load(sums, to + 2 * LANES), c))
-    store(sums, to + 3 * LANES, add(load(sums, to + 3 * LANES), d))
-    store(sums, to + 4 * LANES, add(load(sums, to + 4 * LANES), e))
-    store(sums, to + 5 * LANES, add(load(sums, to + 5 * LANES), f))
-    store(sums, to + 6 * LANES, add(load(sums, to + 6 * LANES), g))
-    store(sums, to + 7 * LANES, add(load(sums, to + 7 * LANES), h))
