@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from loramux.model.layers import linear
+from loramux.model.layers.few_rows import project_few
 from loramux.model.layers.linear import FEW_ROWS, INNER_BLOCK, MIN_ROWS, padded, project
 from loramux_kernels.jit import set_num_threads
 
@@ -69,6 +70,19 @@ def test_the_sum_is_the_one_defined(rows: int, width_in: int) -> None:
     weight = torch.randn(37, width_in, generator=generator)
     x = torch.randn(rows, width_in, generator=generator)
     assert torch.equal(result(x, weight), defined(x, weight))
+
+
+@pytest.mark.parametrize("rows", [1, 7, FEW_ROWS, 33])
+@pytest.mark.parametrize("width_in", [1, INNER_BLOCK, INNER_BLOCK + 1, 300])
+@pytest.mark.parametrize("width_out", [8, 9, 37])
+def test_our_own_kernel_computes_the_sum_defined(rows: int, width_in: int, width_out: int) -> None:
+    """On its own: ``project`` would quietly leave a broken kernel out and use the BLAS."""
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(width_out, width_in, generator=generator)
+    x = torch.randn(rows, width_in, generator=generator)
+    out = torch.full((rows, width_out), torch.nan)
+    project_few(out.numpy(), x.numpy(), weight.numpy(), INNER_BLOCK)
+    assert torch.equal(out, defined(x, weight))
 
 
 def test_integers_are_exact() -> None:
