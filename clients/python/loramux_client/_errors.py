@@ -82,6 +82,10 @@ class InvalidRequestError(APIError):
     """A field is malformed or out of range; ``param`` names it."""
 
 
+class RequestTooLargeError(InvalidRequestError):
+    """The request would not fit the server's memory even if it ran alone."""
+
+
 class ContextLengthExceededError(InvalidRequestError):
     """Prompt and requested output do not fit the model's context."""
 
@@ -153,6 +157,10 @@ class EngineFailedError(ServerError):
     """An accepted request could not be finished."""
 
 
+class AdapterLoadFailedError(ServerError):
+    """The server has the adapter but could not bring it into memory."""
+
+
 class OverloadedError(ServerError):
     """No room now, or still starting; ``retry_after_s`` says when to ask again."""
 
@@ -169,6 +177,7 @@ ERRORS: dict[str, type[APIError]] = {
     "adapter_failed": AdapterFailedError,
     "adapter_incompatible": AdapterIncompatibleError,
     "adapter_invalid": AdapterInvalidError,
+    "adapter_load_failed": AdapterLoadFailedError,
     "adapter_not_ready": AdapterNotReadyError,
     "config_error": ServerError,
     "context_length_exceeded": ContextLengthExceededError,
@@ -182,6 +191,7 @@ ERRORS: dict[str, type[APIError]] = {
     "overloaded": OverloadedError,
     "payload_too_large": PayloadTooLargeError,
     "rate_limit_exceeded": RateLimitedError,
+    "request_too_large": RequestTooLargeError,
     "storage_full": StorageFullError,
     "unsupported_media_type": UnsupportedMediaTypeError,
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from loramux.adapters.pack import PackedAdapter, packed_path, read_header
-from loramux.errors import LoramuxError
+from loramux.errors import AdapterLoadFailed
 from loramux.memory.arena import Arena
 
 
@@ -28,9 +28,7 @@ class PackedFiles:
         try:
             return read_header(path)
         except OSError as error:
-            raise LoramuxError(
-                "the adapter's packed file is missing", code="adapter_load_failed"
-            ) from error
+            raise AdapterLoadFailed("the adapter's packed file is missing") from error
 
     def read_into(self, packed: PackedAdapter, frames: Sequence[int]) -> None:
         """Read the stream into ``frames`` and compare its SHA-256 with the header's.
@@ -49,9 +47,8 @@ class PackedFiles:
                 left -= len(view)
                 commit()
         if digest.hexdigest() != packed.payload_sha256:
-            raise LoramuxError(
-                "the adapter's packed file is damaged: its checksum does not match",
-                code="adapter_load_failed",
+            raise AdapterLoadFailed(
+                "the adapter's packed file is damaged: its checksum does not match"
             )
 
     def _targets(self, frames: Sequence[int]) -> Iterator[tuple[torch.Tensor, Callable[[], None]]]:
@@ -77,8 +74,5 @@ def _read_exactly(file: FileIO, view: memoryview) -> None:
     while len(view):
         got = file.readinto(view)
         if not got:
-            raise LoramuxError(
-                "the adapter's packed file is shorter than its header says",
-                code="adapter_load_failed",
-            )
+            raise AdapterLoadFailed("the adapter's packed file is shorter than its header says")
         view = view[got:]

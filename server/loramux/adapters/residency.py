@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from loramux.adapters.pack import PackedAdapter
-from loramux.errors import LoramuxError
+from loramux.errors import AdapterLoadFailed, LoramuxError
 from loramux.memory.formats import AdapterFormat
 from loramux.memory.frames import Owner
 from loramux.memory.pool import Pool
@@ -177,7 +177,7 @@ class Residency:
             self._errors[digest] = (
                 error
                 if isinstance(error, LoramuxError)
-                else LoramuxError(f"the adapter's file could not be read: {error}")
+                else AdapterLoadFailed(f"the adapter's packed file could not be read: {error}")
             )
             return
         self._pool.frames.transfer(resident.frames, Owner.LOADING, Owner.ADAPTER)

@@ -132,6 +132,21 @@ class Courier(threading.Thread):
         return 0.0 if began is None else time.monotonic() - began
 
 
+class _Percent:
+    """Logs every tenth of a load that is long enough to be waited for."""
+
+    LARGE_BYTES = 1 << 30
+
+    def __init__(self) -> None:
+        self._told = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        tenth = 10 * done // total
+        if total >= self.LARGE_BYTES and tenth > self._told:
+            self._told = tenth
+            log.info("%d %% of %.1f GiB of weights", 10 * tenth, total / 2**30)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the engine process; exit code 2 when it cannot start as configured."""
     parser = argparse.ArgumentParser(prog="loramux.engine.main", description=__doc__)
@@ -146,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     inbox.connect("inproc://engine")
     courier.start()
     try:
-        assembled = assemble(config, epoch=args.epoch)
+        assembled = assemble(config, epoch=args.epoch, progress=_Percent())
     except ConfigError as error:
         log.error("%s", error.message)
         return 2

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from loramux.batch import Batch, Row
 from loramux.engine.policy import FairOrder
-from loramux.errors import LoramuxError
+from loramux.errors import LoramuxError, RequestTooLarge
 from loramux.memory.formats import KvFormat
 from loramux.memory.frames import Owner
 from loramux.memory.pool import Pool
@@ -93,10 +93,9 @@ class Scheduler:
         frames = self._kv.num_pages(request.max_ids)
         frames += sum(self._adapters.num_frames(ref.digest) for ref in request.adapters)
         if frames > self._pool.frames.num_frames:
-            raise LoramuxError(
+            raise RequestTooLarge(
                 f"the request needs {frames} frames of the memory pool, which has "
-                f"{self._pool.frames.num_frames}: lower max_tokens, or enlarge --pool-memory",
-                code="request_too_large",
+                f"{self._pool.frames.num_frames}: lower max_tokens, or enlarge --pool-memory"
             )
         request.page_table.resize(self._kv.num_pages(request.max_ids), refcheck=False)
         self.waiting.push(request)

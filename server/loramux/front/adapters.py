@@ -36,6 +36,8 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _UPLOAD_THREADS = 4
+NOT_THE_ADAPTERS_FAULT = frozenset({"storage_full", "internal_error"})
+"""Verdicts that say something of this server now and nothing of the adapter."""
 
 
 class AdapterService:
@@ -227,6 +229,9 @@ class AdapterService:
             )
         except ServiceError as error:
             done = IngestDone(job_id=0, problems=[error.message], code=error.code)
+        if row.status == "ready" and done.code in NOT_THE_ADAPTERS_FAULT and done.problems:
+            log.error("could not pack %s again: %s", row.name, done.problems[0])
+            return
         if not done.problems and done.digest != row.digest:
             done = IngestDone(job_id=0, problems=["its files changed on disk"], code="corrupt")
         try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import zmq.asyncio
 
@@ -84,6 +85,7 @@ class Front:
         self.created = int(time.time())
         self.tokenizer = TokenizerService(config.model)
         self.reserved = 0
+        self._lock = lock_data_dir(config.data_dir)
         self._observations = Observations(observer)
         self._ingest = IngestClient(ingest, config.data_dir)
         self.adapters = AdapterService(
@@ -152,6 +154,7 @@ class Front:
             await self.adapters.stop()
             self.tokenizer.close()
             context.destroy(linger=0)
+        self._lock.close()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -234,6 +237,24 @@ class Front:
         An error in the Reply is raised as NotFound or Conflict with the engine's code and message.
         """
         return await self._engine.ask(kind, digest)
+
+
+def lock_data_dir(data_dir: Path) -> IO[bytes]:
+    """The data directory is this process's alone until the file is closed; two servers would
+    sweep away each other's uploads. Raises ConfigError when another has it."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        file = open(data_dir / "lock", "wb")  # held open for as long as the server lives
+    except OSError as error:
+        raise ConfigError(f"--data-dir {data_dir}: {error.strerror}", param="data_dir") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ConfigError(
+            f"--data-dir {data_dir} is in use by another server", param="data_dir"
+        ) from error
+    return file
 
 
 def _check_prompt(spec: GenerationSpec, info: Ready) -> None:

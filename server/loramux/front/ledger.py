@@ -21,11 +21,13 @@ _ERRORS: dict[str, type[LoramuxError]] = {
     for kind in (
         errors.InvalidRequest,
         errors.ContextLengthExceeded,
+        errors.RequestTooLarge,
         errors.NotFound,
         errors.Conflict,
         errors.Overloaded,
         errors.DeadlineExceeded,
         errors.EngineFailed,
+        errors.AdapterLoadFailed,
     )
 }
 

@@ -29,6 +29,10 @@ def serve(config: ServerConfig) -> int:
         return runner.run(_serve(config))
 
 
+PATIENCE_S = 8.0
+"""After this long a person wants to hear that something is happening."""
+
+
 async def _serve(config: ServerConfig) -> int:
     front = Front(config)
     servers = [uvicorn.Server(uvicorn_config(build_app(front, config), config, port=config.port))]
@@ -51,7 +55,11 @@ async def _announce(front: Front, servers: list[uvicorn.Server]) -> None:
     began = time.monotonic()
     config = front.config
     log.info("loramux %s: loading %s", __version__, config.model)
+    patience_s = PATIENCE_S
     while front.not_ready():
+        if time.monotonic() - began > patience_s:
+            patience_s = float("inf")
+            log.info("still loading; the first start also compiles kernels, about a minute")
         if front.never_started:
             log.error("the engine cannot start; its last message above says why")
             for server in servers:
