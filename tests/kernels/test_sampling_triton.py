@@ -87,6 +87,7 @@ def interpreted(*, target: Path) -> None:
 
 
 def test_interpreted_kernel_draws_the_same_tokens(tmp_path: Path) -> None:
+    # Over 10 s on a busy machine: the interpreter runs its few hundred programs one by one.
     target = tmp_path / "drawn.json"
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, __file__, str(target)], env=environment, check=True)

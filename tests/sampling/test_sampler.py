@@ -113,6 +113,14 @@ def draw_one(sampler: Sampler, logits: torch.Tensor, position: int = 0) -> int:
     return int(sampler.sample(logits, [("r", position)]).token_ids[0])
 
 
+def test_logits_of_an_inference_mode_are_edited_too() -> None:
+    sampler = Sampler(5, "cpu")
+    sampler.add("r", greedy(logit_bias={3: 1.0}), [], [])
+    with torch.inference_mode():
+        logits = torch.zeros(1, 5)
+    assert draw_one(sampler, logits) == 3
+
+
 def test_min_tokens_masks_stop_tokens_until_they_are_reached() -> None:
     sampler = Sampler(5, "cpu")
     sampler.add("r", greedy(min_tokens=2, stop_token_ids=(4, 3, 99)), [], [])

@@ -105,13 +105,14 @@ class Sampler:
         del self._requests[request_id]
         self._batch = None
 
+    @torch.inference_mode()
     def sample(self, logits: Tensor, rows: Sequence[tuple[str, int]]) -> SampleResult:
-        """Draw one token per row of ``logits`` float32 [R, V].
+        """Draw one token per row of ``logits`` float32 [R, V], contiguous.
 
         ``rows`` [R] are (request id, output position); a request may have several. ``logits`` come
         back as they were. A row's result depends on its own logits and request alone.
         """
-        assert logits.dtype == torch.float32, logits.dtype
+        assert logits.dtype == torch.float32 and logits.is_contiguous(), logits.dtype
         assert logits.shape == (len(rows), self.vocab_size), logits.shape
         batch = self._batch_of([request_id for request_id, _ in rows])
         position = np.fromiter((at for _, at in rows), np.int64, len(rows))
