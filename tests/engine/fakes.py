@@ -94,6 +94,7 @@ class Bench:
             adapters=() if adapter is None else (AdapterRef(adapter),),
             **knobs,
         )
+        self.scheduler.check_fits(request)
         self.scheduler.add(request)
         return request
 

@@ -298,3 +298,11 @@ print([name for name in ("torch", "triton", "numba", "transformers") if name in 
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stderr
+
+
+def test_two_servers_cannot_share_a_data_directory(tmp_path: Path) -> None:
+    first = front_module.lock_data_dir(tmp_path)
+    with pytest.raises(ConfigError, match="in use by another server"):
+        front_module.lock_data_dir(tmp_path)
+    first.close()
+    front_module.lock_data_dir(tmp_path).close()

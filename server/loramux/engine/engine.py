@@ -74,12 +74,13 @@ class Engine:
             deadline=None if message.deadline_s is None else self._clock() + message.deadline_s,
         )
         try:
-            self.scheduler.add(request)
+            self.scheduler.check_fits(request)
+            self._sampler.add(request.id, request.sampling, message.prompt_ids, message.output_ids)
         except LoramuxError as error:
             self._refused.append(Failed(request.id, error.code, error.message))
             return
+        self.scheduler.add(request)
         self._requests[request.id] = request
-        self._sampler.add(request.id, request.sampling, message.prompt_ids, message.output_ids)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forget these requests now; frames and leases are free when this returns."""

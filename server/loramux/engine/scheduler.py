@@ -88,8 +88,8 @@ class Scheduler:
         self._clock = clock
         self._passed_over: dict[str, int] = {}
 
-    def add(self, request: Request) -> None:
-        """Queue ``request``. Raises LoramuxError if it could never fit, or its adapter is bad."""
+    def check_fits(self, request: Request) -> None:
+        """Raises LoramuxError if ``request`` could never run: too large, or its adapter is bad."""
         frames = self._kv.num_pages(request.max_ids)
         frames += sum(self._adapters.num_frames(ref.digest) for ref in request.adapters)
         if frames > self._pool.frames.num_frames:
@@ -97,6 +97,9 @@ class Scheduler:
                 f"the request needs {frames} frames of the memory pool, which has "
                 f"{self._pool.frames.num_frames}: lower max_tokens, or enlarge --pool-memory"
             )
+
+    def add(self, request: Request) -> None:
+        """Queue a ``request`` that fits."""
         request.page_table.resize(self._kv.num_pages(request.max_ids), refcheck=False)
         self.waiting.push(request)
 
