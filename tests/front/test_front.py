@@ -17,6 +17,7 @@ import uvloop
 from tests.front.house import ENGINE, SERVER, collect, configure, expected, running, spec, until
 
 from loramux.errors import (
+    ConfigError,
     Conflict,
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -25,7 +26,7 @@ from loramux.errors import (
     LoramuxError,
     Overloaded,
 )
-from loramux.front.front import Front
+from loramux.front.front import Front, lock_data_dir
 from loramux.request import AdapterRef
 
 
@@ -283,7 +284,7 @@ def test_the_front_never_imports_torch(tmp_path: Path) -> None:
 import asyncio, sys
 sys.path.insert(0, {str(SERVER.parent)!r})
 from loramux.config import ServerConfig
-from loramux.front.front import Front
+from loramux.front.front import Front, lock_data_dir
 from tests.front.house import ENGINE, INGEST, collect, spec, until
 
 async def main():
@@ -301,8 +302,8 @@ print([name for name in ("torch", "triton", "numba", "transformers") if name in 
 
 
 def test_two_servers_cannot_share_a_data_directory(tmp_path: Path) -> None:
-    first = front_module.lock_data_dir(tmp_path)
+    first = lock_data_dir(tmp_path)
     with pytest.raises(ConfigError, match="in use by another server"):
-        front_module.lock_data_dir(tmp_path)
+        lock_data_dir(tmp_path)
     first.close()
-    front_module.lock_data_dir(tmp_path).close()
+    lock_data_dir(tmp_path).close()
