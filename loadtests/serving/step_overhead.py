@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import throughput  # beside this file
 import torch
+
 from loramux.request import AdapterRef, SamplingParams
 from loramux.sampling import sampler
 from loramux.wire import Submit

@@ -16,7 +16,7 @@
        ├─ Overloaded             503   full or starting: ask again after ``retry_after_s``
        ├─ RateLimited            429   this caller has too much in flight
        ├─ EngineFailed           500   the request was accepted and could not be finished
-       ├─ AdapterLoadFailed      503   the adapter's stored form could not be brought into the pool
+       ├─ AdapterLoadFailed      500   the adapter's stored form could not be brought into the pool
        ├─ DeadlineExceeded       504   the request's own deadline passed
        └─ StorageFull            507   the data directory has no room
 
@@ -182,7 +182,6 @@ class EngineFailed(ServiceError):
 class AdapterLoadFailed(ServiceError):
     """The adapter's stored form is missing, damaged or unreadable."""
 
-    status = 503
     code = "adapter_load_failed"
 
 

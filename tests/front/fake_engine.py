@@ -164,14 +164,14 @@ def ready(epoch: int) -> wire.Ready:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--die", action="store_true", help="exit before readiness")
+    parser.add_argument("--die", type=int, help="exit before readiness with this code")
     parser.add_argument("--socket")
     parser.add_argument("--epoch", type=int)
     options = parser.parse_args()
     config = json.loads(sys.stdin.readline())
     assert StepStats().num_running == 0 and config["device"]
     if options.die:
-        sys.exit(2)
+        sys.exit(options.die)
     FakeEngine(options.socket, options.epoch, config).run()
 
 

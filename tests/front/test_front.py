@@ -167,11 +167,21 @@ def test_five_deaths_in_a_row_are_enough(tmp_path: Path, monkeypatch: pytest.Mon
 
     async def main() -> None:
         config = configure(tmp_path)
-        async with running(config, ready=False, engine=(*ENGINE, "--die")) as front:
+        async with running(config, ready=False, engine=(*ENGINE, "--die", "3")) as front:
             await until(lambda: front.not_ready() == ["engine_failed"])
             assert front.snapshot.engine_epoch == front.snapshot.engine_restarts == 5
             with pytest.raises(Overloaded, match="engine_failed"):
                 front.admit(1)
+
+    asyncio.run(main())
+
+
+def test_a_configuration_that_cannot_work_is_tried_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        engine = (*ENGINE, "--die", "2")
+        async with running(configure(tmp_path), ready=False, engine=engine) as front:
+            await until(lambda: front.never_started)
+            assert front.snapshot.engine_restarts == 1
 
     asyncio.run(main())
 

@@ -8,7 +8,7 @@ from loramux_kernels.dispatch import implementation
 from loramux_kernels.lora.runs import Runs
 from loramux_kernels.lora.table import MODULES, SITES, AdapterTable
 
-__all__ = ["MODULES", "SITES", "AdapterTable", "Runs", "add_lora"]
+__all__ = ["AdapterTable", "MODULES", "Runs", "SITES", "add_lora"]
 
 
 def add_lora(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 
-class PoolStats(msgspec.Struct, omit_defaults=True):
+class PoolStats(msgspec.Struct):
     """Frames by owner. ``free + kv + prefix + adapter_leased + adapter_warm + loading == total``.
 
     ``prefix`` counts pages nobody runs on (reclaimable); pages shared with running rows are ``kv``.
