@@ -138,7 +138,7 @@ def test_equals_dense_attention(
         assert_close(out.double(), expected, rtol=0, atol=3e-5, because=BECAUSE)
 
 
-@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("window", [0, 7, 20])
 def test_chunks_pages_and_neighbours_do_not_show(window: int) -> None:
     lengths = [41, 13, 22]
     heads, kv_heads, dim = 4, 2, 16

@@ -217,6 +217,19 @@ def test_splits_show_in_no_row() -> None:
     assert_close(windowed, expected, rtol=1e-5, atol=1e-5, because=because)
 
 
+def test_blocks_of_keys_start_at_absolute_offsets() -> None:
+    """The last two rows of a chunk give the same bits without the seven before them."""
+    whole = Paged([37], [9], dtype=torch.float32, heads=4, kv_heads=2, dim=16)
+    last = Paged([44], [2], dtype=torch.float32, heads=4, kv_heads=2, dim=16)
+    _, _, whole.arena = whole.run("reference", 0)
+    last.arena, last.qkv = whole.arena, whole.qkv[7:].clone()
+    last.cos, last.sin = whole.cos, whole.sin
+    for window in (0, 20, 40):
+        expected, _, _ = whole.run("gpu", window)
+        out, _, _ = last.run("gpu", window)
+        assert_same(out[:2], expected[7:9])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 24, 33])
 def test_norms_agree_with_the_reference(width: int, dtype: torch.dtype) -> None:

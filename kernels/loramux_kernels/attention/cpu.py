@@ -230,12 +230,16 @@ def _attend_items(
         mass[:] = 0
         start = max(0, token + 1 - window) if window > 0 else 0
         for base in range(start // KEY_BLOCK * KEY_BLOCK, token + rows, KEY_BLOCK):
+            page = base // page_tokens
+            within = base - page * page_tokens
             for i in range(min(KEY_BLOCK, token + rows - base)):
                 if base + i >= start:
-                    page = offsets[layer, request, (base + i) // page_tokens] // 4
-                    within = kv_head * page_tokens + (base + i) % page_tokens
-                    keys[i] = page + within * dim
+                    place = kv_head * page_tokens + within
+                    keys[i] = offsets[layer, request, page] // 4 + place * dim
                     values[i] = keys[i] + kv_heads * page_tokens * dim
+                within += 1
+                if within == page_tokens:
+                    page, within = page + 1, 0
             for r in range(rows):
                 last = min(KEY_BLOCK, token + r + 1 - base)
                 first = max(0, token + r + 1 - window - base) if window > 0 else 0
@@ -251,7 +255,9 @@ def _attend_items(
                     above = max(top[state], simd.largest(s))
                     s = simd.exp(simd.add(s, simd.splat(-above)))
                     simd.store(weights, 0, s)
-                    keep = np.exp(top[state] - above)
+                    # Most blocks leave the maximum where it was, and exp(0) is 1.
+                    same = above == top[state]
+                    keep = np.float32(1) if same else np.exp(top[state] - above)
                     top[state] = above
                     mass[state] = mass[state] * keep + simd.total(s)
                     _scaled_sum(acc, state * dim, keep, weights, first, last, pool, values, dim)
