@@ -46,16 +46,18 @@ install: $(VENV)/.serve
 serve: $(VENV)/.serve
 	$(BIN)/loramux serve $(ARGS)
 
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)
 
 # One part of what only test-all runs: SLICE=3/8 is the fourth eighth.
 SLICE ?= 0/8
 test-slice: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "slow and not gpu" --slice $(SLICE) $(ARGS)
+	$(PYTEST) -m "slow and not gpu" --slice $(SLICE) $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -10,7 +10,7 @@ once, so concurrency is n. Three ways to serve the same requests, in warm proces
     bare      loramux's engine, the same requests without adapters
     peft      transformers generate() on a PeftModel with one adapter name per row (mixed batch)
 
-A ratio is the median over interleaved pairs (A B B A ...), with a bootstrap 95 % interval, beside
+Both sides run on the same threads with the same OpenMP settings. A ratio is the median over interleaved pairs (A B B A ...), with a bootstrap 95 % interval, beside
 the interval of A against itself. Tokens are the ones the requests asked for, whatever a side pads.
 """
 
@@ -28,6 +28,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the server sets it for its engine
 
 import numpy as np
 import torch

@@ -12,6 +12,8 @@ from typing import Protocol
 import zmq.asyncio
 from zmq.constants import SocketOption, SocketType
 
+from loramux.config import process_environment
+
 log = logging.getLogger(__name__)
 
 MISCONFIGURED = "exit 2"
@@ -129,6 +131,7 @@ class Supervisor:
             process = await asyncio.create_subprocess_exec(
                 *self._charge.command(self._epoch, address),
                 stdin=asyncio.subprocess.PIPE,
+                env=process_environment(),
                 # Ctrl-C in a terminal is for the front, which drains first.
                 start_new_session=True,
             )
