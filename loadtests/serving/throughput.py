@@ -10,8 +10,9 @@ once, so concurrency is n. Three ways to serve the same requests, in warm proces
     bare      loramux's engine, the same requests without adapters
     peft      transformers generate() on a PeftModel with one adapter name per row (mixed batch)
 
-Both sides run on the same threads with the same OpenMP settings. A ratio is the median over interleaved pairs (A B B A ...), with a bootstrap 95 % interval, beside
-the interval of A against itself. Tokens are the ones the requests asked for, whatever a side pads.
+Both sides run on the same threads with the same OpenMP settings. A ratio is the median over
+interleaved pairs (A B B A ...), with a bootstrap 95 % interval, beside the interval of A against
+itself. Tokens are the ones the requests asked for, whatever a side pads.
 """
 
 from __future__ import annotations
