@@ -68,6 +68,7 @@ class Harness:
         tenant: str = "",
         cache_salt: str = "",
         output_ids: Sequence[int] = (),
+        deadline_s: float | None = None,
         **sampling: Any,
     ) -> str:
         """Queue a request (greedy unless told otherwise); its id."""
@@ -89,6 +90,7 @@ class Harness:
                 prompt_ids=list(prompt_ids),
                 output_ids=list(output_ids),
                 cache_salt=cache_salt,
+                deadline_s=deadline_s,
                 sampling=SamplingParams(**params),
             )
         )

@@ -100,11 +100,19 @@ def test_a_row_without_finite_logits_fails_alone_and_is_not_cached(
     harness.close()
 
 
+def test_with_no_tokens_asked_for_only_the_prompt_is_computed(model: Path) -> None:
+    harness = Harness(model)
+    name = harness.submit([5, 6, 7], max_tokens=0, prompt_logprobs=1)
+    harness.run()
+    assert harness.outputs[name] == [] and harness.finished[name].reason == "length"
+    (output,) = harness.details[name]
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 3
+    harness.close()
+
+
 def test_a_deadline_ends_a_request(model: Path) -> None:
     harness = Harness(model)
-    name = harness.submit([5, 6], max_tokens=100)
-    harness.step()
-    harness.engine._requests[name].deadline = 0.0
+    name = harness.submit([5, 6], max_tokens=100, deadline_s=0.0)
     harness.run()
     assert harness.failed[name].code == "deadline_exceeded"
     harness.close()

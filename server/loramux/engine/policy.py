@@ -67,10 +67,6 @@ class FairOrder:
             if line and line[0] is not request:
                 heapq.heappush(heap, (served + INPUT_COST * request.num_prompt, order, key))
 
-    def waiting(self) -> list[Request]:
-        """Every waiting request."""
-        return [request for line in self._waiting.values() for request in line]
-
     def digests(self) -> list[str]:
         """Adapters that waiting requests need."""
         refs = (ref for line in self._waiting.values() for ref in line[0].adapters)

@@ -87,6 +87,7 @@ class Scheduler:
         self._fingerprint = fingerprint
         self._clock = clock
         self._passed_over: dict[str, int] = {}
+        self._timed: set[Request] = set()
 
     def check_fits(self, request: Request) -> None:
         """Raises LoramuxError if ``request`` could never run: too large, or its adapter is bad."""
@@ -102,6 +103,8 @@ class Scheduler:
         """Queue a ``request`` that fits."""
         request.page_table.resize(self._kv.num_pages(request.max_ids), refcheck=False)
         self.waiting.push(request)
+        if request.deadline is not None:
+            self._timed.add(request)
 
     def schedule(self) -> Batch | None:
         """The next step's batch; None when no request can run now."""
@@ -163,9 +166,8 @@ class Scheduler:
         admitted: list[Row] = []
         held: list[str] = []  # what those ahead in line wait for must not be evicted by the rest
         self._settle_debt()
-        for request in self.waiting.walk():
-            if budget == 0 or len(self.running) == self._limits.max_num_seqs:
-                break
+        line = self.waiting.walk() if self._has_room(budget) else ()
+        for request in line:
             try:
                 outcome = self._admit_one(request, budget, held)
             except LoramuxError as error:
@@ -174,11 +176,16 @@ class Scheduler:
             if isinstance(outcome, Row):
                 admitted.append(outcome)
                 budget -= outcome.num_tokens
+                if not self._has_room(budget):
+                    break
             elif self._out_of_patience(request, outcome):
                 break
         for digest in held:
             self._adapters.release(digest)
         return admitted
+
+    def _has_room(self, budget: int) -> bool:
+        return budget > 0 and len(self.running) < self._limits.max_num_seqs
 
     def _admit_one(self, request: Request, budget: int, held: list[str]) -> Row | Wait:
         for ref in request.adapters:
@@ -309,8 +316,8 @@ class Scheduler:
             self._passed_over.pop(request.id, None)
         request.status = Status.DONE
         self.waiting.done(request)
+        self._timed.discard(request)
 
     def expired(self, now: float) -> Iterable[Request]:
         """Requests whose deadline has passed."""
-        everyone = [*self.running, *self.waiting.waiting()]
-        return [r for r in everyone if r.deadline is not None and r.deadline < now]
+        return [r for r in self._timed if r.deadline is not None and r.deadline < now]
