@@ -49,11 +49,9 @@ class Answer:
 @contextlib.contextmanager
 def server(url: str | None, console: Console) -> Iterator[str]:
     """The address of a server that is ready: ``url``, the default one, or our own."""
-    for candidate in [url] if url else [DEFAULT_URL]:
-        with Client(candidate, max_retries=0) as client, contextlib.suppress(LoramuxClientError):
-            client.models()
-            yield candidate
-            return
+    if _answers(url or DEFAULT_URL):
+        yield url or DEFAULT_URL
+        return
     if url:
         console.print(f"no server answers at {url}", style="red")
         sys.exit(1)
@@ -70,6 +68,14 @@ def server(url: str | None, console: Console) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait()
+
+
+def _answers(url: str) -> bool:
+    with Client(url, max_retries=0) as client:
+        try:
+            return client.health().ready
+        except LoramuxClientError:
+            return False
 
 
 def _await_ready(url: str, process: subprocess.Popen[bytes]) -> None:
