@@ -1,0 +1,34 @@
+"""Train the base, the draft and the adapters again: ``python -m loramux.demo.training``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from .train_adapters import train_adapters
+from .train_base import train_base
+from .train_draft import train_draft
+
+DEMO = Path(__file__).parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Train the demo models (about an hour on two cores)."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=DEMO, help="where base/, draft/ and adapters/ go"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    base = args.out / "base"
+    train_base(base)
+    train_draft(args.out / "draft", base)
+    train_adapters(args.out / "adapters", base)
+
+
+if __name__ == "__main__":
+    main()
