@@ -7,12 +7,19 @@ runtime it finds in the process, so torch, which brings its own libgomp, is impo
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import TypeVar
 
 import numba
 import torch
 
 numba.config.THREADING_LAYER = "omp"
+try:
+    import_module("numba.np.ufunc.omppool")
+except ImportError as error:
+    raise ImportError(
+        "the CPU kernels need the GNU OpenMP runtime (on Debian: apt install libgomp1)"
+    ) from error
 
 F = TypeVar("F", bound=Callable[..., object])
 

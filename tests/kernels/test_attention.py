@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -162,6 +163,7 @@ def test_chunks_pages_and_neighbours_do_not_show(window: int) -> None:
                 left[request] -= count
             if step:
                 steps.append(step)
+        numba.set_num_threads(int(random.integers(numba.config.NUMBA_NUM_THREADS)) + 1)
         again = run(int(random.choice([1, 4, 16, 5])), steps, seed=attempt)
         assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -156,6 +158,7 @@ def test_a_rows_bits_do_not_depend_on_the_batch() -> None:
         x = torch.randn(before + beside + 1 + after, in_width, generator=generator)
         at = before + int(random.integers(beside + 1))
         x[at] = row[site]
+        numba.set_num_threads(int(random.integers(numba.config.NUMBA_NUM_THREADS)) + 1)
         y = torch.ones(len(x), out_width)
         add_lora(y, x, arena=arena, table=table, runs=runs, layer=1, site=site)
         return y[at]
@@ -234,6 +237,12 @@ def test_a_step_copies_no_weights() -> None:
     before = y.clone()
     add_lora(y, x, arena=arena, table=table, runs=runs, layer=0, site="qkv")
     assert torch.equal(y, before)
+
+
+def test_warm_up_loads_every_cpu_kernel() -> None:
+    dispatch.warm_up()
+    for operation in ("attention", "lora", "norm"):
+        assert f"loramux_kernels.{operation}.cpu" in sys.modules
 
 
 def test_a_site_nobody_changes_costs_no_call() -> None:

@@ -1,5 +1,5 @@
 """The GPU tests under Triton's interpreter, in a process of their own: Triton decides how to run
-a kernel when it is imported."""
+a kernel when it is imported. Half a minute: the interpreter takes milliseconds for a program."""
 
 from __future__ import annotations
 
