@@ -76,3 +76,4 @@ gpu-check: $(VENV)/.dev
 
 clean:
 	rm -rf $(VENV) data
+	find . -name "*.nb[ic]" -delete
