@@ -76,6 +76,10 @@ def main() -> None:
             return np.full(len(logits), 7), np.zeros(len(logits), bool)
 
         engine: Any = ours.assembled.engine
+        for digest in ours.digests:
+            assert engine.residency.load(digest)
+        while engine.residency.num_loading:
+            engine.step()
         engine._loop._runner._decoder.forward = forward
         sampler.kernels.draw = draw
         results = [measure(ours, rows) for rows in ROWS]
