@@ -1,3 +1,46 @@
-"""What the scheduler asks for and what the model gives back: a row is (request, model_id)."""
+"""What the scheduler asks for: a row is a request and the number of its tokens this step."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from loramux.request import Adapters, Request
+
+
+@dataclass(slots=True)
+class Row:
+    """``num_tokens`` tokens of ``request``, beginning at its ``num_computed``-th."""
+
+    request: Request
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """True when the row reaches the request's last known token, so the next is sampled."""
+        request = self.request
+        return (
+            request.num_computed + self.num_tokens == request.num_ids
+            and request.num_ids < request.max_ids
+        )
+
+
+@dataclass(slots=True)
+class Batch:
+    """The rows of one step on one model, equal adapter lists side by side."""
+
+    model_id: int
+    rows: list[Row]
+    num_adapters: int
+
+    @classmethod
+    def of(cls, model_id: int, rows: Iterable[Row]) -> Batch:
+        """Group ``rows`` by adapter list, in order of first appearance."""
+        groups: dict[Adapters, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(row.request.adapters, []).append(row)
+        return cls(model_id, [row for group in groups.values() for row in group], len(groups))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)

@@ -5,6 +5,7 @@
     ├─ RequestError              4xx   the request is wrong, and asking again changes nothing
     │  ├─ InvalidRequest         400   a field is malformed or out of range (``param`` names it)
     │  ├─ ContextLengthExceeded  400   prompt + max_tokens cannot fit
+    │  ├─ RequestTooLarge        400   its KV and its adapters cannot fit the memory pool
     │  ├─ NotFound               404   no such model, adapter or blob
     │  ├─ GenerationGone         404   that generation of the adapter no longer exists
     │  ├─ Conflict               409   a name holds other weights; an adapter is not in that state
@@ -15,6 +16,7 @@
        ├─ Overloaded             503   full or starting: ask again after ``retry_after_s``
        ├─ RateLimited            429   this caller has too much in flight
        ├─ EngineFailed           500   the request was accepted and could not be finished
+       ├─ AdapterLoadFailed      500   the adapter's stored form could not be brought into the pool
        ├─ DeadlineExceeded       504   the request's own deadline passed
        └─ StorageFull            507   the data directory has no room
 
@@ -68,6 +70,12 @@ class ContextLengthExceeded(RequestError):
     """Prompt and requested output do not fit the model's context."""
 
     code = "context_length_exceeded"
+
+
+class RequestTooLarge(RequestError):
+    """The request would not fit the memory pool even if it ran alone."""
+
+    code = "request_too_large"
 
 
 class NotFound(RequestError):
@@ -169,6 +177,12 @@ class EngineFailed(ServiceError):
     """An accepted request could not be finished."""
 
     code = "engine_failed"
+
+
+class AdapterLoadFailed(ServiceError):
+    """The adapter's stored form is missing, damaged or unreadable."""
+
+    code = "adapter_load_failed"
 
 
 class DeadlineExceeded(ServiceError):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, Literal
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "abort"]
 """``stop``: EOS, a stop token or a stop string. ``length``: max_tokens or the context. ``abort``:
@@ -49,3 +53,99 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+
+
+class Status(IntEnum):
+    """Where a request is: only forward, except that preemption sends it back to WAITING."""
+
+    WAITING = 0
+    RUNNING = 1
+    DONE = 2
+
+
+class Request:
+    """One choice of one request as the engine carries it.
+
+    ``ids[:num_ids]`` is prompt then output; ``num_computed`` of them have their KV in the pool, in
+    the frames ``page_table[:num_pages]``, of which the first ``num_shared`` are full and in the
+    prefix cache. ``page_keys`` are the content keys of the first pages of ``ids``, as far as they
+    were needed yet. A step computes some of ``ids[num_computed:num_ids]``; when it reaches the
+    end, one more id is sampled.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        *,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        output_ids: Sequence[int] = (),
+        adapters: Adapters = (),
+        model_id: int = BASE_MODEL_ID,
+        tenant: str = "",
+        cache_salt: str = "",
+        deadline: float | None = None,
+        arrival: float = 0.0,
+    ) -> None:
+        self.id = request_id
+        self.model_id = model_id
+        self.tenant = tenant
+        self.adapters = adapters
+        self.cache_salt = cache_salt
+        self.sampling = sampling
+        self.deadline = deadline
+        self.arrival = arrival
+        self.status = Status.WAITING
+        self.num_prompt = len(prompt_ids)
+        self.max_ids = self.num_prompt + sampling.max_tokens
+        self.ids = np.empty(self.max_ids, dtype=np.int64)
+        self.num_ids = self.num_prompt + len(output_ids)
+        self.ids[: self.num_prompt] = prompt_ids
+        self.ids[self.num_prompt : self.num_ids] = output_ids
+        self.num_computed = 0
+        self.page_table: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self.num_pages = 0
+        self.num_shared = 0
+        self.page_keys: list[bytes] = []
+        self.num_cached: int | None = None
+        self.first_scheduled: float | None = None
+        self.first_sampled: float | None = None
+        self.prompt_logprobs: list[Any] = []
+
+    @property
+    def fair_key(self) -> tuple[str, Adapters]:
+        """Whose share of the server this request uses: a tenant's traffic on one adapter list."""
+        return (self.tenant, self.adapters)
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_ids - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Ids whose KV is still to be computed."""
+        return self.num_ids - self.num_computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """True until the log-probabilities of the whole prompt are collected."""
+        return (
+            self.sampling.prompt_logprobs is not None
+            and len(self.prompt_logprobs) < self.num_prompt
+        )
+
+    def append(self, token_id: int) -> None:
+        """One more output."""
+        self.ids[self.num_ids] = token_id
+        self.num_ids += 1
+
+    def add_frames(self, frames: Sequence[int]) -> None:
+        """The next pages of KV live in ``frames``."""
+        self.page_table[self.num_pages : self.num_pages + len(frames)] = frames
+        self.num_pages += len(frames)
+
+    def take_frames(self) -> list[int]:
+        """Forget all KV and hand back the frames it was in, in order."""
+        frames: list[int] = self.page_table[: self.num_pages].tolist()
+        self.num_pages = self.num_shared = self.num_computed = 0
+        return frames

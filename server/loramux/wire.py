@@ -86,7 +86,8 @@ class Output(msgspec.Struct, array_like=True):
     """New tokens of one request, ``start_index`` being the output position of the first.
 
     ``prompt_logprobs`` comes once, complete, in the request's first Output when it was asked for:
-    one entry per prompt token, None for the first.
+    one entry per prompt token, None for the first. ``started`` comes once, in the first Output:
+    Finished's (cached_tokens, queue_s, prefill_s), for requests the front ends (a stop string).
     """
 
     request_id: str
@@ -95,6 +96,7 @@ class Output(msgspec.Struct, array_like=True):
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     resume: bytes | None = None
+    started: tuple[int, float, float] | None = None
 
 
 class Finished(msgspec.Struct, array_like=True):

@@ -28,12 +28,12 @@ class AdapterLoad(msgspec.Struct, array_like=True):
     num_bytes: int
 
 
-class StepStats(msgspec.Struct):
+class StepStats(msgspec.Struct, omit_defaults=True):
     """One step of the engine. Counters are *increments since the last StepStats*.
 
     ``batch_adapters`` is the number of distinct adapter lists in the step's batch;
     ``resident`` lists the digests now in the pool, or None when unchanged since the last message.
-    ``waiting_adapters`` are digests that waiting requests need and the pool does not hold.
+    ``waiting_adapters`` are the digests that waiting requests need (None: nobody waits).
     Times: seconds of wall clock in this step by phase (schedule, forward, sample, commit).
     """
 

@@ -60,7 +60,8 @@ def begin_with_induction(model: Any) -> None:
 
 def config_angles(config: Any) -> Tensor:
     half = config.head_dim // 2
-    return config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
+    theta: float = config.rope_parameters["rope_theta"]
+    return torch.full((half,), theta).pow(-torch.arange(half) / half)
 
 
 def _rows(head: int, width: int) -> slice:

@@ -1,0 +1,195 @@
+"""A PEFT adapter on this machine: in a folder, a tar or a zip, or as two files.
+
+Archives are read, never unpacked: the two members wanted are found by name and streamed, so no
+path, link or mode inside an archive is ever acted upon, and nothing is written to disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import lzma
+import os
+import secrets
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from loramux_client._errors import AdapterFilesError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+BLOCK_BYTES = 1 << 18
+
+Source = str | os.PathLike[str] | tuple[str | os.PathLike[str], str | os.PathLike[str]]
+"""A folder, a tar or zip archive, or the paths of the config and of the weights."""
+Progress = Callable[[int, int], None]
+Opener = Callable[[], contextlib.AbstractContextManager[IO[bytes]]]
+
+# What reading a damaged archive raises; RuntimeError is zipfile's for an encrypted one.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
+
+
+@dataclass(frozen=True)
+class File:
+    """Something that can be opened for reading more than once; ``size`` in bytes."""
+
+    open: Opener
+    size: int
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The two files of an adapter; ``name`` is what their folder or archive is called."""
+
+    name: str
+    config: File
+    weights: File
+
+
+def find_adapter(source: Source) -> AdapterFiles:
+    """Raises AdapterFilesError when there is not exactly one adapter there."""
+    if isinstance(source, tuple):
+        config, weights = map(Path, source)
+        return AdapterFiles(weights.resolve().parent.name, _local(config), _local(weights))
+    path = Path(source)
+    if path.is_dir():
+        return AdapterFiles(path.resolve().name, _local(path / CONFIG), _local(path / WEIGHTS))
+    if not path.is_file():
+        raise AdapterFilesError(f"{path} is neither a folder nor a file")
+    name = path.name
+    for suffix in (".gz", ".bz2", ".xz", ".tgz", ".tar", ".zip"):
+        name = name.removesuffix(suffix)
+    try:
+        if zipfile.is_zipfile(path):
+            return AdapterFiles(name, *_in_zip(path))
+        if tarfile.is_tarfile(path):
+            return AdapterFiles(name, *_in_tar(path))
+    except _UNREADABLE as exc:
+        raise AdapterFilesError(f"{path} cannot be read as an archive: {exc}") from exc
+    raise AdapterFilesError(f"{path} is neither a folder nor a tar or zip archive")
+
+
+def _local(path: Path) -> File:
+    if not path.is_file():
+        raise AdapterFilesError(f"{path} is missing: PEFT saves {CONFIG} and {WEIGHTS}")
+    return File(lambda: path.open("rb"), path.stat().st_size)
+
+
+def _in_zip(path: Path) -> tuple[File, File]:
+    with zipfile.ZipFile(path) as archive:
+        members = {
+            info.filename: info.file_size
+            for info in archive.infolist()
+            # Mode bits are only there if the archive was made on a system that has them.
+            if not info.is_dir() and stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
+        }
+
+    def opener(name: str) -> Opener:
+        @contextlib.contextmanager
+        def open_member() -> Iterator[IO[bytes]]:
+            with zipfile.ZipFile(path) as archive, archive.open(name) as file:
+                yield file
+
+        return open_member
+
+    return _pick(path, members, opener)
+
+
+def _in_tar(path: Path) -> tuple[File, File]:
+    with tarfile.open(path) as archive:
+        members = {info.name: info.size for info in archive if info.isreg()}
+
+    def opener(name: str) -> Opener:
+        @contextlib.contextmanager
+        def open_member() -> Iterator[IO[bytes]]:
+            with tarfile.open(path) as archive:
+                file = archive.extractfile(name)
+                assert file is not None, "only regular members are offered"
+                with file:
+                    yield file
+
+        return open_member
+
+    return _pick(path, members, opener)
+
+
+def _pick(
+    path: Path, members: dict[str, int], opener: Callable[[str], Opener]
+) -> tuple[File, File]:
+    """The one config and the one weights file among an archive's members, side by side."""
+    found = []
+    for wanted in (CONFIG, WEIGHTS):
+        names = [name for name in members if PurePosixPath(name).name == wanted]
+        if len(names) != 1:
+            raise AdapterFilesError(f"{path} holds {len(names)} files {wanted}, not one")
+        found.append(names[0])
+    if PurePosixPath(found[0]).parent != PurePosixPath(found[1]).parent:
+        raise AdapterFilesError(f"{path} holds {CONFIG} and {WEIGHTS} in different folders")
+    config, weights = (File(opener(name), members[name]) for name in found)
+    return config, weights
+
+
+class Upload:
+    """The multipart body of one push; iterate it as often as it has to be sent.
+
+    Never holds more than a block of the weights. ``progress`` is told the bytes of the body handed
+    to the connection so far, and all of them.
+    """
+
+    def __init__(self, files: AdapterFiles, name: str, progress: Progress | None) -> None:
+        self._progress = progress
+        boundary = secrets.token_hex(16)
+        parts = (("config", files.config, CONFIG), ("weights", files.weights, WEIGHTS))
+        start = f'--{boundary}\r\ncontent-disposition: form-data; name="name"\r\n\r\n{name}'
+        self._pieces: list[bytes | File] = [start.encode()]
+        for part, file, filename in parts:
+            header = (
+                f'\r\n--{boundary}\r\ncontent-disposition: form-data; name="{part}"; '
+                f'filename="{filename}"\r\ncontent-type: application/octet-stream\r\n\r\n'
+            )
+            self._pieces += [header.encode(), file]
+        self._pieces.append(f"\r\n--{boundary}--\r\n".encode())
+        self.num_bytes = sum(
+            piece.size if isinstance(piece, File) else len(piece) for piece in self._pieces
+        )
+        self.headers = {
+            "content-type": f"multipart/form-data; boundary={boundary}",
+            "content-length": str(self.num_bytes),
+        }
+
+    def __iter__(self) -> Iterator[bytes]:
+        sent = 0
+        for piece in self._pieces:
+            for block in _blocks(piece) if isinstance(piece, File) else (piece,):
+                yield block
+                sent += len(block)
+                if self._progress:
+                    self._progress(sent, self.num_bytes)
+
+
+def _blocks(file: File) -> Iterator[bytes]:
+    """Exactly ``file.size`` bytes, which were promised; an error if there are fewer."""
+    left = file.size
+    try:
+        with file.open() as stream:
+            while left:
+                block = stream.read(min(left, BLOCK_BYTES))
+                if not block:
+                    raise AdapterFilesError("a file of the adapter shrank while it was being sent")
+                left -= len(block)
+                yield block
+    except _UNREADABLE as exc:
+        raise AdapterFilesError(f"a file of the adapter cannot be read: {exc}") from exc

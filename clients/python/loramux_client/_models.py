@@ -1,0 +1,232 @@
+"""What the server answers, as typed objects. Fields this client does not know are in ``extra``."""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Self, get_args, get_origin, get_type_hints
+
+from loramux_client._errors import InvalidResponseError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One JSON object. ``extra`` holds what it had beyond the fields below."""
+
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_json(cls, data: object) -> Self:
+        """Raises InvalidResponseError when a field that always comes is missing."""
+        if not isinstance(data, dict):
+            raise InvalidResponseError(f"expected a {cls.__name__} object in the answer")
+        rest = dict(data)
+        known = {}
+        for name, record in _fields(cls).items():  # type: ignore[arg-type]  # a class is hashable
+            if name in rest:
+                known[name] = _parse(record, rest.pop(name))
+        try:
+            return cls(**known, extra=rest)
+        except TypeError as exc:
+            missing = sorted(_required(cls) - known.keys())
+            raise InvalidResponseError(f"{cls.__name__} in the answer lacks {missing}") from exc
+
+
+def _parse(record: type[Record] | None, value: Any) -> Any:
+    if record is None or value is None:
+        return value
+    if isinstance(value, list):
+        return [record.from_json(item) for item in value]
+    return record.from_json(value)
+
+
+@functools.cache
+def _fields(cls: type[Record]) -> dict[str, type[Record] | None]:
+    """Field name -> the Record class it holds (alone, in a list, or None), if it holds one."""
+    return {name: _record_in(hint) for name, hint in get_type_hints(cls).items() if name != "extra"}
+
+
+def _record_in(hint: Any) -> type[Record] | None:
+    if isinstance(hint, type) and issubclass(hint, Record):
+        return hint
+    if get_origin(hint) in (list, types.UnionType):
+        return next((found for arg in get_args(hint) if (found := _record_in(arg))), None)
+    return None
+
+
+def _required(cls: type[Record]) -> set[str]:
+    return {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTokensDetails(Record):
+    """``cached_tokens``: prompt tokens the server did not have to compute again."""
+
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage(Record):
+    """What a request cost, in tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    total_tokens: int = 0
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Served(Record):
+    """``adapter_digest`` is the SHA-256 of the adapter that answered, None for the base model."""
+
+    id: str
+    created: int = 0
+    model: str = ""
+    object: str = ""
+    usage: Usage | None = None
+    request_id: str | None = None
+    adapter_digest: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionChoice(Record):
+    """``logprobs`` is OpenAI's object (tokens, token_logprobs, top_logprobs, text_offset)."""
+
+    index: int
+    text: str
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    logprobs: dict[str, Any] | None = None
+    token_ids: list[int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion(_Served):
+    """The answer to ``complete``. Choices are ordered by prompt, then by choice."""
+
+    choices: list[CompletionChoice]
+
+    @property
+    def text(self) -> str:
+        """The first choice's text."""
+        return self.choices[0].text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message(Record):
+    """One message of a chat."""
+
+    role: str
+    content: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatChoice(Record):
+    """``logprobs`` is OpenAI's object: ``{"content": [...]}``."""
+
+    index: int
+    message: Message
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    logprobs: dict[str, Any] | None = None
+    token_ids: list[int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatCompletion(_Served):
+    """The answer to ``chat``."""
+
+    choices: list[ChatChoice]
+
+    @property
+    def text(self) -> str:
+        """The first choice's content."""
+        return self.choices[0].message.content or ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta(Record):
+    """What a chat chunk adds to a message."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkChoice(Record):
+    """What one chunk adds to one choice: ``text`` of a completion, ``delta`` of a chat."""
+
+    index: int
+    text: str | None = None
+    delta: Delta | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    logprobs: dict[str, Any] | None = None
+    token_ids: list[int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk(Record):
+    """One event of a stream. The last may have no choices and only ``usage``, if asked for."""
+
+    id: str
+    choices: list[ChunkChoice]
+    created: int = 0
+    model: str = ""
+    object: str = ""
+    usage: Usage | None = None
+
+    @property
+    def text(self) -> str:
+        """What this chunk adds, of a completion or a chat. With n > 1 look at ``choices``."""
+        if not self.choices:
+            return ""
+        choice = self.choices[0]
+        return (choice.delta.content if choice.delta else choice.text) or ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Record):
+    """A base model or an adapter, as ``models`` lists them. An adapter's ``parent`` is its base."""
+
+    id: str
+    created: int = 0
+    object: str = "model"
+    owned_by: str = ""
+    root: str | None = None
+    parent: str | None = None
+    max_model_len: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Record):
+    """An adapter on the server.
+
+    ``status``: receiving, validating, ready, failed, deleting or incompatible. ``residency``:
+    "pool" when it can be used at once, "disk" when it is loaded on first use. ``report`` is what
+    validation found, ``error`` why it failed (code, message, problems).
+    """
+
+    name: str
+    status: str
+    id: str = ""
+    object: str = "adapter"
+    digest: str = ""
+    generation: int = 0
+    residency: str = "disk"
+    pinned: bool = False
+    created: int = 0
+    rank: int = 0
+    num_bytes: int = 0
+    num_frames: int = 0
+    report: dict[str, Any] = field(default_factory=dict)
+    error: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health(Record):
+    """``reasons`` says why the server is not ready; empty when it is."""
+
+    ready: bool
+    reasons: list[str] = field(default_factory=list)

@@ -1,0 +1,208 @@
+"""What one can ask a server, each as a flow: signature, request and answer of every verb, once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, TypeVar, Unpack
+from urllib.parse import quote
+
+from loramux_client._errors import RequestTimeoutError, api_error
+from loramux_client._files import Progress, Source, Upload, find_adapter
+from loramux_client._models import Adapter, ChatCompletion, Completion, Health, Model, Record
+from loramux_client._protocol import Answer, Flow, Request, Sleep, identity, json_request
+
+Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+Messages = Sequence[Mapping[str, Any]]
+R = TypeVar("R", bound=Record)
+
+LONGEST_WAIT_S = 600.0
+FIRST_POLL_S = 0.05
+LONGEST_POLL_S = 1.0
+
+
+class Options(TypedDict, total=False):
+    """What completions and chats have in common. What is left out is the server's default."""
+
+    adapter_id: str | None
+    max_tokens: int | None
+    min_tokens: int
+    n: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int]
+    include_stop_str_in_output: bool
+    ignore_eos: bool
+    skip_special_tokens: bool
+    add_special_tokens: bool
+    return_token_ids: bool
+    cache_salt: str | None
+    user: str
+
+
+class CompletionOptions(Options, total=False):
+    """``logprobs``: how many alternatives per token."""
+
+    logprobs: int | None
+    echo: bool
+    stream_options: Mapping[str, Any] | None
+
+
+class ChatOptions(Options, total=False):
+    """``logprobs``: whether; ``top_logprobs``: how many alternatives per token."""
+
+    logprobs: bool
+    top_logprobs: int
+    max_completion_tokens: int | None
+    stream_options: Mapping[str, Any] | None
+
+
+class StreamOptions(Options, total=False):
+    """Those of a completion with a prompt, those of a chat with messages."""
+
+    logprobs: int | bool | None
+    echo: bool
+    top_logprobs: int
+    max_completion_tokens: int | None
+    stream_options: Mapping[str, Any] | None
+
+
+def complete(
+    prompt: Prompt, *, model: str, **options: Unpack[CompletionOptions]
+) -> Flow[Completion]:
+    """Continue a text, token ids, or a list of either, with the base or an adapter (``model``)."""
+    answer: Answer = yield _generate({"prompt": prompt, "model": model}, options)
+    return _served(Completion, answer)
+
+
+def chat(messages: Messages, *, model: str, **options: Unpack[ChatOptions]) -> Flow[ChatCompletion]:
+    """Answer a conversation: ``[{"role": "user", "content": "..."}]``."""
+    answer: Answer = yield _generate({"messages": messages, "model": model}, options)
+    return _served(ChatCompletion, answer)
+
+
+def stream(
+    prompt: Prompt | None = None,
+    *,
+    messages: Messages | None = None,
+    model: str,
+    **options: Unpack[StreamOptions],
+) -> Flow[Answer]:
+    """Like ``complete`` (with a prompt) or ``chat`` (with messages), piece by piece.
+
+    Use it in a ``with`` block and iterate over it; leaving the block early stops the generation.
+    """
+    if (prompt is None) == (messages is None):
+        raise TypeError("stream() takes a prompt or messages")
+    text = {"prompt": prompt} if messages is None else {"messages": messages}
+    request = _generate({**text, "model": model}, options, stream=True)
+    answer: Answer = yield request
+    return answer
+
+
+def models() -> Flow[list[Model]]:
+    """The base model and every adapter that can be named in ``model``."""
+    answer: Answer = yield Request("GET", "/v1/models")
+    return _listed(Model, answer)
+
+
+def health() -> Flow[Health]:
+    """Whether the server takes requests, and if not why. Never tried again."""
+    accept = frozenset({503})
+    answer: Answer = yield Request("GET", "/health/ready", retry=False, accept=accept)
+    return Health.from_json({**answer.json(), "ready": answer.status == 200})
+
+
+def push(
+    source: Source,
+    name: str | None = None,
+    *,
+    expected_generation: int | None = None,
+    progress: Progress | None = None,
+    wait: bool | float = True,
+) -> Flow[Adapter]:
+    """Upload a PEFT adapter: a folder, a tar or zip of one, or (config path, weights path).
+
+    ``name`` is that of the folder or archive if not given. A name that holds other weights is only
+    given these when ``expected_generation`` is its present one. ``progress(sent, total)`` counts
+    bytes. ``wait``: until the server has validated it (seconds, or True for ten minutes), else
+    return at once with status "validating". Raises AdapterInvalidError with all its problems.
+    """
+    files = find_adapter(source)
+    upload = Upload(files, name or files.name, progress)
+    path = "/v1/adapters"
+    if expected_generation is not None:
+        path += f"?expected_generation={expected_generation}"
+    answer: Answer = yield Request("POST", path, headers=upload.headers, body=upload)
+    adapter = Adapter.from_json(answer.json())
+    deadline = time.monotonic() + (LONGEST_WAIT_S if wait is True else wait)
+    pause = FIRST_POLL_S
+    while wait and adapter.status in ("receiving", "validating"):
+        if time.monotonic() >= deadline:
+            raise RequestTimeoutError(f"adapter {adapter.name!r} is still {adapter.status}")
+        yield Sleep(pause)
+        pause = min(2 * pause, LONGEST_POLL_S)
+        # By generation: the name alone may still mean the one before.
+        adapter = yield from show(f"{adapter.name}@{adapter.generation}")
+    if wait and adapter.status == "failed":
+        raise api_error({"code": "adapter_invalid", **(adapter.error or {})})
+    return adapter
+
+
+def list_adapters() -> Flow[list[Adapter]]:
+    """Every adapter on the server, whatever its status."""
+    answer: Answer = yield Request("GET", "/v1/adapters")
+    return _listed(Adapter, answer)
+
+
+def show(name: str) -> Flow[Adapter]:
+    """One adapter: its status, size, and whether it is in memory now."""
+    answer: Answer = yield Request("GET", _adapter_path(name))
+    return Adapter.from_json(answer.json())
+
+
+def delete(name: str) -> Flow[None]:
+    """Remove an adapter. Requests that run with it go on to their end."""
+    yield Request("DELETE", _adapter_path(name))
+
+
+def pin(name: str) -> Flow[Adapter]:
+    """Keep an adapter in memory until it is unpinned."""
+    answer: Answer = yield Request("PUT", f"{_adapter_path(name)}/pin")
+    return Adapter.from_json(answer.json())
+
+
+def unpin(name: str) -> Flow[Adapter]:
+    """Let an adapter's memory be used for others again."""
+    answer: Answer = yield Request("DELETE", f"{_adapter_path(name)}/pin")
+    return Adapter.from_json(answer.json())
+
+
+def _generate(
+    fields: Mapping[str, Any], options: Mapping[str, Any], *, stream: bool = False
+) -> Request:
+    if "stream" in options:
+        raise TypeError("use stream() to stream")
+    path = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
+    return json_request("POST", path, {**fields, **options, "stream": stream}, stream=stream)
+
+
+def _served(cls: type[R], answer: Answer) -> R:
+    request_id, digest = identity(answer)
+    return cls.from_json({**answer.json(), "request_id": request_id, "adapter_digest": digest})
+
+
+def _listed(cls: type[R], answer: Answer) -> list[R]:
+    return [cls.from_json(item) for item in answer.json().get("data", ())]
+
+
+def _adapter_path(name: str) -> str:
+    return f"/v1/adapters/{quote(name, safe='')}"

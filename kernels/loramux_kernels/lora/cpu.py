@@ -1,0 +1,499 @@
+"""Segmented LoRA on the CPU: two parallel loops in one call, weights widened in registers.
+
+A work item is a block of rows of one entry, so that many rows read a weight once from memory,
+times a tile of ranks (shrink) or of columns (expand), so that one large run fills all threads.
+Threads take items in turn. No two items write the same element, and the order of every sum is
+that of the stream: neither blocks nor threads show in a row's bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import prange
+
+from loramux_kernels import dispatch, simd
+from loramux_kernels.jit import inner, parallel
+from loramux_kernels.lora.runs import ROW_BLOCK, Runs
+from loramux_kernels.lora.table import SITES, AdapterTable
+
+RANK_TILE = 16
+COLUMN_TILE = 512
+
+
+def add_lora(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    table: AdapterTable,
+    runs: Runs,
+    layer: int,
+    site: str,
+) -> None:
+    """See :func:`loramux_kernels.lora.add_lora`."""
+    dispatch.calls["cpu:add_lora"] += 1
+    modules = SITES[site]
+    _add_lora(
+        y.numpy(),
+        x.numpy(),
+        arena.numpy(),
+        table.slices,
+        table.slice_bytes,
+        table.chunk,
+        table.list_start,
+        table.dtype,
+        table.a_offset,
+        table.b_offset,
+        table.rank,
+        table.scale,
+        layer,
+        modules[0],
+        len(modules),
+        table.in_width,
+        table.out_width,
+        runs.row_start,
+        runs.entry_start,
+        runs.slot,
+        runs.scale,
+        runs.run_of_entry,
+        runs.pair_start,
+        runs.entry_block,
+        runs.entry_block_row,
+        runs.run_block,
+        runs.run_block_row,
+        runs.top_rank(table, layer, site),
+        numba.get_num_threads(),
+    )
+
+
+def _shrink_with(load: Any) -> Any:
+    # Vectors are read one after the other, so that the hardware sees one stream to prefetch; four
+    # accumulators over neighbouring lanes keep the multipliers busy meanwhile.
+    @inner
+    def four(w: Any, at: int) -> Any:
+        return load(w, at), load(w, at + 16), load(w, at + 32), load(w, at + 48)
+
+    @inner
+    def dot(s: Any, x: Any, at: int, a: Any) -> Any:
+        return (
+            simd.fma(simd.load(x, at), a[0], s[0]),
+            simd.fma(simd.load(x, at + 16), a[1], s[1]),
+            simd.fma(simd.load(x, at + 32), a[2], s[2]),
+            simd.fma(simd.load(x, at + 48), a[3], s[3]),
+        )
+
+    @inner
+    def rest(s: Any, x: Any, at: int, w: Any, a: int, length: int) -> Any:
+        first = s[0]
+        for k in range(0, length, 16):
+            part = simd.load_part(x, at + k, min(16, length - k))
+            first = simd.fma(part, load(w, a + k), first)
+        return first, s[1], s[2], s[3]
+
+    @inner
+    def folded(s: Any) -> Any:
+        return simd.total(simd.add(simd.add(s[0], s[1]), simd.add(s[2], s[3])))
+
+    @inner
+    def shrink(
+        w: Any,
+        per_slice: int,
+        slices: Any,
+        list_at: int,
+        element: int,
+        padded: int,
+        vectors: int,
+        x: Any,
+        x_at: int,
+        width: int,
+        rows: int,
+        h: Any,
+        h_at: int,
+        h_stride: int,
+        scale: Any,
+    ) -> None:
+        """``h[row, j] = scale * dot(x[row], A[j])`` for ``vectors`` vectors from ``element``."""
+        itemsize = w.itemsize
+        zero = simd.splat(np.float32(0))
+        zeros = (zero, zero, zero, zero)
+        place = element // per_slice
+        within = element - place * per_slice
+        place += list_at
+        for j in range(vectors):
+            row = 0
+            while row + 4 <= rows:
+                # Four rows share each widened weight; each one's order is that of a lone row.
+                x0 = x_at + row * width
+                x1, x2, x3 = x0 + width, x0 + 2 * width, x0 + 3 * width
+                s0, s1, s2, s3 = zeros, zeros, zeros, zeros
+                done, here, start = 0, place, within
+                while done < width:
+                    length = min(width - done, per_slice - start)
+                    a = slices[here] // itemsize + start
+                    whole = length // 64 * 64
+                    for k in range(0, whole, 64):
+                        v = four(w, a + k)
+                        s0 = dot(s0, x, x0 + done + k, v)
+                        s1 = dot(s1, x, x1 + done + k, v)
+                        s2 = dot(s2, x, x2 + done + k, v)
+                        s3 = dot(s3, x, x3 + done + k, v)
+                    if whole < length:
+                        at = done + whole
+                        s0 = rest(s0, x, x0 + at, w, a + whole, length - whole)
+                        s1 = rest(s1, x, x1 + at, w, a + whole, length - whole)
+                        s2 = rest(s2, x, x2 + at, w, a + whole, length - whole)
+                        s3 = rest(s3, x, x3 + at, w, a + whole, length - whole)
+                    done, here, start = done + length, here + 1, 0
+                to = h_at + row * h_stride + j
+                h[to] = scale * folded(s0)
+                h[to + h_stride] = scale * folded(s1)
+                h[to + 2 * h_stride] = scale * folded(s2)
+                h[to + 3 * h_stride] = scale * folded(s3)
+                row += 4
+            while row < rows:
+                x0 = x_at + row * width
+                s0 = zeros
+                done, here, start = 0, place, within
+                while done < width:
+                    length = min(width - done, per_slice - start)
+                    a = slices[here] // itemsize + start
+                    whole = length // 64 * 64
+                    for k in range(0, whole, 64):
+                        s0 = dot(s0, x, x0 + done + k, four(w, a + k))
+                    if whole < length:
+                        s0 = rest(s0, x, x0 + done + whole, w, a + whole, length - whole)
+                    done, here, start = done + length, here + 1, 0
+                h[h_at + row * h_stride + j] = scale * folded(s0)
+                row += 1
+            within += padded
+            while within >= per_slice:
+                within -= per_slice
+                place += 1
+
+    return shrink
+
+
+def _expand_with(load: Any) -> Any:
+    @inner
+    def expand(
+        w: Any,
+        per_slice: int,
+        slices: Any,
+        list_at: int,
+        element: int,
+        padded: int,
+        vectors: int,
+        y: Any,
+        y_at: int,
+        y_stride: int,
+        columns: int,
+        rows: int,
+        h: Any,
+        h_at: int,
+        h_stride: int,
+    ) -> None:
+        """``y[row] += sum_j h[row, j] * B[j]``, j in order, for the columns from ``element``."""
+        itemsize = w.itemsize
+        place = element // per_slice
+        within = element - place * per_slice
+        place += list_at
+        for j in range(vectors):
+            done, here, start = 0, place, within
+            while done < columns:
+                length = min(columns - done, per_slice - start)
+                b = slices[here] // itemsize + start
+                left = length % 16
+                whole = length - left
+                for row in range(rows):
+                    factor = simd.splat(h[h_at + row * h_stride + j])
+                    to = y_at + row * y_stride + done
+                    for k in range(0, whole, 16):
+                        s = simd.fma(factor, load(w, b + k), simd.load(y, to + k))
+                        simd.store(y, to + k, s)
+                    if left:
+                        s = simd.load_part(y, to + whole, left)
+                        s = simd.fma(factor, load(w, b + whole), s)
+                        simd.store_part(y, to + whole, s, left)
+                done, here, start = done + length, here + 1, 0
+            within += padded
+            while within >= per_slice:
+                within -= per_slice
+                place += 1
+
+    return expand
+
+
+@inner
+def _load_f32(w: Any, at: int) -> Any:
+    return simd.load(w, at)
+
+
+@inner
+def _load_f16(w: Any, at: int) -> Any:
+    return simd.load_f16(w, at)
+
+
+@inner
+def _load_bf16(w: Any, at: int) -> Any:
+    return simd.load_bf16(w, at)
+
+
+_shrink_f32, _expand_f32 = _shrink_with(_load_f32), _expand_with(_load_f32)
+_shrink_f16, _expand_f16 = _shrink_with(_load_f16), _expand_with(_load_f16)
+_shrink_bf16, _expand_bf16 = _shrink_with(_load_bf16), _expand_with(_load_bf16)
+
+
+@inner
+def _shrink_items(
+    thread: int,
+    threads: int,
+    f32: Any,
+    u16: Any,
+    slices: Any,
+    slice_bytes: int,
+    chunk: int,
+    list_start: Any,
+    dtype: Any,
+    a_offset: Any,
+    rank: Any,
+    scale: Any,
+    layer: int,
+    first_module: int,
+    modules: int,
+    in_width: int,
+    row_start: Any,
+    slot: Any,
+    request_scale: Any,
+    run_of_entry: Any,
+    pair_start: Any,
+    entry_block: Any,
+    entry_block_row: Any,
+    rank_tiles: int,
+    x: Any,
+    h: Any,
+) -> None:
+    """Every ``threads``-th item: a block of one entry's rows, a module, a tile of ranks."""
+    in_padded = (in_width + chunk - 1) // chunk * chunk
+    pitch = rank_tiles * RANK_TILE
+    blocks = len(entry_block)
+    for item in range(thread, blocks * modules * rank_tiles, threads):
+        block = item % blocks
+        which = item // blocks % modules
+        module = first_module + which
+        first = item // (blocks * modules) * RANK_TILE
+        entry = entry_block[block]
+        adapter = slot[entry]
+        vectors = min(RANK_TILE, rank[adapter, layer, module] - first)
+        if vectors <= 0:
+            continue
+        run = run_of_entry[entry]
+        row = entry_block_row[block]
+        rows = min(ROW_BLOCK, row_start[run + 1] - row)
+        pair = pair_start[entry] + row - row_start[run]
+        args = (
+            slices,
+            list_start[adapter],
+            a_offset[adapter, layer, module] + first * in_padded,
+            in_padded,
+            vectors,
+            x,
+            row * in_width,
+            in_width,
+            rows,
+            h,
+            (pair * modules + which) * pitch + first,
+            modules * pitch,
+            request_scale[entry] * scale[adapter, layer, module],
+        )
+        if dtype[adapter] == 0:
+            _shrink_f32(f32, slice_bytes // 4, *args)
+        elif dtype[adapter] == 1:
+            _shrink_f16(u16, slice_bytes // 2, *args)
+        else:
+            _shrink_bf16(u16, slice_bytes // 2, *args)
+
+
+@inner
+def _expand_items(
+    thread: int,
+    threads: int,
+    f32: Any,
+    u16: Any,
+    slices: Any,
+    slice_bytes: int,
+    chunk: int,
+    list_start: Any,
+    dtype: Any,
+    b_offset: Any,
+    rank: Any,
+    layer: int,
+    first_module: int,
+    modules: int,
+    out_widths: Any,
+    row_start: Any,
+    entry_start: Any,
+    slot: Any,
+    pair_start: Any,
+    run_block: Any,
+    run_block_row: Any,
+    rank_tiles: int,
+    y: Any,
+    row_width: int,
+    h: Any,
+) -> None:
+    """Every ``threads``-th item: a block of one run's rows, a module, a tile of columns."""
+    pitch = rank_tiles * RANK_TILE
+    blocks = len(run_block)
+    widest = 0
+    for module in range(first_module, first_module + modules):
+        widest = max(widest, out_widths[module])
+    column_tiles = (widest + COLUMN_TILE - 1) // COLUMN_TILE
+    for item in range(thread, blocks * modules * column_tiles, threads):
+        block = item % blocks
+        which = item // blocks % modules
+        module = first_module + which
+        run = run_block[block]
+        row = run_block_row[block]
+        rows = min(ROW_BLOCK, row_start[run + 1] - row)
+        # A lone row reads whole vectors, as one stream; many rows of y stay in the cache.
+        tile = widest if rows == 1 and blocks >= threads else COLUMN_TILE
+        column = item // (blocks * modules) * tile
+        out_width = out_widths[module]
+        columns = min(tile, out_width - column)
+        if columns <= 0:
+            continue
+        before = 0
+        for other in range(first_module, module):
+            before += out_widths[other]
+        out_padded = (out_width + chunk - 1) // chunk * chunk
+        for entry in range(entry_start[run], entry_start[run + 1]):
+            adapter = slot[entry]
+            pair = pair_start[entry] + row - row_start[run]
+            args = (
+                slices,
+                list_start[adapter],
+                b_offset[adapter, layer, module] + column,
+                out_padded,
+                rank[adapter, layer, module],
+                y,
+                row * row_width + before + column,
+                row_width,
+                columns,
+                rows,
+                h,
+                (pair * modules + which) * pitch,
+                modules * pitch,
+            )
+            if dtype[adapter] == 0:
+                _expand_f32(f32, slice_bytes // 4, *args)
+            elif dtype[adapter] == 1:
+                _expand_f16(u16, slice_bytes // 2, *args)
+            else:
+                _expand_bf16(u16, slice_bytes // 2, *args)
+
+
+@parallel(
+    "void(float32[:,::1], float32[:,::1], uint8[::1],"
+    " int64[::1], int64, int64, int64[::1], int32[::1],"
+    " int64[:,:,::1], int64[:,:,::1], int32[:,:,::1], float32[:,:,::1],"
+    " int64, int64, int64, int64[::1], int64[::1],"
+    " int32[::1], int32[::1], int32[::1], float32[::1], int32[::1], int32[::1],"
+    " int32[::1], int32[::1], int32[::1], int32[::1], int64, int64)"
+)
+def _add_lora(
+    y: Any,
+    x: Any,
+    arena: Any,
+    slices: Any,
+    slice_bytes: int,
+    chunk: int,
+    list_start: Any,
+    dtype: Any,
+    a_offset: Any,
+    b_offset: Any,
+    rank: Any,
+    scale: Any,
+    layer: int,
+    first_module: int,
+    modules: int,
+    in_widths: Any,
+    out_widths: Any,
+    row_start: Any,
+    entry_start: Any,
+    slot: Any,
+    request_scale: Any,
+    run_of_entry: Any,
+    pair_start: Any,
+    entry_block: Any,
+    entry_block_row: Any,
+    run_block: Any,
+    run_block_row: Any,
+    top_rank: int,
+    threads: int,
+) -> None:
+    f32, u16 = arena.view(np.float32), arena.view(np.uint16)
+    x, y, row_width = x.reshape(-1), y.reshape(-1), y.shape[1]
+    in_width = in_widths[first_module]
+    rank_tiles = (top_rank + RANK_TILE - 1) // RANK_TILE
+    # h[pair, module, rank]: one small vector per (row, entry).
+    h = np.empty(pair_start[-1] * modules * rank_tiles * RANK_TILE, dtype=np.float32)
+    for thread in prange(threads):
+        _shrink_items(
+            thread,
+            threads,
+            f32,
+            u16,
+            slices,
+            slice_bytes,
+            chunk,
+            list_start,
+            dtype,
+            a_offset,
+            rank,
+            scale,
+            layer,
+            first_module,
+            modules,
+            in_width,
+            row_start,
+            slot,
+            request_scale,
+            run_of_entry,
+            pair_start,
+            entry_block,
+            entry_block_row,
+            rank_tiles,
+            x,
+            h,
+        )
+    for thread in prange(threads):
+        _expand_items(
+            thread,
+            threads,
+            f32,
+            u16,
+            slices,
+            slice_bytes,
+            chunk,
+            list_start,
+            dtype,
+            b_offset,
+            rank,
+            layer,
+            first_module,
+            modules,
+            out_widths,
+            row_start,
+            entry_start,
+            slot,
+            pair_start,
+            run_block,
+            run_block_row,
+            rank_tiles,
+            y,
+            row_width,
+            h,
+        )

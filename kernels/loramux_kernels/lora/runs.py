@@ -1,0 +1,88 @@
+"""One step's rows grouped into runs that share one ordered adapter list."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from loramux_kernels.blocks import row_blocks
+from loramux_kernels.lora.table import SITES, AdapterTable
+from loramux_kernels.mirror import mirror
+
+ROW_BLOCK = 16
+"""Rows that one work item takes together, so that they read each weight from memory once."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Run i holds token rows ``row_start[i]:row_start[i+1]`` and table slots
+    ``slot[entry_start[i]:entry_start[i+1]]`` with the requests' scales. A base row's run has no
+    entries. Neighbouring runs with equal lists should be one run: each run reads its weights once.
+
+    Derived, once a step: ``run_of_entry`` [E]; ``pair_start`` [E+1], the (row, entry) pairs of
+    entry e being numbered from ``pair_start[e]``, one per row of its run; and the blocks of at
+    most ROW_BLOCK rows of every entry (``entry_block``: its entry, ``entry_block_row``: its first
+    row) and of every run that has entries (``run_block``, ``run_block_row``).
+    """
+
+    row_start: npt.NDArray[np.int32]
+    entry_start: npt.NDArray[np.int32]
+    slot: npt.NDArray[np.int32]
+    scale: npt.NDArray[np.float32]
+    run_of_entry: npt.NDArray[np.int32] = field(init=False)
+    pair_start: npt.NDArray[np.int32] = field(init=False)
+    entry_block: npt.NDArray[np.int32] = field(init=False)
+    entry_block_row: npt.NDArray[np.int32] = field(init=False)
+    run_block: npt.NDArray[np.int32] = field(init=False)
+    run_block_row: npt.NDArray[np.int32] = field(init=False)
+    _tensors: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    _top_rank: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        rows, entries = np.diff(self.row_start), np.diff(self.entry_start)
+        run_of_entry = np.repeat(np.arange(len(entries), dtype=np.int32), entries)
+        pairs = np.concatenate(([0], np.cumsum(rows[run_of_entry]))).astype(np.int32)
+        of_entry = row_blocks(rows[run_of_entry], self.row_start[run_of_entry], ROW_BLOCK)
+        of_run = row_blocks(np.where(entries > 0, rows, 0), self.row_start[:-1], ROW_BLOCK)
+        derived = (run_of_entry, pairs, *of_entry, *of_run)
+        names = (f.name for f in fields(self) if not f.init and not f.name.startswith("_"))
+        for name, value in zip(names, derived, strict=True):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def build(cls, rows: Sequence[int], adapters: Sequence[Sequence[tuple[int, float]]]) -> Runs:
+        """Run i has ``rows[i]`` token rows and the entries ``adapters[i]``: (slot, scale) pairs."""
+        if len(rows) != len(adapters):
+            raise ValueError(f"Runs.build: {len(rows)} row counts, {len(adapters)} adapter lists")
+        entries = [entry for run in adapters for entry in run]
+        return cls(
+            row_start=np.array([0, *accumulate(rows)], dtype=np.int32),
+            entry_start=np.array([0, *accumulate(map(len, adapters))], dtype=np.int32),
+            slot=np.array([slot for slot, _ in entries], dtype=np.int32),
+            scale=np.array([scale for _, scale in entries], dtype=np.float32),
+        )
+
+    def top_rank(self, table: AdapterTable, layer: int, site: str) -> int:
+        """The largest rank any entry has at this layer's site; 0 when none changes it. Looked up
+        for all layers at once, since residency does not change during a step."""
+        if not self._top_rank:
+            ranks = table.rank[self.slot].max(axis=0, initial=0)
+            for name, modules in SITES.items():
+                self._top_rank[name] = ranks[:, list(modules)].max(axis=1).tolist()
+        return self._top_rank[site][layer]
+
+    def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The arrays on ``device``, brought there once."""
+        if not self._tensors:
+            names = (f.name for f in fields(self) if not f.name.startswith("_"))
+            self._tensors.update(mirror({name: getattr(self, name) for name in names}, device))
+        return self._tensors
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.row_start[-1])

@@ -1,0 +1,188 @@
+"""Where the resident adapters' weights lie in the pool, as arrays that kernels index by slot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+SITES: dict[str, tuple[int, ...]] = {"qkv": (0, 1, 2), "o": (3,), "gate_up": (4, 5), "down": (6,)}
+"""Modules that share an input and an output buffer, so that one kernel call serves them."""
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Adapter dtypes; a slot stores the index."""
+
+_ROWS: dict[str, type[np.generic]] = {
+    "a_offset": np.int64,
+    "b_offset": np.int64,
+    "rank": np.int32,
+    "scale": np.float32,
+}
+
+
+class AdapterTable:
+    """The resident adapters. Changed only when residency changes, never by a step.
+
+    An adapter is a stream of elements of its own dtype laid over an ordered list of slices:
+    element e is at byte ``slices[e // n] + (e % n) * itemsize``, ``n = slice_bytes // itemsize``.
+    ``a_offset`` and ``b_offset`` count elements of the stream. A is ``rank`` vectors of the
+    module's in width, B ``rank`` vectors of its out width, each padded with zeros to a multiple
+    of ``chunk``. Rank 0 means the module is absent.
+
+    Arrays, indexed by slot: ``a_offset``, ``b_offset``, ``rank``, ``scale`` [slots, layers, 7],
+    ``dtype`` (index into DTYPES) and ``list_start`` [slots]; the slice list of a slot begins at
+    ``slices[list_start[slot]]``. ``tensors`` holds the same arrays on ``device``.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        widths: Mapping[str, tuple[int, int]],
+        slice_bytes: int,
+        chunk: int,
+        device: torch.device | str,
+    ) -> None:
+        missing = sorted(set(MODULES) - set(widths))
+        if missing:
+            raise ValueError(f"AdapterTable: widths lacks {', '.join(missing)}")
+        if chunk < 16 or chunk & (chunk - 1) or slice_bytes % (chunk * 4):
+            raise ValueError(
+                f"AdapterTable: chunk ({chunk}) must be a power of two from 16 whose fp32 form "
+                f"divides slice_bytes ({slice_bytes})"
+            )
+        self.num_layers = num_layers
+        self.slice_bytes = slice_bytes
+        self.chunk = chunk
+        self.device = torch.device(device)
+        self.in_width = np.array([widths[m][0] for m in MODULES], dtype=np.int64)
+        self.out_width = np.array([widths[m][1] for m in MODULES], dtype=np.int64)
+        self.site_widths: dict[str, tuple[int, int]] = {}
+        for site, modules in SITES.items():
+            ins = {int(self.in_width[m]) for m in modules}
+            if len(ins) != 1:
+                raise ValueError(f"AdapterTable: the modules of {site!r} differ in input width")
+            self.site_widths[site] = (ins.pop(), int(sum(self.out_width[m] for m in modules)))
+        self.slices: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self.list_start: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self.dtype: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
+        self.a_offset: npt.NDArray[np.int64] = np.zeros((0, num_layers, 7), dtype=np.int64)
+        self.b_offset: npt.NDArray[np.int64] = np.zeros((0, num_layers, 7), dtype=np.int64)
+        self.rank: npt.NDArray[np.int32] = np.zeros((0, num_layers, 7), dtype=np.int32)
+        self.scale: npt.NDArray[np.float32] = np.zeros((0, num_layers, 7), dtype=np.float32)
+        self.tensors: dict[str, torch.Tensor] = {
+            "out_width": torch.from_numpy(self.out_width).to(self.device)
+        }
+        self._free_slots: list[int] = []
+        self._extents: dict[int, tuple[int, int]] = {}
+
+    def add(
+        self,
+        *,
+        slices: npt.NDArray[np.int64],
+        a_offset: npt.NDArray[np.int64],
+        b_offset: npt.NDArray[np.int64],
+        rank: npt.NDArray[np.int32],
+        scale: npt.NDArray[np.float32],
+        dtype: torch.dtype,
+    ) -> int:
+        """Make an adapter known and return its slot. ``slices`` are byte offsets into the arena;
+        the other arrays are [layers, 7]. ValueError when an array is off or a matrix would lie
+        outside the stream."""
+        row: dict[str, npt.NDArray[Any]] = {
+            "a_offset": a_offset,
+            "b_offset": b_offset,
+            "rank": rank,
+            "scale": scale,
+        }
+        self._check(slices, row, dtype)
+        start = self._place(len(slices))
+        self.slices[start : start + len(slices)] = slices
+        if not self._free_slots:
+            self._grow_slots()
+        slot = self._free_slots.pop()
+        self._extents[slot] = (start, len(slices))
+        self.list_start[slot] = start
+        self.dtype[slot] = DTYPES.index(dtype)
+        for name, values in row.items():
+            getattr(self, name)[slot] = values
+        self._mirror("slices", start, len(slices))
+        for name in ("list_start", "dtype", *_ROWS):
+            self._mirror(name, slot, 1)
+        return slot
+
+    def remove(self, slot: int) -> None:
+        """Forget an adapter. No step that names it may be running or to come."""
+        if slot not in self._extents:
+            raise KeyError(f"AdapterTable: slot {slot} holds no adapter")
+        del self._extents[slot]
+        self.rank[slot] = 0
+        self._free_slots.append(slot)
+
+    def _check(
+        self, slices: npt.NDArray[np.int64], row: Mapping[str, npt.NDArray[Any]], dtype: torch.dtype
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"AdapterTable.add: dtype {dtype} is not fp32, fp16 or bf16")
+        for name, values in row.items():
+            if values.shape != (self.num_layers, 7) or values.dtype != _ROWS[name]:
+                raise ValueError(
+                    f"AdapterTable.add: {name} must be {_ROWS[name].__name__} "
+                    f"[{self.num_layers}, 7], got {values.dtype} {list(values.shape)}"
+                )
+        if slices.ndim != 1 or slices.dtype != np.int64:
+            raise ValueError("AdapterTable.add: slices must be a 1-D int64 array")
+        if (slices % (self.chunk * dtype.itemsize)).any():
+            raise ValueError("AdapterTable.add: slices must start at multiples of a chunk")
+        if (row["rank"] < 0).any():
+            raise ValueError("AdapterTable.add: rank must not be negative")
+        elements = len(slices) * (self.slice_bytes // dtype.itemsize)
+        present = row["rank"] > 0
+        for name, width in (("a_offset", self.in_width), ("b_offset", self.out_width)):
+            padded = -(-width // self.chunk) * self.chunk
+            end = row[name] + row["rank"] * padded
+            bad = (row[name] < 0) | (row[name] % self.chunk != 0) | (end > elements)
+            if (bad & present).any():
+                layer, module = (int(i[0]) for i in np.nonzero(bad & present))
+                raise ValueError(
+                    f"AdapterTable.add: {name} of layer {layer} {MODULES[module]} lies outside "
+                    f"the stream of {elements} elements or off a chunk of {self.chunk}"
+                )
+
+    def _place(self, length: int) -> int:
+        """First gap of ``length`` in ``slices``, which grows when there is none."""
+        start = 0
+        for begin, taken in sorted(self._extents.values()):
+            if begin - start >= length:
+                return start
+            start = begin + taken
+        if start + length > len(self.slices):
+            grown = np.zeros(max(2 * len(self.slices), start + length), dtype=np.int64)
+            grown[: len(self.slices)] = self.slices
+            self.slices = grown
+        return start
+
+    def _mirror(self, name: str, start: int, count: int) -> None:
+        """Bring ``count`` changed elements to the device; all of them after the array grew."""
+        array = torch.from_numpy(getattr(self, name))
+        known = self.tensors.get(name)
+        if known is None or known.shape != array.shape:
+            self.tensors[name] = array.to(self.device)
+        elif self.device.type != "cpu":
+            part = slice(start, start + count)
+            known[part].copy_(array[part], non_blocking=True)
+
+    def _grow_slots(self) -> None:
+        before = len(self.list_start)
+        after = max(8, 2 * before)
+        for name in ("list_start", "dtype", *_ROWS):
+            old = getattr(self, name)
+            new = np.zeros((after, *old.shape[1:]), dtype=old.dtype)
+            new[:before] = old
+            setattr(self, name, new)
+        self._free_slots.extend(reversed(range(before, after)))

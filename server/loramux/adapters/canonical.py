@@ -1,0 +1,80 @@
+"""What an adapter is once its file format is forgotten.
+
+Today: low-rank pairs, ``y += scale * B (A x)``, one per adapted (layer, module). The matrices are
+views of the uploaded file, read when they are packed. Formats with more to say than pairs will add
+optional vectors beside ``pairs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+ITEMSIZE: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+STORAGE: dict[Dtype, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+}
+"""How numpy holds each dtype; it has no bfloat16, so those are their bits."""
+
+Array = npt.NDArray[Any]
+
+
+def widen(values: Array, dtype: Dtype) -> npt.NDArray[np.float32]:
+    """``values`` as held for ``dtype``, as float32. Exact for every finite value."""
+    if dtype == "bfloat16":
+        return (values.astype("<u4") << 16).view("<f4")
+    return values.astype("<f4")
+
+
+class Matrix(Protocol):
+    """A matrix that stays on the disk until it is asked for."""
+
+    @property
+    def dtype(self) -> Dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self) -> Array:
+        """All of it, ``shape``, in ``STORAGE[dtype]``."""
+        ...
+
+    def blocks(self) -> Iterator[Array]:
+        """All of it in order, as flat pieces of bounded size."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPair:
+    """``y += scale * B (A x)`` in one module of one layer. ``a``: [rank, in]; ``b``: [out, rank].
+
+    ``scale`` is exactly a float32.
+    """
+
+    layer: int
+    module: str
+    rank: int
+    scale: float
+    a: Matrix
+    b: Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class CanonicalAdapter:
+    """An adapter validated against one base. ``pairs`` are ordered by layer, then as MODULES.
+
+    ``dtype`` holds every matrix exactly: the one they share, else float32. ``warnings`` are for
+    the uploader: things that are legal and perhaps not meant.
+    """
+
+    dtype: Dtype
+    pairs: tuple[LoraPair, ...]
+    warnings: tuple[str, ...] = ()

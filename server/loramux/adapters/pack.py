@@ -1,0 +1,332 @@
+"""The packed form of an adapter: one stream of elements, ready to be laid over pool slices.
+
+    8 bytes   magic
+    4         format version     }
+    4         header length      } little-endian
+    32        SHA-256 of the header
+    header    msgpack, see _Header
+    zeros     up to ``payload_offset``, a multiple of 4096
+    payload   ``num_elems`` elements of the adapter's dtype, little-endian
+
+Matrices are rank-major: A is r vectors of ``in`` elements (as in the file), B is r vectors of
+``out`` (transposed from the file's [out, r]). A vector takes its width rounded up to whole chunks,
+the rest being zero; vectors follow each other without gaps. Layers come in order, and within one
+the order of use: A of q, k, v, B of q, k, v, A and B of o, A of gate, up, B of gate, up, A and B of
+down. So a layer can run once the slices up to its end are there.
+
+The packed form is derived: (digest, base, importer version) name it, and it is made again when it
+is missing. It depends on the widths of the base but not on the size of a slice: when one chunk
+size divides all widths nothing is padded, and else the chunk is the smallest there is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from loramux.adapters.blobs import (
+    READ_BYTES,
+    check_digest,
+    disk_errors,
+    make_durable_dir,
+    publish,
+)
+from loramux.adapters.canonical import (
+    ITEMSIZE,
+    STORAGE,
+    Array,
+    CanonicalAdapter,
+    Dtype,
+    Matrix,
+    widen,
+)
+from loramux.errors import AdapterInvalid, ConfigError
+from loramux.wire import MODULES, BaseDescription
+
+IMPORTER_VERSION = 1
+"""Raise it whenever import or packing would turn the same upload into other bytes."""
+MIN_CHUNK, MAX_CHUNK = 16, 128
+SITES = ((0, 1, 2), (3,), (4, 5), (6,))
+"""Modules (indices of MODULES) that read the same input, in the order a layer runs them."""
+
+_MAGIC = b"loramux\x00"
+_FORMAT_VERSION = 1
+_PREFIX = struct.Struct("<8sII32s")
+_ALIGN = 4096
+_MAX_HEADER_BYTES = 1 << 24
+_FINGERPRINT = re.compile(r"[0-9A-Za-z_-]+")
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where everything is in a stream, in elements. Tables are [num_layers, len(MODULES)].
+
+    A module that is not adapted has rank 0, scale 0 and offsets 0.
+    """
+
+    dtype: Dtype
+    chunk: int
+    num_elems: int
+    a_offset: Int64
+    b_offset: Int64
+    rank: Int32
+    scale: Float32
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the base."""
+        return len(self.rank)
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of a module."""
+        return int(self.rank.max(initial=0))
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the stream."""
+        return self.num_elems * ITEMSIZE[self.dtype]
+
+    def num_slices(self, slice_bytes: int) -> int:
+        """Pool slices the stream covers; the last may be partly used."""
+        slice_elems = slice_bytes // ITEMSIZE[self.dtype]
+        return -(-self.num_elems // slice_elems)
+
+    def num_frames(self, slice_bytes: int) -> int:
+        """Pool frames (one slice per layer of the base) that hold those slices."""
+        return -(-self.num_slices(slice_bytes) // self.num_layers)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedAdapter(Layout):
+    """The header of a packed file. The payload is ``num_bytes`` at ``payload_offset``."""
+
+    path: Path
+    digest: str
+    fingerprint: str
+    importer_version: int
+    payload_sha256: str
+    payload_offset: int
+
+
+class _Header(msgspec.Struct, frozen=True, kw_only=True):
+    """Tables are their little-endian bytes, row by row."""
+
+    digest: str
+    fingerprint: str
+    importer_version: int
+    dtype: Dtype
+    chunk: int
+    num_elems: int
+    num_layers: int
+    a_offset: bytes
+    b_offset: bytes
+    rank: bytes
+    scale: bytes
+    payload_sha256: str
+
+
+def packed_path(data_dir: Path, digest: str, fingerprint: str) -> Path:
+    """Where the packed form of an adapter version for a base is, or would be."""
+    if not _FINGERPRINT.fullmatch(fingerprint):
+        raise ConfigError("a base fingerprint is made of letters, digits, '-' and '_'")
+    name = f"{check_digest(digest)}-{fingerprint[:16]}-v{IMPORTER_VERSION}.lmx"
+    return data_dir / "packed" / name
+
+
+def chunk_elems(widths: Mapping[str, tuple[int, int]], slice_bytes: int, itemsize: int) -> int:
+    """Elements in a chunk, the unit that no slice boundary cuts.
+
+    The largest power of two from 16 to 128 that divides a slice and every width; 16 when there is
+    none, and then vectors are padded. ConfigError when a slice is not whole chunks of 16.
+    """
+    slice_elems, rest = divmod(slice_bytes, itemsize)
+    if rest or slice_elems % MIN_CHUNK:
+        raise ConfigError(
+            f"a pool slice of {slice_bytes} bytes is not a multiple of {MIN_CHUNK} elements of "
+            f"{itemsize} bytes: choose page_tokens so that it is"
+        )
+    sizes = [slice_elems, *(width for pair in widths.values() for width in pair)]
+    chunk = MAX_CHUNK
+    while chunk > MIN_CHUNK and any(size % chunk for size in sizes):
+        chunk //= 2
+    return chunk
+
+
+def lay_out(adapter: CanonicalAdapter, base: BaseDescription) -> Layout:
+    """Give every matrix of the adapter its place in the stream."""
+    chunk = chunk_elems(base.widths, base.slice_bytes, ITEMSIZE[adapter.dtype])
+    shape = (base.num_layers, len(MODULES))
+    a_offset, b_offset = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    rank, scale = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    for pair in adapter.pairs:
+        at = pair.layer, MODULES.index(pair.module)
+        rank[at], scale[at] = pair.rank, pair.scale
+    end = 0
+    for layer, module, side in _stream_order(base.num_layers):
+        if rank[layer, module]:
+            (a_offset if side == 0 else b_offset)[layer, module] = end
+            width = base.widths[MODULES[module]][side]
+            end += int(rank[layer, module]) * _padded(width, chunk)
+    return Layout(adapter.dtype, chunk, end, a_offset, b_offset, rank, scale)
+
+
+def pack(adapter: CanonicalAdapter, base: BaseDescription, digest: str, path: Path) -> Layout:
+    """Write the packed file, whole or not at all; where everything is in it.
+
+    Memory is bounded by one matrix. Raises StorageFull.
+    """
+    layout = lay_out(adapter, base)
+    header = _Header(
+        digest=digest,
+        fingerprint=base.fingerprint,
+        importer_version=IMPORTER_VERSION,
+        dtype=layout.dtype,
+        chunk=layout.chunk,
+        num_elems=layout.num_elems,
+        num_layers=layout.num_layers,
+        a_offset=layout.a_offset.astype("<i8").tobytes(),
+        b_offset=layout.b_offset.astype("<i8").tobytes(),
+        rank=layout.rank.astype("<i4").tobytes(),
+        scale=layout.scale.astype("<f4").tobytes(),
+        payload_sha256="0" * 64,
+    )
+    temporary = path.with_name(f"{secrets.token_hex(16)}.tmp")
+    with disk_errors():
+        make_durable_dir(path.parent)
+        try:
+            with open(temporary, "xb") as file:
+                # The sum is known at the end; every sum is 64 digits, so the header keeps its size.
+                file.seek(_payload_offset(msgspec.msgpack.encode(header)))
+                sha256 = hashlib.sha256()
+                for values in _stream(adapter, layout):
+                    data = values.data.cast("B")
+                    sha256.update(data)
+                    file.write(data)
+                header = msgspec.structs.replace(header, payload_sha256=sha256.hexdigest())
+                encoded = msgspec.msgpack.encode(header)
+                file.seek(0)
+                file.write(_prefix(encoded) + encoded)
+                file.flush()
+                os.fsync(file.fileno())
+            publish(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return layout
+
+
+def read_header(path: Path) -> PackedAdapter:
+    """The header of a packed file; the payload's sum is left to whoever reads the payload.
+
+    Raises FileNotFoundError, and AdapterInvalid (packed_file_invalid) for a file that is not a
+    packed adapter, is of another format version, or is cut short or damaged before the payload.
+    """
+    with open(path, "rb") as file:
+        prefix = file.read(_PREFIX.size)
+        if len(prefix) < _PREFIX.size or not prefix.startswith(_MAGIC):
+            raise _invalid("it is not a packed adapter")
+        _, version, length, sha256 = _PREFIX.unpack(prefix)
+        if version != _FORMAT_VERSION:
+            raise _invalid(f"it has format version {version}, not {_FORMAT_VERSION}")
+        encoded = file.read(length) if length <= _MAX_HEADER_BYTES else b""
+        if len(encoded) != length or hashlib.sha256(encoded).digest() != sha256:
+            raise _invalid("its header is damaged")
+        file_bytes = os.fstat(file.fileno()).st_size
+    header = msgspec.msgpack.decode(encoded, type=_Header)
+    shape = (header.num_layers, len(MODULES))
+    packed = PackedAdapter(
+        dtype=header.dtype,
+        chunk=header.chunk,
+        num_elems=header.num_elems,
+        a_offset=np.frombuffer(header.a_offset, "<i8").reshape(shape),
+        b_offset=np.frombuffer(header.b_offset, "<i8").reshape(shape),
+        rank=np.frombuffer(header.rank, "<i4").reshape(shape),
+        scale=np.frombuffer(header.scale, "<f4").reshape(shape),
+        path=path,
+        digest=header.digest,
+        fingerprint=header.fingerprint,
+        importer_version=header.importer_version,
+        payload_sha256=header.payload_sha256,
+        payload_offset=_payload_offset(encoded),
+    )
+    if file_bytes != packed.payload_offset + packed.num_bytes:
+        raise _invalid(f"it has {file_bytes} bytes, its header says otherwise")
+    return packed
+
+
+def verify_payload(packed: PackedAdapter) -> bool:
+    """Whether the payload still has the sum it was written with. Reads all of it."""
+    actual = hashlib.sha256()
+    with open(packed.path, "rb") as file:
+        file.seek(packed.payload_offset)
+        while block := file.read(READ_BYTES):
+            actual.update(block)
+    return actual.hexdigest() == packed.payload_sha256
+
+
+def sweep(data_dir: Path) -> int:
+    """Remove what interrupted ``pack`` calls left; how many files. Call before packing starts."""
+    leftovers = list((data_dir / "packed").glob("*.tmp"))
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def _stream_order(num_layers: int) -> Iterator[tuple[int, int, int]]:
+    """(layer, module, side: 0 for A, 1 for B) of every matrix there can be, in stream order."""
+    for layer in range(num_layers):
+        for site in SITES:
+            for side in (0, 1):
+                for module in site:
+                    yield layer, module, side
+
+
+def _stream(adapter: CanonicalAdapter, layout: Layout) -> Iterator[Array]:
+    """The stream's matrices, [rank, padded width] each, in ``STORAGE[adapter.dtype]``."""
+    pairs = {(pair.layer, MODULES.index(pair.module)): pair for pair in adapter.pairs}
+    for layer, module, side in _stream_order(layout.num_layers):
+        pair = pairs.get((layer, module))
+        if pair is None:
+            continue
+        vectors = _read(pair.a, adapter.dtype) if side == 0 else _read(pair.b, adapter.dtype).T
+        rank, width = vectors.shape
+        padded = np.zeros((rank, _padded(width, layout.chunk)), STORAGE[adapter.dtype])
+        padded[:, :width] = vectors
+        yield padded
+
+
+def _read(matrix: Matrix, dtype: Dtype) -> Array:
+    values = matrix.read()
+    return values if matrix.dtype == dtype else widen(values, matrix.dtype)
+
+
+def _padded(width: int, chunk: int) -> int:
+    return -(-width // chunk) * chunk
+
+
+def _payload_offset(encoded_header: bytes) -> int:
+    return _padded(_PREFIX.size + len(encoded_header), _ALIGN)
+
+
+def _prefix(encoded: bytes) -> bytes:
+    sha256 = hashlib.sha256(encoded).digest()
+    return _PREFIX.pack(_MAGIC, _FORMAT_VERSION, len(encoded), sha256)
+
+
+def _invalid(reason: str) -> AdapterInvalid:
+    text = f"the packed adapter file cannot be used: {reason}"
+    return AdapterInvalid(text, problems=[text], code="packed_file_invalid")

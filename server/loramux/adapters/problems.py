@@ -1,0 +1,39 @@
+"""Collecting everything that is wrong with an upload before saying no."""
+
+from __future__ import annotations
+
+from loramux.errors import AdapterInvalid
+
+MAX_LISTED = 50
+"""An upload can have 20 000 offenders; the rest are counted."""
+
+
+class Problems:
+    """Offenders found so far. The error's code is theirs if they agree, else adapter_invalid."""
+
+    def __init__(self) -> None:
+        self._listed: list[str] = []
+        self._codes: set[str] = set()
+        self._count = 0
+
+    def add(self, text: str, code: str = AdapterInvalid.code) -> None:
+        """Note one offender. ``text`` names it and says what is wrong with it."""
+        self._count += 1
+        self._codes.add(code)
+        if self._count <= MAX_LISTED:
+            self._listed.append(text)
+
+    def raise_any(self) -> None:
+        """Raise AdapterInvalid with all of them, if there are any."""
+        if not self._count:
+            return
+        listed = list(self._listed)
+        if self._count > MAX_LISTED:
+            listed.append(f"... and {self._count - MAX_LISTED} more")
+        message = (
+            self._listed[0]
+            if self._count == 1
+            else f"the adapter has {self._count} problems; the first: {self._listed[0]}"
+        )
+        code = self._codes.pop() if len(self._codes) == 1 else AdapterInvalid.code
+        raise AdapterInvalid(message, problems=listed, code=code)

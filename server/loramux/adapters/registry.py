@@ -1,0 +1,393 @@
+"""Which adapters exist: one SQLite table, one transaction per change of state.
+
+    create -> validating -> ready -> deleting -> (row gone)
+                         `-> failed
+
+A name has generations, counted from 1 and never used twice. Several may be ready at once; a bare
+name means the newest that can serve. Which base an adapter was validated against is part of its
+row: under another base it is listed as ``incompatible``, which is derived, never stored.
+WAL with synchronous=FULL: what a method returned survives a power cut.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from loramux.adapters.blobs import adapter_digest, check_digest, disk_errors, make_durable_dir
+from loramux.errors import ConfigError, Conflict, GenerationGone, NotFound, StorageFull
+
+Status = Literal["validating", "ready", "failed", "deleting", "incompatible"]
+
+SCHEMA_VERSION = 1
+MIN_PREFIX = 12
+"""Fewest hex digits that may name a version by its digest."""
+
+_APPLICATION_ID = 0x6C6D7578  # "lmux": tells our file from any other SQLite database
+_FULL_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR}
+_SCHEMA = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE names (
+    tenant TEXT NOT NULL,
+    name TEXT NOT NULL,
+    last_generation INTEGER NOT NULL,
+    PRIMARY KEY (tenant, name)
+) STRICT;
+CREATE TABLE adapters (
+    id INTEGER PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    name TEXT NOT NULL,
+    generation INTEGER NOT NULL,
+    digest TEXT NOT NULL,
+    config_digest TEXT NOT NULL,
+    weights_digest TEXT NOT NULL,
+    fingerprint TEXT NOT NULL DEFAULT '',
+    status TEXT NOT NULL CHECK (status IN ('validating', 'ready', 'failed', 'deleting')),
+    error TEXT NOT NULL DEFAULT 'null',
+    report TEXT NOT NULL DEFAULT '{{}}',
+    pinned INTEGER NOT NULL DEFAULT 0,
+    created REAL NOT NULL,
+    UNIQUE (tenant, name, generation)
+) STRICT;
+CREATE INDEX adapters_digest ON adapters (digest);
+PRAGMA application_id = {_APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+COMMIT;
+"""
+
+
+class AdapterRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One generation of a name.
+
+    ``fingerprint`` is the base it was validated against ("" before that). ``error`` is
+    ``{"code", "message", "problems"}`` when failed; ``report`` is IngestDone's when ready;
+    ``created`` is Unix seconds.
+    """
+
+    id: int
+    tenant: str
+    name: str
+    generation: int
+    digest: str
+    config_digest: str
+    weights_digest: str
+    fingerprint: str
+    status: Status
+    error: dict[str, Any] | None
+    report: dict[str, Any]
+    pinned: bool
+    created: float
+
+
+Rows = list[AdapterRow]
+
+
+class Registry:
+    """The adapters of one data directory.
+
+    ``base_fingerprint`` is the base being served, once known; it decides what is incompatible.
+    Every method is one transaction; calls from several threads take turns. A disk that refuses to
+    write raises StorageFull.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self.base_fingerprint = ""
+        self._lock = threading.Lock()
+        with disk_errors():
+            make_durable_dir(data_dir)
+        self._path = data_dir / "registry.sqlite"
+        try:
+            self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+            try:
+                self._prepare()
+            except BaseException:
+                self._db.close()
+                raise
+        except sqlite3.Error as error:
+            raise ConfigError(
+                f"the adapter registry {self._path} cannot be used: {error}"
+            ) from error
+
+    def _prepare(self) -> None:
+        self._db.row_factory = sqlite3.Row
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        owner = self._db.execute("PRAGMA application_id").fetchone()[0]
+        tables = self._db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+        if tables and owner != _APPLICATION_ID:
+            raise ConfigError(f"{self._path} is not an adapter registry")
+        if (damage := self._db.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
+            raise ConfigError(f"the adapter registry {self._path} is damaged: {damage}")
+        if version > SCHEMA_VERSION:
+            raise ConfigError(
+                f"the adapter registry {self._path} has schema version {version}; this server "
+                f"knows up to {SCHEMA_VERSION}: use the newer server or another --data-dir"
+            )
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        if not tables:
+            self._db.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        """Close the file. The registry cannot be used afterwards."""
+        with self._lock:
+            self._db.close()
+
+    def _reading(self) -> AbstractContextManager[sqlite3.Connection]:
+        return self._transaction("BEGIN")  # takes no write lock, works on a full disk
+
+    @contextmanager
+    def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                self._db.execute(begin)
+                try:
+                    yield self._db
+                    self._db.execute("COMMIT")
+                finally:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+            except sqlite3.OperationalError as error:
+                # Extended codes keep the kind in their low byte.
+                if error.sqlite_errorcode & 0xFF in _FULL_CODES:
+                    raise StorageFull("the adapter registry cannot be read or written") from error
+                raise
+
+    def create(
+        self,
+        name: str,
+        *,
+        config_digest: str,
+        weights_digest: str,
+        expected_generation: int | None = None,
+        tenant: str = "",
+    ) -> tuple[AdapterRow, bool]:
+        """Give a name an adapter; the row, and whether it has yet to be validated.
+
+        The same files under the same name are the same row: nothing happens (a failed one is tried
+        again). Other files need ``expected_generation``, the generation being replaced (0: the name
+        must be free), else Conflict; they become the next generation, and the old one stays until
+        deleted. A failed or incompatible adapter does not hold its name.
+        """
+        digest = adapter_digest(config_digest, weights_digest)
+        with self._transaction() as db:
+            rows = [r for r in self._rows(db, tenant, name) if r.status != "deleting"]
+            held = next((r for r in rows if r.status in ("validating", "ready")), None)
+            if held is not None and held.digest == digest:
+                return held, False
+            if rows and rows[0].status == "failed" and rows[0].digest == digest:
+                db.execute(
+                    "UPDATE adapters SET status = 'validating', error = 'null' WHERE id = ?",
+                    (rows[0].id,),
+                )
+                return self._row(db, rows[0].id), True
+            current = held.generation if held else 0
+            if expected_generation is None and held is not None:
+                raise Conflict(
+                    f"this name holds other weights; expected_generation {current} replaces them",
+                    param="name",
+                )
+            if expected_generation is not None and expected_generation != current:
+                raise Conflict(
+                    f"the current generation is {current}, not the expected one",
+                    param="expected_generation",
+                )
+            db.execute(
+                "DELETE FROM adapters WHERE tenant = ? AND name = ? AND status = 'failed'",
+                (tenant, name),
+            )
+            return self._insert(db, tenant, name, digest, config_digest, weights_digest), True
+
+    def _insert(
+        self,
+        db: sqlite3.Connection,
+        tenant: str,
+        name: str,
+        digest: str,
+        config_digest: str,
+        weights_digest: str,
+    ) -> AdapterRow:
+        (generation,) = db.execute(
+            "INSERT INTO names VALUES (?, ?, 1) ON CONFLICT DO UPDATE"
+            " SET last_generation = last_generation + 1 RETURNING last_generation",
+            (tenant, name),
+        ).fetchone()
+        cursor = db.execute(
+            "INSERT INTO adapters (tenant, name, generation, digest, config_digest, weights_digest,"
+            " status, created) VALUES (?, ?, ?, ?, ?, ?, 'validating', ?)",
+            (tenant, name, generation, digest, config_digest, weights_digest, time.time()),
+        )
+        assert cursor.lastrowid is not None
+        return self._row(db, cursor.lastrowid)
+
+    def mark_ready(self, row_id: int, *, fingerprint: str, report: dict[str, Any]) -> AdapterRow:
+        """The adapter passed validation against that base. A pin of its name moves to it.
+
+        Raises NotFound when the adapter was deleted meanwhile.
+        """
+        with self._transaction() as db:
+            row = self._live(db, row_id)
+            of_name = "FROM adapters WHERE tenant = ? AND name = ? AND generation < ?"
+            key = (row.tenant, row.name, row.generation)
+            (pinned,) = db.execute(f"SELECT coalesce(max(pinned), 0) {of_name}", key).fetchone()
+            db.execute(
+                "UPDATE adapters SET pinned = 0 WHERE id IN (SELECT id " + of_name + ")", key
+            )
+            db.execute(
+                "UPDATE adapters SET status = 'ready', fingerprint = ?, report = ?, error = 'null',"
+                " pinned = max(pinned, ?) WHERE id = ?",
+                (fingerprint, _json(report), pinned, row_id),
+            )
+            return self._row(db, row_id)
+
+    def mark_failed(self, row_id: int, *, code: str, problems: Sequence[str]) -> AdapterRow:
+        """The adapter did not pass, or its files are no longer whole.
+
+        Raises NotFound when the adapter was deleted meanwhile.
+        """
+        message = problems[0] if len(problems) == 1 else f"{len(problems)} problems"
+        error = {"code": code, "message": message, "problems": list(problems)}
+        with self._transaction() as db:
+            self._live(db, row_id)
+            db.execute(
+                "UPDATE adapters SET status = 'failed', error = ? WHERE id = ?",
+                (_json(error), row_id),
+            )
+            return self._row(db, row_id)
+
+    def get(
+        self,
+        name: str,
+        *,
+        generation: int | None = None,
+        digest_prefix: str | None = None,
+        tenant: str = "",
+    ) -> AdapterRow:
+        """The row a name means: the newest ready generation, else the newest of any status.
+
+        With ``generation``: that one. With ``digest_prefix`` (12 to 64 hex digits): the best of the
+        generations with that digest. Raises NotFound (also for a prefix that two versions share)
+        and GenerationGone. Adapters being deleted are not found.
+        """
+        with self._reading() as db:
+            rows = self._visible(db, tenant, name)
+            if generation is not None:
+                rows = self._of_generation(db, rows, generation)
+            if digest_prefix is not None:
+                rows = [r for r in rows if r.digest.startswith(digest_prefix)]
+                if len(digest_prefix) < MIN_PREFIX or len({r.digest for r in rows}) > 1:
+                    raise NotFound("the digest is too short to name one version", param="model")
+            return _best(rows)
+
+    def list(self, name: str | None = None, *, tenant: str = "") -> Rows:
+        """Every row (of one name), by name, newest generation first."""
+        with self._reading() as db:
+            if name is not None:
+                return self._rows(db, tenant, name)
+            return self._select(db, "WHERE tenant = ? ORDER BY name, generation DESC", (tenant,))
+
+    def delete(self, name: str, *, tenant: str = "") -> Rows:
+        """Mark every generation of a name ``deleting``; the rows. ``forget`` ends each.
+
+        Raises NotFound, and Conflict (adapter_pinned) when a generation is pinned.
+        """
+        with self._transaction() as db:
+            rows = self._visible(db, tenant, name)
+            if any(r.pinned for r in rows):
+                raise Conflict("the adapter is pinned: unpin it first", code="adapter_pinned")
+            db.execute(
+                "UPDATE adapters SET status = 'deleting' WHERE tenant = ? AND name = ?",
+                (tenant, name),
+            )
+            return [self._row(db, r.id) for r in rows]
+
+    def forget(self, row_id: int) -> None:
+        """Remove a row for good. Its generation number is not used again."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM adapters WHERE id = ?", (row_id,))
+
+    def set_pinned(self, name: str, pinned: bool, *, tenant: str = "") -> AdapterRow:
+        """Pin or unpin what the bare name means (the same row as ``get``).
+
+        Raises NotFound, and Conflict (adapter_not_ready) unless it is ready.
+        """
+        with self._transaction() as db:
+            row = _best(self._visible(db, tenant, name))
+            if row.status != "ready":
+                raise Conflict(f"the adapter is {row.status}", code="adapter_not_ready")
+            db.execute("UPDATE adapters SET pinned = ? WHERE id = ?", (int(pinned), row.id))
+            return self._row(db, row.id)
+
+    def uses_blob(self, digest: str) -> bool:
+        """Whether any row, of any tenant, still needs this blob."""
+        check_digest(digest)
+        with self._reading() as db:
+            query = "SELECT 1 FROM adapters WHERE config_digest = ?1 OR weights_digest = ?1 LIMIT 1"
+            return db.execute(query, (digest,)).fetchone() is not None
+
+    def uses_adapter(self, digest: str) -> bool:
+        """Whether any row, of any tenant, is this adapter version: its packed file is needed."""
+        with self._reading() as db:
+            query = "SELECT 1 FROM adapters WHERE digest = ? LIMIT 1"
+            return db.execute(query, (check_digest(digest),)).fetchone() is not None
+
+    def _visible(self, db: sqlite3.Connection, tenant: str, name: str) -> Rows:
+        rows = [r for r in self._rows(db, tenant, name) if r.status != "deleting"]
+        if not rows:
+            raise NotFound("no such adapter", param="model")
+        return rows
+
+    def _of_generation(self, db: sqlite3.Connection, rows: Rows, generation: int) -> Rows:
+        found = [r for r in rows if r.generation == generation]
+        (last,) = db.execute(
+            "SELECT last_generation FROM names WHERE tenant = ? AND name = ?",
+            (rows[0].tenant, rows[0].name),
+        ).fetchone()
+        if not found and 1 <= generation <= last:
+            raise GenerationGone("this generation no longer exists", param="model")
+        return found
+
+    def _rows(self, db: sqlite3.Connection, tenant: str, name: str) -> Rows:
+        where = "WHERE tenant = ? AND name = ? ORDER BY generation DESC"
+        return self._select(db, where, (tenant, name))
+
+    def _row(self, db: sqlite3.Connection, row_id: int) -> AdapterRow:
+        return self._select(db, "WHERE id = ?", (row_id,))[0]
+
+    def _live(self, db: sqlite3.Connection, row_id: int) -> AdapterRow:
+        rows = self._select(db, "WHERE id = ? AND status != 'deleting'", (row_id,))
+        if not rows:
+            raise NotFound("the adapter was deleted", param="name")
+        return rows[0]
+
+    def _select(self, db: sqlite3.Connection, where: str, values: tuple[Any, ...]) -> Rows:
+        return [
+            self._read(record) for record in db.execute("SELECT * FROM adapters " + where, values)
+        ]
+
+    def _read(self, record: sqlite3.Row) -> AdapterRow:
+        fields = dict(record)
+        fields["error"] = msgspec.json.decode(fields["error"])
+        fields["report"] = msgspec.json.decode(fields["report"])
+        fields["pinned"] = bool(fields["pinned"])
+        base = self.base_fingerprint
+        if base and fields["status"] == "ready" and fields["fingerprint"] != base:
+            fields["status"] = "incompatible"
+        return AdapterRow(**fields)
+
+
+def _best(rows: Rows) -> AdapterRow:
+    """Of rows newest first: the newest ready one, else the newest."""
+    if not rows:
+        raise NotFound("no such adapter", param="model")
+    return next((r for r in rows if r.status == "ready"), rows[0])
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()

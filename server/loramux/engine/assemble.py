@@ -1,0 +1,264 @@
+"""Configuration -> a working Engine: weights loaded, pool cut to measure, kernels compiled."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from loramux.adapters.pack import chunk_elems
+from loramux.adapters.packed_files import PackedFiles
+from loramux.adapters.residency import Residency
+from loramux.config import ServerConfig, parse_pool_memory
+from loramux.engine.engine import Engine
+from loramux.engine.scheduler import Limits, Scheduler
+from loramux.errors import ConfigError
+from loramux.memory.arena import Arena
+from loramux.memory.formats import AdapterFormat, KvFormat
+from loramux.memory.pool import Pool
+from loramux.model.architecture import Architecture, read_architecture
+from loramux.model.decoder import Decoder
+from loramux.model.fingerprint import fingerprint
+from loramux.model.inputs import ModelInputs
+from loramux.model.loader import load_weights
+from loramux.model.runner import ModelRunner
+from loramux.request import BASE_MODEL_ID
+from loramux.sampling.sampler import Sampler
+from loramux.wire import MODULES, BaseDescription, Ready
+from loramux_kernels.attention import Pages
+from loramux_kernels.jit import set_num_threads
+from loramux_kernels.lora import AdapterTable, Runs
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_POOL_SHARE = 0.25
+"""Of the free memory, when --pool-memory is auto on CPU: the machine is rarely ours alone."""
+CPU_POOL_MOST = 4 << 30
+CUDA_POOL_SHARE = 0.9
+WIDEST_ADAPTER_BYTES = 4
+"""A chunk that fits a slice in fp32 fits it in the narrower dtypes too."""
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """An engine and what it tells the front when it is ready."""
+
+    engine: Engine
+    ready: Ready
+
+
+def assemble(
+    config: ServerConfig,
+    *,
+    epoch: int = 0,
+    poison: bool = False,
+    num_frames: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Assembled:
+    """Build the engine of ``config``. Raises ConfigError naming what is wrong.
+
+    ``poison`` fills freed frames with NaN and ``num_frames`` overrides --pool-memory: for tests.
+    ``progress`` hears (bytes read, bytes in all) while the weights load.
+    """
+    timer = _Stopwatch()
+    device = _device(config.device)
+    set_num_threads(config.threads or torch.get_num_threads())
+    architecture = read_architecture(config.model)
+    base = fingerprint(config.model, architecture, config.data_dir)
+    timer.done("fingerprint")
+    dtype = _dtype(config.dtype, architecture.checkpoint_dtype, device)
+    weights = load_weights(
+        config.model, architecture, dtype=dtype, device=device, progress=progress
+    )
+    timer.done("weights")
+    kv = KvFormat(
+        model_id=BASE_MODEL_ID,
+        num_layers=architecture.num_layers,
+        num_kv_heads=architecture.num_kv_heads,
+        head_dim=architecture.head_dim,
+        page_tokens=config.page_tokens,
+        itemsize=dtype.itemsize,
+    )
+    frames = num_frames or _num_frames(config, kv, device)
+    arena = Arena(frames, kv.frame, device, poison=poison)
+    table = AdapterTable(
+        num_layers=architecture.num_layers,
+        widths=architecture.widths,
+        slice_bytes=kv.frame.slice_bytes,
+        chunk=chunk_elems(architecture.widths, kv.frame.slice_bytes, WIDEST_ADAPTER_BYTES),
+        device=device,
+    )
+    decoder = Decoder(
+        architecture,
+        weights,
+        arena.data,
+        table,
+        device,
+        config.max_batch_tokens,
+        max_positions=_max_model_len(config, architecture),
+    )
+    timer.done("pool")
+    sampler = Sampler(architecture.vocab_size, device)
+    _compile_kernels(decoder, kv, table)
+    sampler.warm_up()
+    timer.done("kernels")
+    engine = _connect(config, epoch, arena, kv, table, decoder, sampler, base)
+    ready = Ready(
+        engine_epoch=epoch,
+        base=BaseDescription(
+            fingerprint=base,
+            num_layers=architecture.num_layers,
+            widths=architecture.widths,
+            slice_bytes=kv.frame.slice_bytes,
+            max_rank=config.max_rank,
+        ),
+        vocab_size=architecture.vocab_size,
+        max_model_len=_max_model_len(config, architecture),
+        page_tokens=config.page_tokens,
+        num_frames=frames,
+        frame_bytes=kv.frame.frame_bytes,
+        max_num_seqs=config.max_num_seqs,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        startup_s=timer.seconds,
+    )
+    return Assembled(engine, ready)
+
+
+def _connect(
+    config: ServerConfig,
+    epoch: int,
+    arena: Arena,
+    kv: KvFormat,
+    table: AdapterTable,
+    decoder: Decoder,
+    sampler: Sampler,
+    base: str,
+) -> Engine:
+    pool = Pool(arena.num_frames, arena.freed)
+    residency = Residency(
+        pool, AdapterFormat(kv.frame), PackedFiles(config.data_dir, base, arena), table
+    )
+    scheduler = Scheduler(
+        pool=pool,
+        kv=kv,
+        adapters=residency,
+        limits=Limits(
+            config.max_num_seqs,
+            config.max_batch_tokens,
+            config.fairness_debt_tokens,
+            config.prefix_caching,
+        ),
+        fingerprint=base,
+    )
+    return Engine(
+        pool=pool,
+        residency=residency,
+        scheduler=scheduler,
+        runner=ModelRunner(decoder, kv, residency.slot),
+        sampler=sampler,
+        epoch=epoch,
+    )
+
+
+def _compile_kernels(decoder: Decoder, kv: KvFormat, table: AdapterTable) -> None:
+    """Run every kernel once, on memory that nobody owns yet, so that no request waits for a
+    compiler. The adapter is one vector of whatever the arena holds, at every module."""
+    device = decoder.weights.embedding.device
+    shape = (kv.num_layers, len(MODULES))
+    widest = max(max(pair) for pair in decoder.architecture.widths.values())
+    num_slices = 2 + widest * WIDEST_ADAPTER_BYTES // kv.frame.slice_bytes
+    slot = table.add(
+        slices=np.zeros(num_slices, np.int64),
+        a_offset=np.zeros(shape, np.int64),
+        b_offset=np.zeros(shape, np.int64),
+        rank=np.ones(shape, np.int32),
+        scale=np.zeros(shape, np.float32),
+        dtype=torch.float32,
+    )
+    one = torch.zeros(1, dtype=torch.int64, device=device)
+    pages = Pages(
+        offsets=kv.offsets(np.zeros((1, 1), np.int64)),
+        row_start=np.array([0, 1], np.int32),
+        context=np.array([1], np.int32),
+        page_tokens=kv.page_tokens,
+        num_kv_heads=kv.num_kv_heads,
+        head_dim=kv.head_dim,
+        dtype=decoder.weights.embedding.dtype,
+    )
+    decoder.forward(ModelInputs(one, one, pages, Runs.build([1], [[(slot, 1.0)]]), one))
+    table.remove(slot)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name!r} is not a device", param="device") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this machine shows no CUDA device", param="device")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name!r}: only cpu and cuda are served", param="device")
+    return device
+
+
+def _dtype(asked: str, checkpoint: str, device: torch.device) -> torch.dtype:
+    if device.type == "cpu":
+        if asked not in ("auto", "float32"):
+            raise ConfigError(f"--dtype {asked} needs a CUDA device: cpu computes in float32")
+        return torch.float32
+    if asked == "auto":
+        asked = checkpoint if checkpoint in ("bfloat16", "float16") else "bfloat16"
+    return DTYPES[asked]
+
+
+def _max_model_len(config: ServerConfig, architecture: Architecture) -> int:
+    longest = architecture.context_length
+    if config.max_model_len is None:
+        return longest
+    if config.max_model_len > longest:
+        raise ConfigError(
+            f"--max-model-len {config.max_model_len} is more than the {longest} positions the "
+            "model was made for",
+            param="max_model_len",
+        )
+    return config.max_model_len
+
+
+def _num_frames(config: ServerConfig, kv: KvFormat, device: torch.device) -> int:
+    asked = parse_pool_memory(config.pool_memory)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        share, most = CUDA_POOL_SHARE, free
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        share, most = CPU_POOL_SHARE, CPU_POOL_MOST
+    if asked is None:
+        size = min(int(free * share), most)
+    else:
+        size = int(free * asked) if isinstance(asked, float) else asked
+    frames = size // kv.frame.frame_bytes
+    if frames < 2:
+        raise ConfigError(
+            f"--pool-memory: {size} bytes hold {frames} frames of {kv.frame.frame_bytes} bytes",
+            param="pool_memory",
+        )
+    return frames
+
+
+class _Stopwatch:
+    """Seconds of each part of the start-up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def done(self, part: str) -> None:
+        now = time.monotonic()
+        self.seconds[part] = round(now - self._last, 3)
+        self._last = now

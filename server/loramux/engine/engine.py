@@ -1,0 +1,162 @@
+"""The engine as a plain object: token ids in, token ids out, one ``step`` at a time.
+
+It owns the model and the pool and nothing else: no text, no sockets, no names. The process around
+it is ``main.py``; most tests step it in-process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from loramux.adapters.residency import Residency
+from loramux.engine.scheduler import Scheduler
+from loramux.engine.step import StepLoop
+from loramux.errors import LoramuxError
+from loramux.memory.frames import Owner
+from loramux.memory.pool import Pool
+from loramux.metrics.stats import PoolStats, StepStats
+from loramux.model.runner import ModelRunner
+from loramux.request import Request
+from loramux.sampling.sampler import Sampler
+from loramux.wire import Command, Failed, StepDone, Submit
+
+STATS_EVERY_S = 1.0
+"""Idle or loading, the front still hears this often how the pool stands."""
+
+
+class Engine:
+    """One model, its pool, and the requests running on it."""
+
+    def __init__(
+        self,
+        *,
+        pool: Pool,
+        scheduler: Scheduler,
+        residency: Residency,
+        runner: ModelRunner,
+        sampler: Sampler,
+        epoch: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pool = pool
+        self.residency = residency
+        self.scheduler = scheduler
+        self._loop = StepLoop(scheduler, residency, runner, sampler, clock)
+        self._sampler = sampler
+        self._epoch = epoch
+        self._clock = clock
+        self._requests: dict[str, Request] = {}
+        self._refused: list[Failed] = []
+        self._num_steps = 0
+        self._told_version = -1
+        self._told_pins: list[str] = []
+
+    @property
+    def has_work(self) -> bool:
+        """True while a request is unfinished, or a refusal has still to be reported."""
+        return bool(self._requests or self._refused)
+
+    def submit(self, message: Submit) -> None:
+        """Queue a request; one that can never run is refused in the next step's report."""
+        request = Request(
+            message.request_id,
+            prompt_ids=message.prompt_ids,
+            output_ids=message.output_ids,
+            sampling=message.sampling,
+            adapters=message.adapters,
+            model_id=message.model_id,
+            tenant=message.tenant,
+            cache_salt=message.cache_salt,
+            arrival=self._clock(),
+            deadline=None if message.deadline_s is None else self._clock() + message.deadline_s,
+        )
+        try:
+            self.scheduler.check_fits(request)
+            self._sampler.add(request.id, request.sampling, message.prompt_ids, message.output_ids)
+        except LoramuxError as error:
+            self._refused.append(Failed(request.id, error.code, error.message))
+            return
+        self.scheduler.add(request)
+        self._requests[request.id] = request
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Forget these requests now; frames and leases are free when this returns."""
+        for request_id in request_ids:
+            if (request := self._requests.get(request_id)) is not None:
+                self.scheduler.finish(request)
+                self._forget(request)
+
+    def step(self) -> StepDone:
+        """One step of every request that can run; what it produced and how things stand."""
+        report = self._loop.step()
+        for request in report.ended:
+            self._forget(request)
+        failed = self._refused + report.failed
+        self._refused = []
+        self._num_steps += report.stats.batch_rows > 0
+        self._fill(report.stats)
+        return StepDone(
+            engine_epoch=self._epoch,
+            step=self._num_steps,
+            outputs=report.outputs,
+            finished=report.finished,
+            failed=failed,
+            stats=msgspec.to_builtins(report.stats),
+        )
+
+    def command(self, command: Command) -> dict[str, object]:
+        """Carry out an operator's wish. Raises LoramuxError when it cannot be done now."""
+        digest = command.digest or ""
+        if command.kind == "pin" and not self.residency.pin(digest):
+            raise LoramuxError("no room in the pool to pin the adapter now", code="pool_full")
+        if command.kind == "unpin":
+            self.residency.unpin(digest)
+        if command.kind == "evict" and not self.residency.evict(digest):
+            raise LoramuxError("the adapter is in use", code="adapter_in_use")
+        return {"resident": self.residency.resident(), "pinned": self.residency.pinned()}
+
+    def check(self) -> None:
+        """The books balance; an error here is a bug of ours."""
+        self.pool.check()
+        self.residency.check()
+        if not self.has_work and not self.residency.num_loading:
+            assert self.pool.frames.count(Owner.KV) == 0
+
+    def close(self) -> None:
+        """Stop the loader's thread."""
+        self.residency.close()
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.id]
+        self._sampler.remove(request.id)
+
+    def _fill(self, stats: StepStats) -> None:
+        frames = self.pool.frames
+        leased = self.residency.num_leased_frames()
+        idle = self.pool.prefix.num_idle
+        stats.pool = PoolStats(
+            total=frames.num_frames,
+            free=frames.num_free,
+            kv=frames.count(Owner.KV) + frames.count(Owner.PREFIX) - idle,
+            prefix=idle,
+            adapter_leased=leased,
+            adapter_warm=frames.count(Owner.ADAPTER) - leased,
+            loading=frames.count(Owner.LOADING),
+        )
+        stats.num_running = len(self.scheduler.running)
+        stats.num_waiting = len(self.scheduler.waiting)
+        stats.num_loading = self.residency.num_loading
+        stats.loads, self.residency.finished_loads = self.residency.finished_loads, []
+        evicted_adapters, self.residency.num_evicted = self.residency.num_evicted, 0
+        evicted_pages, self.pool.prefix.num_evicted = self.pool.prefix.num_evicted, 0
+        stats.evictions = {"adapter": evicted_adapters, "prefix": evicted_pages}
+        if len(self.scheduler.waiting):
+            stats.waiting_adapters = self.scheduler.waiting.digests()
+        if self.residency.version != self._told_version:
+            self._told_version = self.residency.version
+            stats.resident = self.residency.resident()
+        if self.residency.pinned() != self._told_pins:
+            stats.pinned = self._told_pins = self.residency.pinned()

@@ -1,0 +1,175 @@
+"""The engine process: ``python -m loramux.engine.main --socket PATH --epoch N``.
+
+Reads the ServerConfig as one JSON line from stdin, connects to the front's socket, says Ready and
+steps until the front goes away. Messages are handled between steps only, so the engine itself
+needs no locks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import threading
+import time
+
+import zmq
+
+from loramux.config import ServerConfig
+from loramux.engine.assemble import assemble
+from loramux.engine.engine import STATS_EVERY_S, Engine
+from loramux.errors import ConfigError, LoramuxError
+from loramux.wire import (
+    Abort,
+    Heartbeat,
+    Reply,
+    StepDone,
+    Submit,
+    ToEngine,
+    decode_to_engine,
+    encode,
+)
+
+log = logging.getLogger("loramux.engine")
+
+
+class EngineProcess:
+    """An engine between its front and its step loop."""
+
+    def __init__(self, engine: Engine, inbox: zmq.Socket[bytes], epoch: int) -> None:
+        self.step_began: float | None = None
+        self._engine = engine
+        self._inbox = inbox
+        self._epoch = epoch
+        self._told = 0.0
+        self._loaded = os.eventfd(0, os.EFD_NONBLOCK)
+        engine.residency.on_loaded = lambda: os.eventfd_write(self._loaded, 1)
+        self._poller = zmq.Poller()
+        self._poller.register(inbox, zmq.POLLIN)
+        self._poller.register(self._loaded, zmq.POLLIN)
+
+    def run(self) -> None:
+        """Step while there is work, sleep while there is none."""
+        busy = False
+        while True:
+            self._receive(wait_s=0.0 if busy else STATS_EVERY_S)
+            self.step_began = time.monotonic()
+            done = self._engine.step()
+            self.step_began = None
+            busy = "batch_rows" in done.stats
+            self._tell(done, busy)
+
+    def _tell(self, done: StepDone, busy: bool) -> None:
+        now = time.monotonic()
+        news = busy or done.failed or "resident" in done.stats or "pinned" in done.stats
+        if news or now - self._told >= STATS_EVERY_S:
+            self._told = now
+            self._inbox.send(encode(done))
+
+    def _receive(self, wait_s: float) -> None:
+        ready = dict(self._poller.poll(int(wait_s * 1000)))
+        if self._loaded in ready:
+            os.eventfd_read(self._loaded)
+        while True:
+            try:
+                frame = self._inbox.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._handle(decode_to_engine(frame))
+
+    def _handle(self, message: ToEngine) -> None:
+        if isinstance(message, Submit):
+            self._engine.submit(message)
+        elif isinstance(message, Abort):
+            self._engine.abort(message.request_ids)
+        else:
+            reply = Reply(engine_epoch=self._epoch, command_id=message.command_id)
+            try:
+                reply.payload = self._engine.command(message)
+            except LoramuxError as error:
+                reply.error = (error.code, error.message)
+            self._inbox.send(encode(reply))
+
+
+class Courier(threading.Thread):
+    """Carries frames between the front's socket and the engine's inbox, and says the process is
+    alive: a ZeroMQ socket belongs to one thread, and the step loop is busy for whole steps."""
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], address: str, epoch: int, every_s: float
+    ) -> None:
+        super().__init__(name="courier", daemon=True)
+        self.process: EngineProcess | None = None
+        self._outer = context.socket(zmq.PAIR)
+        self._inner = context.socket(zmq.PAIR)
+        self._address = address
+        self._epoch = epoch
+        self._every_s = every_s
+        self._parent = os.getppid()
+        self._inner.bind("inproc://engine")
+
+    def run(self) -> None:
+        self._outer.connect(self._address)
+        poller = zmq.Poller()
+        poller.register(self._outer, zmq.POLLIN)
+        poller.register(self._inner, zmq.POLLIN)
+        due = 0.0
+        while True:
+            ready = dict(poller.poll(max(0, int((due - time.monotonic()) * 1000))))
+            if self._outer in ready:
+                self._inner.send(self._outer.recv())
+            if self._inner in ready:
+                self._outer.send(self._inner.recv())
+            if time.monotonic() >= due:
+                due = time.monotonic() + self._every_s
+                if os.getppid() != self._parent:
+                    os._exit(0)  # the front is gone, and with it whoever wanted the answers
+                self._outer.send(encode(Heartbeat(self._epoch, self._step_running_s())))
+
+    def _step_running_s(self) -> float:
+        began = self.process.step_began if self.process else None
+        return 0.0 if began is None else time.monotonic() - began
+
+
+class _Percent:
+    """Logs every tenth of a load that is long enough to be waited for."""
+
+    LARGE_BYTES = 1 << 30
+
+    def __init__(self) -> None:
+        self._told = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        tenth = 10 * done // total
+        if total >= self.LARGE_BYTES and tenth > self._told:
+            self._told = tenth
+            log.info("%d %% of %.1f GiB of weights", 10 * tenth, total / 2**30)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the engine process; exit code 2 when it cannot start as configured."""
+    parser = argparse.ArgumentParser(prog="loramux.engine.main", description=__doc__)
+    parser.add_argument("--socket", required=True, help="ZeroMQ address of the front")
+    parser.add_argument("--epoch", type=int, required=True, help="how many engines came before")
+    args = parser.parse_args(argv)
+    config = ServerConfig.model_validate_json(sys.stdin.readline())
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s engine: %(message)s")
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    courier = Courier(context, args.socket, args.epoch, config.heartbeat_s)
+    inbox = context.socket(zmq.PAIR)
+    inbox.connect("inproc://engine")
+    courier.start()
+    try:
+        assembled = assemble(config, epoch=args.epoch, progress=_Percent())
+    except ConfigError as error:
+        log.error("%s", error.message)
+        return 2
+    process = courier.process = EngineProcess(assembled.engine, inbox, args.epoch)
+    inbox.send(encode(assembled.ready))
+    process.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

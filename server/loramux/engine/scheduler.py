@@ -1,0 +1,323 @@
+"""Who runs this step, with how many tokens, and where their KV goes. Integers only, no torch.
+
+A step is ``{row: number of tokens}``: a prefill chunk and a decode are the same kind of row.
+Frames are had in this order: free ones, evicted ones, those of the newest running request
+(preempted: it waits again and recomputes), else the row waits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from loramux.batch import Batch, Row
+from loramux.engine.policy import FairOrder
+from loramux.errors import LoramuxError, RequestTooLarge
+from loramux.memory.formats import KvFormat
+from loramux.memory.frames import Owner
+from loramux.memory.pool import Pool
+from loramux.memory.prefix import page_key, root_key
+from loramux.request import BASE_MODEL_ID, Request, Status
+
+PATIENCE_STEPS = 64
+"""How often the least served waiting request may be passed over for lack of frames before nobody
+behind it is admitted any more: from then on freed frames gather for it."""
+
+
+class Wait(Enum):
+    """Why a waiting request was passed over."""
+
+    LOADING = "its adapter is on its way"
+    FRAMES = "no frames for its adapter or its KV"
+
+
+class Adapters(Protocol):
+    """What the scheduler needs of residency."""
+
+    def num_frames(self, digest: str) -> int: ...
+    def is_resident(self, digest: str) -> bool: ...
+    def load(self, digest: str) -> bool: ...
+    def lease(self, digest: str) -> int: ...
+    def release(self, digest: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The bounds of a step."""
+
+    max_num_seqs: int
+    max_batch_tokens: int
+    fairness_debt_tokens: int
+    prefix_caching: bool = True
+
+
+@dataclass
+class Counts:
+    """What happened since the engine last reported."""
+
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    failed: list[tuple[Request, LoramuxError]] = field(default_factory=list)
+
+
+class Scheduler:
+    """The waiting and running requests of one engine."""
+
+    def __init__(
+        self,
+        *,
+        pool: Pool,
+        kv: KvFormat,
+        adapters: Adapters,
+        limits: Limits,
+        fingerprint: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.waiting = FairOrder()
+        self.running: list[Request] = []
+        self.counts = Counts()
+        self._pool = pool
+        self._kv = kv
+        self._adapters = adapters
+        self._limits = limits
+        self._fingerprint = fingerprint
+        self._clock = clock
+        self._passed_over: dict[str, int] = {}
+        self._timed: set[Request] = set()
+
+    def check_fits(self, request: Request) -> None:
+        """Raises LoramuxError if ``request`` could never run: too large, or its adapter is bad."""
+        frames = self._kv.num_pages(request.max_ids)
+        frames += sum(self._adapters.num_frames(ref.digest) for ref in request.adapters)
+        if frames > self._pool.frames.num_frames:
+            raise RequestTooLarge(
+                f"the request needs {frames} frames of the memory pool, which has "
+                f"{self._pool.frames.num_frames}: lower max_tokens, or enlarge --pool-memory"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a ``request`` that fits."""
+        request.page_table.resize(self._kv.num_pages(request.max_ids), refcheck=False)
+        self.waiting.push(request)
+        if request.deadline is not None:
+            self._timed.add(request)
+
+    def schedule(self) -> Batch | None:
+        """The next step's batch; None when no request can run now."""
+        budget = self._limits.max_batch_tokens
+        rows: list[Row] = []
+        # Decodes first: a long prompt must not cost the others a token.
+        for request in sorted(self.running, key=lambda r: r.num_pending > 1):
+            if request.status is not Status.RUNNING:
+                continue  # preempted by a row before it
+            num_tokens = min(request.num_pending, budget)
+            if num_tokens and self._grow(request, num_tokens):
+                rows.append(Row(request, num_tokens))
+                budget -= num_tokens
+        rows = [row for row in rows if row.request.status is Status.RUNNING]
+        rows += self._admit(budget)
+        if not rows:
+            return None
+        return Batch.of(BASE_MODEL_ID, rows)
+
+    # -- frames ----------------------------------------------------------------------------------
+
+    def _grow(self, request: Request, num_tokens: int) -> bool:
+        """Give ``request`` the pages its next tokens need, preempting newer ones if it must."""
+        while not self._obtain_pages(request, num_tokens):
+            newest = self.running[-1]
+            self._preempt(newest)
+            if newest is request:
+                return False
+        return True
+
+    def _obtain_pages(self, request: Request, num_tokens: int) -> bool:
+        need = self._kv.num_pages(request.num_computed + num_tokens) - request.num_pages
+        if need <= 0:
+            return True
+        frames = self._pool.obtain(need, Owner.KV)
+        if frames is None:
+            return False
+        request.add_frames(frames)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.counts.preemptions += 1
+        self._vacate(request)
+        request.status = Status.WAITING
+        self.waiting.push_back(request)
+
+    def _vacate(self, request: Request, *, keep: bool = True) -> None:
+        """Take ``request`` off the batch: its pages are freed or stay cached, its leases end."""
+        self.running.remove(request)
+        self._pool.prefix.release(request.take_frames(), keep=keep)
+        for ref in request.adapters:
+            self._adapters.release(ref.digest)
+
+    # -- admission -------------------------------------------------------------------------------
+
+    def _admit(self, budget: int) -> list[Row]:
+        """Let waiting requests in, the least served adapter's first, as far as seats, tokens and
+        frames go. One whose adapter is not here yet starts its load and is passed over."""
+        admitted: list[Row] = []
+        held: list[str] = []  # what those ahead in line wait for must not be evicted by the rest
+        self._settle_debt()
+        line = self.waiting.walk() if self._has_room(budget) else ()
+        for request in line:
+            try:
+                outcome = self._admit_one(request, budget, held)
+            except LoramuxError as error:
+                self.counts.failed.append((request, error))
+                continue
+            if isinstance(outcome, Row):
+                admitted.append(outcome)
+                budget -= outcome.num_tokens
+                if not self._has_room(budget):
+                    break
+            elif self._out_of_patience(request, outcome):
+                break
+        for digest in held:
+            self._adapters.release(digest)
+        return admitted
+
+    def _has_room(self, budget: int) -> bool:
+        return budget > 0 and len(self.running) < self._limits.max_num_seqs
+
+    def _admit_one(self, request: Request, budget: int, held: list[str]) -> Row | Wait:
+        for ref in request.adapters:
+            if self._adapters.is_resident(ref.digest):
+                self._adapters.lease(ref.digest)
+                held.append(ref.digest)
+        loads = [self._adapters.load(ref.digest) for ref in request.adapters]
+        if not all(loads):
+            return Wait.FRAMES
+        if not all(self._adapters.is_resident(ref.digest) for ref in request.adapters):
+            return Wait.LOADING
+        num_hit = self._take_cached_pages(request)
+        num_tokens = min(request.num_pending, budget)
+        # One page for each row that runs, so that admitting does not mean preempting next step.
+        need = self._kv.num_pages(request.num_computed + num_tokens) - request.num_pages
+        short = self.running and need + len(self.running) > self._pool.num_available
+        if short or not self._obtain_pages(request, num_tokens):
+            self._pool.prefix.release(request.take_frames())
+            return Wait.FRAMES
+        self._enter(request, num_hit)
+        return Row(request, num_tokens)
+
+    def _enter(self, request: Request, num_hit: int) -> None:
+        self.waiting.remove(request)
+        self._passed_over.pop(request.id, None)
+        request.status = Status.RUNNING
+        self.running.append(request)
+        for ref in request.adapters:
+            self._adapters.lease(ref.digest)
+        self.counts.prefix_queries += request.num_ids
+        self.counts.prefix_hits += num_hit
+        if request.first_scheduled is None:
+            request.first_scheduled = self._clock()
+            request.num_cached = num_hit
+
+    def _take_cached_pages(self, request: Request) -> int:
+        """Start ``request`` from what the prefix cache has of its beginning: so many tokens.
+
+        At least the last id is always computed: its logits are wanted. A request that asks for
+        its prompt's log-probabilities computes everything.
+        """
+        if not self._limits.prefix_caching or request.wants_prompt_logprobs:
+            return 0
+        num_pages = (request.num_ids - 1) // self._kv.page_tokens
+        hits = self._pool.prefix.match(self._keys(request, num_pages))
+        request.add_frames(hits)
+        request.num_shared = len(hits)
+        request.num_computed = len(hits) * self._kv.page_tokens
+        return request.num_computed
+
+    def _keys(self, request: Request, num_pages: int) -> list[bytes]:
+        """Content keys of the first ``num_pages`` pages, all of them full."""
+        keys = request.page_keys
+        parent = keys[-1] if keys else self._root(request)
+        size = self._kv.page_tokens
+        for page in range(len(keys), num_pages):
+            parent = page_key(parent, request.ids[page * size : (page + 1) * size])
+            keys.append(parent)
+        return keys[:num_pages]
+
+    def _root(self, request: Request) -> bytes:
+        return root_key(
+            tenant=request.tenant,
+            cache_salt=request.cache_salt,
+            model_id=request.model_id,
+            fingerprint=self._fingerprint,
+            adapters=request.adapters,
+        )
+
+    def _out_of_patience(self, request: Request, why: Wait) -> bool:
+        passed = self._passed_over.get(request.id, 0) + (why is Wait.FRAMES)
+        self._passed_over[request.id] = passed
+        return passed > PATIENCE_STEPS
+
+    def _settle_debt(self) -> None:
+        """When every seat is taken and someone has had far more than the one who waits, the
+        newest row of the most served key makes room."""
+        head = self.waiting.head()
+        if head is None or len(self.running) < self._limits.max_num_seqs:
+            return
+        served = self.waiting.served
+        richest = max(self.running, key=lambda r: served[r.fair_key])
+        debt = served[richest.fair_key] - served[head.fair_key]
+        if debt <= self._limits.fairness_debt_tokens:
+            return
+        missing = [r.digest for r in head.adapters if not self._adapters.is_resident(r.digest)]
+        if missing:
+            try:
+                for digest in missing:
+                    self._adapters.load(digest)
+            except LoramuxError as error:
+                self.counts.failed.append((head, error))
+            return
+        newest = next(r for r in reversed(self.running) if r.fair_key == richest.fair_key)
+        self._preempt(newest)
+
+    # -- after the step --------------------------------------------------------------------------
+
+    def commit(self, batch: Batch, sampled: Sequence[int | None]) -> None:
+        """The batch was computed; ``sampled[i]`` is row i's new token, None if it samples none."""
+        for row, token_id in zip(batch.rows, sampled, strict=True):
+            request = row.request
+            prompt_left = max(request.num_prompt - request.num_computed, 0)
+            request.num_computed += row.num_tokens
+            if self._limits.prefix_caching:
+                self._cache_full_pages(request)
+            self.waiting.charge(
+                request, inputs=min(prompt_left, row.num_tokens), outputs=token_id is not None
+            )
+            if token_id is not None:
+                request.append(token_id)
+
+    def _cache_full_pages(self, request: Request) -> None:
+        full = request.num_computed // self._kv.page_tokens
+        if full == request.num_shared:
+            return
+        keys = self._keys(request, full)
+        for page in range(request.num_shared, full):
+            self._pool.prefix.insert(keys[page], int(request.page_table[page]))
+        request.num_shared = full
+
+    def finish(self, request: Request, *, keep: bool = True) -> None:
+        """``request`` is over, for whatever reason. ``keep=False``: do not trust its KV."""
+        if request.status is Status.RUNNING:
+            self._vacate(request, keep=keep)
+        else:
+            self.waiting.remove(request)
+            self._passed_over.pop(request.id, None)
+        request.status = Status.DONE
+        self.waiting.done(request)
+        self._timed.discard(request)
+
+    def expired(self, now: float) -> Iterable[Request]:
+        """Requests whose deadline has passed."""
+        return [r for r in self._timed if r.deadline is not None and r.deadline < now]

@@ -1,0 +1,211 @@
+"""One step: schedule -> forward -> sample -> commit. Everything else is a detail of one of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from loramux.adapters.residency import Residency
+from loramux.batch import Batch, Row
+from loramux.engine.scheduler import Counts, Scheduler
+from loramux.metrics.stats import StepStats
+from loramux.model.runner import ModelRunner, Scored
+from loramux.request import FinishReason, Request
+from loramux.sampling.logprobs import logprobs
+from loramux.sampling.sampler import Sampler, SampleResult
+from loramux.wire import Failed, Finished, Output
+
+
+@dataclass
+class Report:
+    """What one step produced. ``ended`` are the requests that had their terminal event."""
+
+    outputs: list[Output] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+    ended: list[Request] = field(default_factory=list)
+    stats: StepStats = field(default_factory=StepStats)
+
+
+class StepLoop:
+    """Steps a scheduler's requests through a model."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        residency: Residency,
+        runner: ModelRunner,
+        sampler: Sampler,
+        clock: Callable[[], float],
+    ) -> None:
+        self._scheduler = scheduler
+        self._residency = residency
+        self._runner = runner
+        self._sampler = sampler
+        self._clock = clock
+
+    def step(self) -> Report:
+        """Run every row that can run once."""
+        report = Report()
+        timer = _PhaseTimer()
+        self._residency.poll()
+        self._expire(report)
+        batch = self._scheduler.schedule()
+        timer.done("schedule")
+        if batch is not None:
+            self._count(report.stats, batch)
+            scored = self._runner.forward(batch)
+            timer.done("forward")
+            result = self._sample(batch, scored)
+            timer.done("sample")
+            self._commit(batch, result, report)
+            timer.done("commit")
+        self._report_failures(report)
+        report.stats.phase_s = timer.phase_s
+        return report
+
+    def _sample(self, batch: Batch, scored: Scored) -> SampleResult:
+        """One token for each row that reached its last id; prompt log-probs on the way."""
+        for index, line in scored.prompt:
+            _collect_prompt_logprobs(batch.rows[index], scored.logits[line:])
+        rows = [(row.request.id, row.request.num_outputs) for row in batch.rows if row.samples]
+        logits = scored.logits[scored.sampling] if scored.prompt else scored.logits
+        return self._sampler.sample(logits, rows)
+
+    def _commit(self, batch: Batch, result: SampleResult, report: Report) -> None:
+        picks = iter(
+            zip(result.token_ids.tolist(), result.bad.tolist(), result.logprobs, strict=True)
+        )
+        now = self._clock()
+        sampled: list[int | None] = []
+        broken: list[Request] = []
+        for row in batch.rows:
+            if not row.samples:
+                sampled.append(None)
+                continue
+            request = row.request
+            token_id, bad, logprob = next(picks)
+            if bad:
+                sampled.append(None)
+                broken.append(request)
+                continue
+            sampled.append(token_id)
+            first = request.first_sampled is None
+            if first:
+                request.first_sampled = now
+            output = Output(request.id, request.num_outputs, [token_id])
+            if first:
+                output.started = _start(request)
+            if logprob is not None:
+                output.logprobs = [logprob]
+            report.outputs.append(output)
+        report.stats.generation_tokens = len(report.outputs)
+        self._scheduler.commit(batch, sampled)
+        for output in report.outputs:
+            self._sampler.commit(output.request_id, output.token_ids)
+        for request in broken:
+            self._fail(request, "numerical_error", "the model produced no finite logits", report)
+        self._finish(batch, sampled, report)
+
+    def _finish(self, batch: Batch, sampled: Sequence[int | None], report: Report) -> None:
+        outputs = iter(list(report.outputs))
+        for row, token_id in zip(batch.rows, sampled, strict=True):
+            request = row.request
+            if token_id is None:
+                # With max_tokens 0 only the prompt was asked for, and now it is computed.
+                if request.num_pending == 0 and request.num_ids == request.max_ids:
+                    report.outputs.append(
+                        Output(request.id, request.num_outputs, [], None, request.prompt_logprobs)
+                    )
+                    self._end(request, "length", None, report)
+                continue
+            output = next(outputs)
+            if request.num_outputs == 1 and request.sampling.prompt_logprobs is not None:
+                output.prompt_logprobs = request.prompt_logprobs
+            if token_id in request.sampling.stop_token_ids:
+                self._end(request, "stop", token_id, report)
+            elif request.num_ids == request.max_ids:
+                self._end(request, "length", None, report)
+
+    def _end(
+        self, request: Request, reason: FinishReason, stop_token_id: int | None, report: Report
+    ) -> None:
+        self._scheduler.finish(request)
+        report.ended.append(request)
+        cached_tokens, queue_s, prefill_s = _start(request)
+        report.finished.append(
+            Finished(
+                request.id,
+                reason,
+                stop_token_id,
+                cached_tokens=cached_tokens,
+                queue_s=queue_s,
+                prefill_s=prefill_s,
+            )
+        )
+
+    def _fail(self, request: Request, code: str, message: str, report: Report) -> None:
+        self._scheduler.finish(request, keep=False)
+        report.ended.append(request)
+        report.failed.append(Failed(request.id, code, message))
+
+    def _expire(self, report: Report) -> None:
+        for request in self._scheduler.expired(self._clock()):
+            self._fail(request, "deadline_exceeded", "the request's deadline passed", report)
+
+    def _report_failures(self, report: Report) -> None:
+        counts, self._scheduler.counts = self._scheduler.counts, Counts()
+        for request, error in counts.failed:
+            self._fail(request, error.code, error.message, report)
+        report.stats.preemptions = counts.preemptions
+        report.stats.prefix_queries = counts.prefix_queries
+        report.stats.prefix_hits = counts.prefix_hits
+
+    @staticmethod
+    def _count(stats: StepStats, batch: Batch) -> None:
+        stats.batch_rows = len(batch.rows)
+        stats.batch_tokens = batch.num_tokens
+        stats.batch_adapters = batch.num_adapters
+        stats.prompt_tokens = sum(
+            min(row.num_tokens, max(row.request.num_prompt - row.request.num_computed, 0))
+            for row in batch.rows
+        )
+
+
+def _start(request: Request) -> tuple[int, float, float]:
+    """Prompt tokens found in the cache, seconds it waited, seconds until its first token."""
+    scheduled = request.first_scheduled or request.arrival
+    sampled = request.first_sampled or scheduled
+    return request.num_cached or 0, scheduled - request.arrival, sampled - scheduled
+
+
+def _collect_prompt_logprobs(row: Row, logits: torch.Tensor) -> None:
+    """Add what ``row`` computed: line i of ``logits`` predicts the id after its i-th token."""
+    request = row.request
+    collected = request.prompt_logprobs
+    if not collected:
+        collected.append(None)  # nothing comes before the first id
+    first = request.num_computed + 1
+    stop = min(first + row.num_tokens, request.num_prompt)
+    # A row recomputed after a preemption has the beginning already.
+    start = max(first, len(collected))
+    if start < stop:
+        num = [request.sampling.prompt_logprobs or 0] * (stop - start)
+        ids = request.ids[start:stop].tolist()
+        collected += logprobs(logits[start - first : stop - first], ids, num)
+
+
+class _PhaseTimer:
+    """Wall-clock seconds between the calls of ``done``, by name."""
+
+    def __init__(self) -> None:
+        self.phase_s: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def done(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.phase_s[phase] = now - self._last
+        self._last = now

@@ -1,0 +1,277 @@
+"""Everything HTTP needs, in one object: requests, adapters, tokenizer, readiness."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import zmq.asyncio
+
+from loramux.config import DEMO_DIR, ServerConfig
+from loramux.errors import (
+    ConfigError,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+)
+from loramux.front.adapters import AdapterService
+from loramux.front.engine_client import CommandKind, EngineClient
+from loramux.front.generation import Generation, GenerationSpec
+from loramux.front.ingest_client import IngestClient
+from loramux.front.ledger import Ledger
+from loramux.front.observations import Observations, Observer, Snapshot
+from loramux.front.tokenizer import TokenizerService
+from loramux.wire import Ready
+
+__all__ = ["Admission", "CommandKind", "Front"]
+
+ENGINE = (sys.executable, "-m", "loramux.engine.main")
+INGEST = (sys.executable, "-m", "loramux.ingest.main")
+
+_MAX_SOCKET_PATH = 80
+"""Unix domain sockets take about 100 bytes; their names need some."""
+
+
+class Admission:
+    """Places reserved for choices not yet submitted. Use as ``with front.admit(n): ...``.
+
+    The places are held until ``release`` (or the end of the ``with``), so a burst is refused at its
+    first byte and not after it was tokenized. Submit everything inside the ``with``, without an
+    ``await`` after the first ``submit``: a submitted choice holds its own place.
+    """
+
+    def __init__(self, front: Front, num: int) -> None:
+        self._front = front
+        self._num = num
+        front.reserved += num
+
+    def __enter__(self) -> Admission:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the places back. Idempotent."""
+        self._front.reserved -= self._num
+        self._num = 0
+
+
+class Front:
+    """One per process; every method runs on the event loop that ran ``start``.
+
+    Raises ConfigError when the model directory has no usable tokenizer or the data directory cannot
+    be used. ``engine`` and ``ingest`` are the command lines of the two processes.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        observer: Observer | None = None,
+        *,
+        engine: Sequence[str] = ENGINE,
+        ingest: Sequence[str] = INGEST,
+    ) -> None:
+        self.config = config
+        self.base_name = config.served_model_name or _default_name(config.model)
+        self.created = int(time.time())
+        self.tokenizer = TokenizerService(config.model)
+        self.reserved = 0
+        self._lock = lock_data_dir(config.data_dir)
+        self._observations = Observations(observer)
+        self._ingest = IngestClient(ingest, config.data_dir)
+        self.adapters = AdapterService(
+            config, self.base_name, self._ingest, self.command, self._observations
+        )
+        self._ledger = Ledger(self._observations, self.adapters.retain, self.adapters.release)
+        self._engine = EngineClient(
+            config, engine, self._ledger, self._observations, self._engine_ready
+        )
+        self._draining = False
+        self._ever_ready = False
+        self._directory: Path | None = None
+        self._context: zmq.asyncio.Context | None = None
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """Newest engine statistics and running totals."""
+        return self._observations.snapshot
+
+    @property
+    def observer(self) -> Observer | None:
+        """Who sees single events (histograms); may be set at any time."""
+        return self._observations.observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self._observations.observer = observer
+
+    @property
+    def info(self) -> Ready | None:
+        """What the running engine said of itself; None while there is none."""
+        return self._engine.info
+
+    @property
+    def never_started(self) -> bool:
+        """The engine was given up before any was ever ready: the configuration is at fault."""
+        return self._engine.given_up and not self._ever_ready
+
+    async def start(self) -> None:
+        """Start the engine and ingest processes; returns before they are ready."""
+        directory = Path(tempfile.mkdtemp(prefix="loramux-"))  # 0700: nobody else can connect
+        self._directory = directory
+        if len(str(directory)) > _MAX_SOCKET_PATH:
+            raise ConfigError(f"{directory} is too long for a socket; set TMPDIR to a shorter path")
+        self._context = zmq.asyncio.Context()
+        self._engine.start(directory, self._context)
+        self._ingest.start(directory, self._context)
+
+    def _engine_ready(self, info: Ready) -> None:
+        self._ever_ready = True
+        self.adapters.base_ready(info.base)
+
+    async def stop(self) -> None:
+        """Refuse new requests, let running ones go on for ``config.drain_s``, end everything.
+
+        Idempotent. Requests that are not done by then end with EngineFailed.
+        """
+        self._draining = True
+        deadline = time.monotonic() + self.config.drain_s
+        while len(self._ledger) and self.info is not None and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        await self._engine.stop()
+        await self._ingest.stop()
+        context, self._context = self._context, None
+        if context is not None:
+            await self.adapters.stop()
+            self.tokenizer.close()
+            context.destroy(linger=0)
+        self._lock.close()
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def not_ready(self) -> list[str]:
+        """Why this server should get no requests now; empty when it should."""
+        reasons = self._closed()
+        if not reasons and self.adapters.starting_up:
+            reasons.append("adapters_starting")
+        return reasons
+
+    def _closed(self) -> list[str]:
+        reasons = []
+        if self._draining:
+            reasons.append("draining")
+        if self._engine.given_up:
+            reasons.append("engine_failed")
+        elif self.info is None:
+            reasons.append("engine_starting")
+        return reasons
+
+    def admit(self, num: int) -> Admission:
+        """Reserve ``num`` places; raises Overloaded at once when not ready, draining or full.
+
+        Raises InvalidRequest when that many would not fit an idle server either.
+        """
+        if closed := self._closed():
+            self._observations.rejected(closed[0])
+            raise Overloaded(f"the server takes no requests: {', '.join(closed)}", code=closed[0])
+        places = self.config.max_num_seqs + self.config.max_waiting
+        if num > places:
+            raise InvalidRequest(
+                f"the request asks for {num} completions; this server holds {places}", param="n"
+            )
+        # The backlog grows only while the engine takes nothing and clients come and leave.
+        full = len(self._ledger) + self.reserved + num > places or self._engine.backlog > 2 * places
+        if full:
+            self._observations.rejected("overloaded")
+            raise Overloaded(f"{len(self._ledger)} requests are running or waiting already")
+        return Admission(self, num)
+
+    def submit(self, spec: GenerationSpec) -> Generation:
+        """Hand one choice to the engine; never blocks.
+
+        Raises InvalidRequest or ContextLengthExceeded for a prompt the engine cannot take, Conflict
+        when its adapter has gone since it was resolved, DeadlineExceeded, Overloaded when the
+        engine has gone since ``admit``.
+        """
+        info = self.info
+        if info is None or self._draining:
+            reason = self._closed()[0]
+            self._observations.rejected(reason)
+            raise Overloaded(f"the server takes no requests: {reason}", code=reason)
+        _check_prompt(spec, info)
+        for adapter in spec.adapters:
+            self.adapters.require(adapter.digest)
+        deadline_s = None
+        if spec.deadline_s is not None:
+            deadline_s = spec.arrived_at + spec.deadline_s - time.monotonic()
+            if deadline_s <= 0:
+                raise DeadlineExceeded("the request's deadline passed before it could start")
+        text = self.tokenizer.stream(
+            stop=spec.stop,
+            include_stop=spec.include_stop,
+            skip_special_tokens=spec.skip_special_tokens,
+            min_tokens=spec.sampling.min_tokens,
+        )
+        generation = Generation(spec, self._cancel)
+        self._ledger.add(spec, generation, text)
+        self._observations.submitted(spec)
+        self._engine.submit(spec, deadline_s)
+        return generation
+
+    def _cancel(self, request_id: str) -> None:
+        if self._ledger.cancel(request_id):
+            self._engine.abort([request_id])
+
+    async def command(self, kind: CommandKind, digest: str | None = None) -> dict[str, Any]:
+        """An operator's command to the engine; its Reply's payload. Raises Overloaded without one.
+
+        An error in the Reply is raised as NotFound or Conflict with the engine's code and message.
+        """
+        return await self._engine.ask(kind, digest)
+
+
+def lock_data_dir(data_dir: Path) -> IO[bytes]:
+    """The data directory is this process's alone until the file is closed; two servers would
+    sweep away each other's uploads. Raises ConfigError when another has it."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        file = open(data_dir / "lock", "wb")  # held open for as long as the server lives
+    except OSError as error:
+        raise ConfigError(f"--data-dir {data_dir}: {error.strerror}", param="data_dir") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ConfigError(
+            f"--data-dir {data_dir} is in use by another server", param="data_dir"
+        ) from error
+    return file
+
+
+def _check_prompt(spec: GenerationSpec, info: Ready) -> None:
+    prompt, max_tokens = spec.prompt_ids, spec.sampling.max_tokens
+    if not prompt:
+        raise InvalidRequest("the prompt has no tokens", param="prompt")
+    if min(prompt) < 0 or max(prompt) >= info.vocab_size:
+        raise InvalidRequest(
+            f"token ids are 0 to {info.vocab_size - 1}; the prompt has another", param="prompt"
+        )
+    if len(prompt) + max_tokens > info.max_model_len:
+        raise ContextLengthExceeded(
+            f"the prompt has {len(prompt)} tokens and max_tokens is {max_tokens}; together they may"
+            f" be {info.max_model_len}",
+            param="prompt",
+        )
+
+
+def _default_name(model: Path) -> str:
+    return "demo" if model == DEMO_DIR / "base" else model.resolve().name

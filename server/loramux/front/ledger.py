@@ -1,0 +1,221 @@
+"""The unfinished requests: what was asked, what was delivered, and their one terminal event."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from loramux import errors
+from loramux.errors import EngineFailed, LoramuxError
+from loramux.front.detokenizer import TextStream
+from loramux.front.generation import Delta, Done, Generation, GenerationSpec
+from loramux.front.observations import Observations
+from loramux.request import FinishReason
+from loramux.wire import Failed, Finished, Output, StepDone
+
+log = logging.getLogger(__name__)
+
+_ERRORS: dict[str, type[LoramuxError]] = {
+    kind.code: kind
+    for kind in (
+        errors.InvalidRequest,
+        errors.ContextLengthExceeded,
+        errors.RequestTooLarge,
+        errors.NotFound,
+        errors.Conflict,
+        errors.Overloaded,
+        errors.DeadlineExceeded,
+        errors.EngineFailed,
+        errors.AdapterLoadFailed,
+    )
+}
+
+
+class Entry:
+    """One unfinished choice: enough to submit it again, and its stream to the client."""
+
+    __slots__ = (
+        "first_token_at",
+        "generation",
+        "last_token_at",
+        "output_ids",
+        "resume",
+        "spec",
+        "started",
+        "text",
+    )
+
+    def __init__(self, spec: GenerationSpec, generation: Generation, text: TextStream) -> None:
+        self.spec = spec
+        self.generation = generation
+        self.text = text
+        self.output_ids: list[int] = []
+        self.resume: bytes | None = None
+        self.started = (0, 0.0, 0.0)
+        self.first_token_at: float | None = None
+        self.last_token_at = 0.0
+
+
+class Ledger:
+    """Every unfinished choice by request id.
+
+    Outputs count only at the position where the delivered ones end. A choice leaves the ledger with
+    its terminal event, so there is exactly one; until then its adapters' files are held
+    (``retain``/``release`` of their digests).
+    """
+
+    def __init__(
+        self,
+        observations: Observations,
+        retain: Callable[[str], None],
+        release: Callable[[str], None],
+    ) -> None:
+        self._entries: dict[str, Entry] = {}
+        self._observations = observations
+        self._retain = retain
+        self._release = release
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._entries
+
+    def add(self, spec: GenerationSpec, generation: Generation, text: TextStream) -> None:
+        """A choice was accepted. Its request id is new: ids are the server's own."""
+        assert spec.request_id not in self._entries, "request ids are unique"
+        self._entries[spec.request_id] = Entry(spec, generation, text)
+        for adapter in spec.adapters:
+            self._retain(adapter.digest)
+
+    def apply(self, step: StepDone) -> list[str]:
+        """Take in one step of the current engine. Returns the requests it should abort: they ended
+        here first."""
+        now = time.monotonic()
+        finished = {event.request_id: event for event in step.finished}
+        aborts = []
+        for output in step.outputs:
+            entry = self._entries.get(output.request_id)
+            if entry is None:  # ended here before the engine heard of the abort
+                continue
+            ended_by_engine = finished.get(output.request_id)
+            if not self._append(entry, output, ended_by_engine, now) and ended_by_engine is None:
+                aborts.append(output.request_id)
+        for event in step.finished:
+            if entry := self._entries.get(event.request_id):
+                self._finish(entry, event, now)
+        for failure in step.failed:
+            if failure.request_id in self._entries:
+                self.fail(failure.request_id, _error_of(failure))
+        return aborts
+
+    def _append(self, entry: Entry, output: Output, last: Finished | None, now: float) -> bool:
+        """Deliver one Output; False when that ended the choice here."""
+        expected = len(entry.output_ids)
+        if output.start_index < expected:
+            log.warning(
+                "%s: dropped tokens at %d, %d are delivered already",
+                output.request_id,
+                output.start_index,
+                expected,
+            )
+            return True
+        if output.start_index > expected:
+            self.fail(
+                output.request_id,
+                EngineFailed(
+                    f"the engine skipped from token {expected} to {output.start_index} of a request"
+                ),
+            )
+            return False
+        spec, ids, logprobs = entry.spec, output.token_ids, output.logprobs
+        hidden = 0
+        if last is not None and last.stop_token_id is not None and not spec.include_stop:
+            hidden = 1  # the token that ended it is no text, as with a stop string
+        text, used = entry.text.feed(ids[: len(ids) - hidden])
+        if entry.text.matched is None:
+            used = len(ids)
+        else:
+            ids, logprobs = ids[:used], logprobs[:used] if logprobs is not None else None
+        entry.output_ids += ids
+        entry.resume = output.resume
+        if output.started is not None:
+            entry.started = output.started
+        if text or ids or output.prompt_logprobs is not None:
+            entry.generation.deliver(Delta(text, list(ids), logprobs, output.prompt_logprobs))
+        if used:
+            self._observations.tokens(spec, used, entry.first_token_at, entry.last_token_at, now)
+            entry.last_token_at = now
+            if entry.first_token_at is None:
+                entry.first_token_at = now
+        if entry.text.matched is not None:
+            self._end(entry, "stop", entry.text.matched, last, now)
+            return False
+        return True
+
+    def _finish(self, entry: Entry, event: Finished, now: float) -> None:
+        reason, stop_reason = event.reason, event.stop_token_id
+        if rest := entry.text.finish():
+            entry.generation.deliver(Delta(rest))
+        if entry.text.matched is not None:  # by the U+FFFD of a last, incomplete character
+            self._end(entry, "stop", entry.text.matched, event, now)
+        else:
+            self._end(entry, reason, stop_reason, event, now)
+
+    def cancel(self, request_id: str) -> bool:
+        """The client left. False when the choice had ended already."""
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return False
+        self._end(entry, "abort", None, None, time.monotonic())
+        return True
+
+    def fail(self, request_id: str, error: LoramuxError) -> None:
+        """End an unfinished choice with an error."""
+        entry = self._remove(request_id)
+        entry.generation.end(error)
+        self._observations.failed(entry.spec, error)
+
+    def fail_all(self, message: str) -> None:
+        """The engine is gone: every unfinished choice ends with EngineFailed."""
+        for request_id in list(self._entries):
+            self.fail(request_id, EngineFailed(message))
+
+    def _end(
+        self,
+        entry: Entry,
+        reason: FinishReason,
+        stop_reason: str | int | None,
+        event: Finished | None,
+        now: float,
+    ) -> None:
+        self._remove(entry.spec.request_id)
+        cached_tokens, queue_s, prefill_s = entry.started
+        if event is not None:
+            cached_tokens, queue_s, prefill_s = event.cached_tokens, event.queue_s, event.prefill_s
+        done = Done(
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            num_output_tokens=len(entry.output_ids),
+            cached_tokens=cached_tokens,
+            queue_s=queue_s,
+            prefill_s=prefill_s,
+            first_token_at=entry.first_token_at,
+            finished_at=now,
+        )
+        entry.generation.end(done)
+        self._observations.finished(entry.spec, done)
+
+    def _remove(self, request_id: str) -> Entry:
+        entry = self._entries.pop(request_id)
+        for adapter in entry.spec.adapters:
+            self._release(adapter.digest)
+        return entry
+
+
+def _error_of(failure: Failed) -> LoramuxError:
+    kind = _ERRORS.get(failure.code)
+    if kind is None:
+        return EngineFailed(failure.message, code=failure.code)
+    return kind(failure.message)

@@ -1,0 +1,185 @@
+"""What the front knows of itself: the newest engine statistics, running totals, and events.
+
+Plain data; exporters read ``Snapshot`` and may watch single events as an ``Observer``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from loramux.errors import LoramuxError
+from loramux.front.generation import Done, GenerationSpec
+from loramux.metrics.stats import StepStats
+
+
+class Observer(Protocol):
+    """Called synchronously on the event loop: methods must be quick and must not raise."""
+
+    def rejected(self, code: str) -> None:
+        """Admission said no; ``code`` is the error's code or a reason such as ``draining``."""
+
+    def submitted(self, spec: GenerationSpec) -> None:
+        """A choice was accepted."""
+
+    def first_token(self, spec: GenerationSpec, seconds: float) -> None:
+        """The first token arrived, ``seconds`` after the request did."""
+
+    def more_tokens(self, spec: GenerationSpec, num_tokens: int, seconds: float) -> None:
+        """Later tokens arrived together, ``seconds`` after the ones before."""
+
+    def finished(self, spec: GenerationSpec, done: Done) -> None:
+        """The good terminal event ("abort" included)."""
+
+    def failed(self, spec: GenerationSpec, error: LoramuxError) -> None:
+        """The bad terminal event."""
+
+    def step(self, stats: StepStats) -> None:
+        """The engine finished a step."""
+
+    def uploaded(self, result: str) -> None:
+        """An upload ended: ``ready`` or the code of its refusal."""
+
+    def engine_restarted(self, reason: str) -> None:
+        """The engine died (``exit``, ``heartbeat``, ``step_timeout``) and is started again."""
+
+
+@dataclass
+class Snapshot:
+    """Newest values and totals since the front started; read it, do not write it.
+
+    ``stats`` is the newest StepStats (read ``resident``, ``pinned`` and ``waiting_adapters`` here:
+    a message may leave them out). Totals survive engine restarts. ``adapter_tokens`` maps a
+    digest ("" for the base) to [prompt, generation] tokens of finished requests and is bounded:
+    digests beyond the first 1000 are added up under "other".
+    """
+
+    stats: StepStats = field(default_factory=StepStats)
+    resident: frozenset[str] = frozenset()
+    pinned: frozenset[str] = frozenset()
+    waiting_adapters: tuple[str, ...] = ()
+    engine_epoch: int = 0
+    engine_restarts: int = 0
+    steps: int = 0
+    unfinished: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    adapter_loads: int = 0
+    adapter_load_bytes: int = 0
+    adapter_load_s: float = 0.0
+    evictions: dict[str, int] = field(default_factory=dict)
+    phase_s: dict[str, float] = field(default_factory=dict)
+    finished: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, int] = field(default_factory=dict)
+    rejected: dict[str, int] = field(default_factory=dict)
+    uploads: dict[str, int] = field(default_factory=dict)
+    adapter_tokens: dict[str, list[int]] = field(default_factory=dict)
+
+
+_MOST_DIGESTS = 1000
+
+
+class Observations:
+    """Counts every event in ``snapshot`` and passes it on to ``observer``."""
+
+    def __init__(self, observer: Observer | None = None) -> None:
+        self.observer = observer
+        self.snapshot = Snapshot()
+
+    def rejected(self, code: str) -> None:
+        """See Observer."""
+        _count(self.snapshot.rejected, code)
+        if self.observer:
+            self.observer.rejected(code)
+
+    def submitted(self, spec: GenerationSpec) -> None:
+        """See Observer."""
+        self.snapshot.unfinished += 1
+        if self.observer:
+            self.observer.submitted(spec)
+
+    def tokens(
+        self, spec: GenerationSpec, num: int, first_at: float | None, last_at: float, now: float
+    ) -> None:
+        """Tokens were delivered; ``first_at`` is None when these are the first."""
+        if self.observer is None:
+            return
+        if first_at is None:
+            self.observer.first_token(spec, now - spec.arrived_at)
+            num, last_at = num - 1, now
+        if num:
+            self.observer.more_tokens(spec, num, now - last_at)
+
+    def finished(self, spec: GenerationSpec, done: Done) -> None:
+        """See Observer."""
+        snapshot = self.snapshot
+        snapshot.unfinished -= 1
+        _count(snapshot.finished, done.finish_reason)
+        digest = spec.adapters[0].digest if spec.adapters else ""
+        if digest not in snapshot.adapter_tokens and len(snapshot.adapter_tokens) >= _MOST_DIGESTS:
+            digest = "other"
+        tokens = snapshot.adapter_tokens.setdefault(digest, [0, 0])
+        tokens[0] += len(spec.prompt_ids)
+        tokens[1] += done.num_output_tokens
+        if self.observer:
+            self.observer.finished(spec, done)
+
+    def failed(self, spec: GenerationSpec, error: LoramuxError) -> None:
+        """See Observer."""
+        self.snapshot.unfinished -= 1
+        _count(self.snapshot.failed, error.code)
+        if self.observer:
+            self.observer.failed(spec, error)
+
+    def uploaded(self, result: str) -> None:
+        """See Observer."""
+        _count(self.snapshot.uploads, result)
+        if self.observer:
+            self.observer.uploaded(result)
+
+    def engine_started(self, epoch: int) -> None:
+        """A new engine: what is resident is what it says from now on."""
+        self.snapshot.engine_epoch = epoch
+        self.snapshot.stats = StepStats()
+        self.snapshot.resident = self.snapshot.pinned = frozenset()
+        self.snapshot.waiting_adapters = ()
+
+    def engine_restarted(self, reason: str) -> None:
+        """See Observer."""
+        self.snapshot.engine_restarts += 1
+        if self.observer:
+            self.observer.engine_restarted(reason)
+
+    def step(self, stats: StepStats) -> None:
+        """Add one step's increments to the totals; see Observer."""
+        snapshot = self.snapshot
+        snapshot.stats = stats
+        snapshot.steps += 1
+        snapshot.prompt_tokens += stats.prompt_tokens
+        snapshot.generation_tokens += stats.generation_tokens
+        snapshot.prefix_queries += stats.prefix_queries
+        snapshot.prefix_hits += stats.prefix_hits
+        snapshot.preemptions += stats.preemptions
+        for load in stats.loads:
+            snapshot.adapter_loads += 1
+            snapshot.adapter_load_bytes += load.num_bytes
+            snapshot.adapter_load_s += load.seconds
+        for reason, num in stats.evictions.items():
+            _count(snapshot.evictions, reason, num)
+        for phase, seconds in stats.phase_s.items():
+            snapshot.phase_s[phase] = snapshot.phase_s.get(phase, 0.0) + seconds
+        if stats.resident is not None:
+            snapshot.resident = frozenset(stats.resident)
+        if stats.pinned is not None:
+            snapshot.pinned = frozenset(stats.pinned)
+        if stats.waiting_adapters is not None:
+            snapshot.waiting_adapters = tuple(stats.waiting_adapters)
+        if self.observer:
+            self.observer.step(stats)
+
+
+def _count(counts: dict[str, int], key: str, num: int = 1) -> None:
+    counts[key] = counts.get(key, 0) + num

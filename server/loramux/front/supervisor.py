@@ -1,0 +1,205 @@
+"""Keeps one child process running, with a private socket to it for each of its lives."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import zmq.asyncio
+from zmq.constants import SocketOption, SocketType
+
+from loramux.config import process_environment
+
+log = logging.getLogger(__name__)
+
+MISCONFIGURED = "exit 2"
+"""How a process says that it cannot start as configured: another try would end the same way."""
+
+MAX_DEATHS = 5
+"""Deaths in a row, without ``progress`` between, after which a process is given up."""
+
+_BACKOFF_S = (0.0, 0.2, 1.0, 2.0, 4.0)
+_TERMINATE_S = 3.0
+"""How long a process may take to end by itself when asked."""
+_HIGH_WATER = 1000
+"""Messages that may lie in either direction before the sender waits."""
+
+
+class Charge(Protocol):
+    """What is supervised. Methods run on the event loop and are quick."""
+
+    name: str
+
+    def command(self, epoch: int, address: str) -> Sequence[str]:
+        """The command line of this life."""
+
+    def stdin(self) -> bytes:
+        """What the process reads first."""
+
+    def born(self, epoch: int) -> None:
+        """The process was started."""
+
+    def received(self, message: bytes) -> None:
+        """It said something. An exception raised here costs it its life."""
+
+    def overdue(self) -> str | None:
+        """Polled: a reason to kill it now, such as silence."""
+
+    def died(self, reason: str) -> None:
+        """It is gone; the next life, if any, begins after this returns."""
+
+
+class Supervisor:
+    """Runs a Charge, restarts it with growing pauses, and gives up after MAX_DEATHS in a row.
+
+    The front binds a PAIR socket in a private directory, the process connects to it; a new life
+    gets a new socket, so nothing of an old one is ever read.
+    """
+
+    def __init__(
+        self,
+        charge: Charge,
+        directory: Path,
+        context: zmq.asyncio.Context,
+        poll_s: float = 0.25,
+    ) -> None:
+        self._charge = charge
+        self._directory = directory
+        self._context = context
+        self._poll_s = poll_s
+        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._deaths = 0
+        self._epoch = 0
+        self._task: asyncio.Task[None] | None = None
+        self.given_up = False
+
+    @property
+    def backlog(self) -> int:
+        """Messages the process has not taken yet."""
+        return self._outbox.qsize()
+
+    def start(self) -> None:
+        """Begin the first life."""
+        self._task = asyncio.create_task(self._run(), name=f"{self._charge.name} supervisor")
+
+    async def stop(self) -> None:
+        """End the process and do not start another. Idempotent."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    def send(self, message: bytes) -> None:
+        """Queue a message for this life; what it never reads is lost with it."""
+        self._outbox.put_nowait(message)
+
+    def progress(self) -> None:
+        """The process did its work: earlier deaths are forgiven."""
+        self._deaths = 0
+
+    async def _run(self) -> None:
+        name = self._charge.name
+        while not self.given_up:
+            await asyncio.sleep(_BACKOFF_S[self._deaths])
+            self._epoch += 1
+            reason = await self._live()
+            self._deaths += 1
+            self.given_up = self._deaths >= MAX_DEATHS or reason == MISCONFIGURED
+            log.error(
+                "the %s process is gone (%s), %s",
+                name,
+                reason,
+                f"given up after {self._deaths}" if self.given_up else "starting another",
+            )
+            self._outbox = asyncio.Queue()
+            self._charge.died(reason)
+
+    async def _live(self) -> str:
+        """One life; why it ended."""
+        address = f"ipc://{self._directory}/{self._charge.name}-{self._epoch}"
+        socket = self._context.socket(SocketType.PAIR)
+        process = None
+        try:
+            socket.set(SocketOption.LINGER, 0)
+            socket.set_hwm(_HIGH_WATER)
+            socket.bind(address)
+            process = await asyncio.create_subprocess_exec(
+                *self._charge.command(self._epoch, address),
+                stdin=asyncio.subprocess.PIPE,
+                env=process_environment(),
+                # Ctrl-C in a terminal is for the front, which drains first.
+                start_new_session=True,
+            )
+            self._charge.born(self._epoch)
+            return await self._converse(process, socket)
+        except OSError as error:
+            return f"start: {error}"
+        finally:
+            socket.close()
+            if process is not None:
+                await _end(process)
+
+    async def _converse(
+        self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket
+    ) -> str:
+        tasks = [
+            asyncio.create_task(work)
+            for work in (
+                self._introduce(process),
+                self._receive(socket),
+                self._transmit(socket),
+                self._watch(),
+            )
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finished = done.pop()
+            if error := finished.exception():
+                log.error("the %s process is ended", self._charge.name, exc_info=error)
+                return "protocol"
+            return finished.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _introduce(self, process: asyncio.subprocess.Process) -> str:
+        assert process.stdin is not None
+        with contextlib.suppress(ConnectionError):
+            process.stdin.write(self._charge.stdin())
+            await process.stdin.drain()
+            process.stdin.close()
+            await process.stdin.wait_closed()
+        return f"exit {await process.wait()}"
+
+    async def _receive(self, socket: zmq.asyncio.Socket) -> str:
+        while True:
+            self._charge.received(await socket.recv())
+            # A socket that always has something ready would never let the loop turn.
+            await asyncio.sleep(0)
+
+    async def _transmit(self, socket: zmq.asyncio.Socket) -> str:
+        while True:
+            await socket.send(await self._outbox.get())
+
+    async def _watch(self) -> str:
+        while True:
+            await asyncio.sleep(self._poll_s)
+            if reason := self._charge.overdue():
+                return reason
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Ask, then insist."""
+    for signal in (process.terminate, process.kill):
+        if process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), _TERMINATE_S)

@@ -1,0 +1,166 @@
+"""Text to token ids and back, and chat templates, beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar, TypeVarTuple
+
+from tokenizers import Tokenizer
+
+from loramux.errors import ConfigError, InvalidRequest
+from loramux.front.chat_template import ChatTemplate, find_template
+from loramux.front.detokenizer import Detokenizer, TextStream, TokenBytes
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+_THREADS = 2
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+
+
+class TokenizerService:
+    """The base model's tokenizer.json, tokenizer_config.json and chat template.
+
+    Encoding, decoding and rendering run on a small thread pool. Raises ConfigError when the
+    directory has no usable tokenizer. A chat template that does not compile leaves completions
+    working; ``render_chat`` tells why.
+    """
+
+    vocab_size: int
+    """Ids below this are valid prompt tokens (config.json's, which may exceed the tokenizer's)."""
+    eos_ids: tuple[int, ...]
+    """Ids that end a text unless the client asks to ignore them."""
+
+    def __init__(self, model: Path) -> None:
+        config = _read_json(model / "config.json")
+        tokenizer_config = _read_json(model / "tokenizer_config.json")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises bare Exception for every failure
+            raise ConfigError(f"{model / 'tokenizer.json'}: {error}") from None
+        # Some tokenizer files were saved with training limits on; a prompt is never cut or padded.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._table = TokenBytes(self._tokenizer)
+        self.vocab_size = config.get("vocab_size") or self._tokenizer.get_vocab_size()
+        special = _special_tokens(tokenizer_config)
+        generation = _read_json(model / "generation_config.json")
+        eos = generation.get("eos_token_id", config.get("eos_token_id"))
+        eos_ids = set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+        named = self._tokenizer.token_to_id(special.get("eos_token", ""))
+        self.eos_ids = tuple(sorted(eos_ids | ({named} if named is not None else set())))
+        self._template: ChatTemplate | None = None
+        self._no_template = "this model has no chat template; use /v1/completions"
+        if source := find_template(model, tokenizer_config):
+            try:
+                self._template = ChatTemplate(source, special)
+            except ConfigError as error:
+                log.warning("%s", error.message)
+                self._no_template = error.message
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenizer")
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``render_chat`` can work."""
+        return self._template is not None
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text; special tokens written out in the text count as such."""
+        return await self._run(self._encode, text, add_special_tokens)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    async def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of ids, all at once: exactly what streaming them would give."""
+        return await self._run(self._decode, ids, skip_special_tokens)
+
+    def _decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        detokenizer = Detokenizer(self._table, skip_special_tokens)
+        return detokenizer.feed(ids) + detokenizer.finish()
+
+    def stream(
+        self,
+        *,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+        min_tokens: int = 0,
+    ) -> TextStream:
+        """A fresh incremental detokenizer."""
+        return TextStream(
+            self._table,
+            stop=stop,
+            include_stop=include_stop,
+            skip_special_tokens=skip_special_tokens,
+            min_tokens=min_tokens,
+        )
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text; ``bytes:\\xe2\\x82`` (OpenAI's spelling) when it is no whole text."""
+        piece = self._table[token_id]
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for in the middle of a text; empty for unknown ids."""
+        return self._table[token_id]
+
+    async def render_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: dict[str, Any] | None = None,
+    ) -> str:
+        """The prompt of a chat. Encode it with ``add_special_tokens=False``.
+
+        ``variables`` are further template variables (``chat_template_kwargs``). Raises
+        InvalidRequest (param ``messages``) when there is no template or it refuses the messages.
+        """
+        if self._template is None:
+            raise InvalidRequest(self._no_template, param="messages")
+        context = {**(variables or {}), "add_generation_prompt": add_generation_prompt}
+        return await self._run(self._template.render, messages, context)
+
+    async def _run(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    def close(self) -> None:
+        """Stop the thread pool."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty when there is no such file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    return value
+
+
+def _special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:
+    """Named special tokens; older files write them as objects with a ``content``."""
+    found = {}
+    for name in _SPECIAL_TOKENS:
+        token = tokenizer_config.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            found[name] = token
+    return found

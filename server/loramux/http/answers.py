@@ -1,0 +1,155 @@
+"""What a client gets: OpenAI's objects field by field, with vLLM's extra fields where asked for.
+
+Structs and not models of the requests' kind: a streamed token is encoded thousands of times a
+second, and msgspec does it in a microsecond. ``UNSET`` fields do not appear in the JSON at all.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+encode = msgspec.json.Encoder().encode
+
+
+class PromptDetails(msgspec.Struct):
+    """``cached_tokens``: prompt tokens that came out of the prefix cache."""
+
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct):
+    """Tokens: every prompt once, every choice's output."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """Parallel lists, one entry per token; None where the first prompt token has no probability."""
+
+    text_offset: list[int] = []
+    token_logprobs: list[float | None] = []
+    tokens: list[str] = []
+    top_logprobs: list[dict[str, float] | None] = []
+
+
+class CompletionChoice(msgspec.Struct):
+    """One choice, or in a stream the newest piece of one."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class Completion(msgspec.Struct):
+    """The answer of /v1/completions, and each chunk of its stream: OpenAI uses one shape."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None | UnsetType = UNSET
+    object: Literal["text_completion"] = "text_completion"
+
+
+class TopLogprob(msgspec.Struct):
+    """``bytes`` is there because ``token`` cannot hold half a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TopLogprob):
+    """One output token and its likeliest rivals."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    """``refusal`` is always null: there are no refusals."""
+
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class Message(msgspec.Struct):
+    """The assistant's answer."""
+
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct):
+    """One whole choice of a chat."""
+
+    index: int
+    message: Message
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+    stop_reason: int | str | None
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletion(msgspec.Struct):
+    """The answer of /v1/chat/completions."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class MessageDelta(msgspec.Struct):
+    """The first has the role, the middle ones text, the last nothing."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct):
+    """The newest piece of one choice."""
+
+    index: int
+    delta: MessageDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatChunk(msgspec.Struct):
+    """One event of a streamed chat."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+
+
+class ModelCard(msgspec.Struct):
+    """An entry of /v1/models. ``parent`` is the base an adapter belongs to, null for the base."""
+
+    id: str
+    created: int
+    root: str
+    parent: str | None
+    max_model_len: int | None
+    object: Literal["model"] = "model"
+    owned_by: str = "loramux"

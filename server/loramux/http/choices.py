@@ -1,0 +1,213 @@
+"""One HTTP request becomes n choices of each of its prompts, and they become one answer again."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+
+from loramux.errors import ContextLengthExceeded, InvalidRequest, Overloaded
+from loramux.front.catalog import Served
+from loramux.front.front import Front
+from loramux.front.generation import Delta, Done, Generation, GenerationSpec
+from loramux.http.answers import PromptDetails, Usage
+from loramux.http.schemas import Sampling
+
+_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,255}")
+"""What could be a model's name at all; anything else is a 400 and not a 404."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: its ids, and its text where the answer repeats it."""
+
+    ids: list[int]
+    text: str = ""
+
+
+def resolve(front: Front, model: str, adapter_id: str | None = None) -> Served:
+    """What ``model``, or ``adapter_id`` beside the base's name, means now.
+
+    Raises InvalidRequest for what can be no name, else what AdapterService.resolve raises.
+    """
+    for param, name in (("model", model), ("adapter_id", adapter_id)):
+        if name is not None and name != front.base_name and not _MODEL.fullmatch(name):
+            raise InvalidRequest(f"{param}: not a valid model name", param=param)
+    if adapter_id is None:
+        return front.adapters.resolve(model)
+    if model not in (front.base_name, adapter_id):
+        raise InvalidRequest(
+            "adapter_id: give it beside the base model's name only", param="adapter_id"
+        )
+    return front.adapters.resolve(adapter_id)
+
+
+def max_model_len(front: Front) -> int:
+    """Raises Overloaded when there is no engine to say."""
+    if front.info is None:
+        raise Overloaded("the engine is starting", code="engine_starting")
+    return front.info.max_model_len
+
+
+def room_for(front: Front, prompt: Prompt, max_tokens: int | None, *, param: str) -> int:
+    """How many tokens to make after ``prompt``: ``max_tokens``, or all that fit when it is None.
+
+    Raises ContextLengthExceeded when they do not fit, and InvalidRequest for ids that are no
+    tokens of the model.
+    """
+    limit = max_model_len(front)
+    num = len(prompt.ids)
+    wanted = 1 if max_tokens is None else max_tokens
+    if num + wanted > limit:
+        raise ContextLengthExceeded(
+            f"{num} prompt tokens and {wanted} output tokens exceed the context of {limit} tokens",
+            param=param,
+        )
+    if min(prompt.ids) < 0 or max(prompt.ids) >= front.tokenizer.vocab_size:
+        raise InvalidRequest(f"{param}: no such token id", param=param)
+    return limit - num if max_tokens is None else max_tokens
+
+
+class Choices:
+    """The running choices of one request, numbered prompt by prompt as OpenAI does."""
+
+    def __init__(
+        self, front: Front, body: Sampling, served: Served, prompts: Sequence[Prompt], kind: str
+    ) -> None:
+        self.id = f"{kind}-{secrets.token_hex(16)}"
+        self.created = int(time.time())
+        self.prompts = prompts
+        self.n = body.num_choices
+        self.generations: list[Generation] = []
+        self._front, self._body, self._served = front, body, served
+
+    def submit(
+        self,
+        max_tokens: Sequence[int],
+        *,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+        arrived_at: float,
+    ) -> None:
+        """Hands every choice to the engine; if one is refused, none stays.
+
+        Without a seed each prompt draws its own, else equal prompts would get equal answers.
+        """
+        body, front = self._body, self._front
+        body.check_vocabulary(front.tokenizer.vocab_size)
+        try:
+            for number, prompt in enumerate(self.prompts):
+                seed = secrets.randbits(63) if body.seed is None else body.seed
+                for choice in range(self.n):
+                    spec = GenerationSpec(
+                        request_id=f"{self.id}-{number * self.n + choice}",
+                        adapters=self._served.adapters,
+                        prompt_ids=prompt.ids,
+                        sampling=body.sampling(
+                            seed=seed,
+                            choice=choice,
+                            max_tokens=max_tokens[number],
+                            eos_ids=front.tokenizer.eos_ids,
+                            logprobs=logprobs,
+                            prompt_logprobs=prompt_logprobs,
+                        ),
+                        stop=tuple(body.stop),
+                        include_stop=bool(body.include_stop_str_in_output),
+                        skip_special_tokens=body.skip_special_tokens is not False,
+                        cache_salt=body.cache_salt or "",
+                        arrived_at=arrived_at,
+                    )
+                    self.generations.append(front.submit(spec))
+        except BaseException:
+            self.cancel()
+            raise
+
+    def headers(self) -> dict[str, str]:
+        """``x-loramux-adapter``: the digest that answers, ``base`` when there is none."""
+        return {"x-loramux-adapter": self._served.digest or "base"}
+
+    def cancel(self) -> None:
+        """Nobody wants the rest. Harmless at the end."""
+        for generation in self.generations:
+            generation.cancel()
+
+    def done(self, index: int) -> Done:
+        """How choice ``index`` ended well."""
+        done = self.generations[index].done
+        assert done is not None, "asked before the end"
+        return done
+
+    def stop_reason(self, index: int) -> str | int | None:
+        """What vLLM says: the stop string or stop token that matched, null for the model's EOS."""
+        reason = self.done(index).stop_reason
+        asked = self._body.stop_token_ids or ()
+        return None if reason in self._front.tokenizer.eos_ids and reason not in asked else reason
+
+    def prompt_of(self, index: int) -> Prompt:
+        """The prompt that choice ``index`` continues."""
+        return self.prompts[index // self.n]
+
+    def usage(self, completion_tokens: int | None = None) -> Usage:
+        """Counts of the finished request. What one choice found in the cache because its twin had
+        just put it there is not counted, so the number does not depend on n."""
+        prompt_tokens = sum(len(prompt.ids) for prompt in self.prompts)
+        if completion_tokens is None:
+            every = range(len(self.generations))
+            completion_tokens = sum(self.done(index).num_output_tokens for index in every)
+        first_choices = range(0, len(self.generations), self.n)
+        cached = sum(self.done(index).cached_tokens for index in first_choices)
+        total = prompt_tokens + completion_tokens
+        return Usage(prompt_tokens, completion_tokens, total, PromptDetails(cached))
+
+    async def collect(self) -> list[Delta]:
+        """Every choice's whole output; the first failure ends all."""
+        whole = [Delta() for _ in self.generations]
+        async for index, delta in self.merged():
+            if delta is not None:
+                whole[index].extend(delta)
+        return whole
+
+    async def merged(self) -> AsyncGenerator[tuple[int, Delta | None]]:
+        """(choice, what is new) as it comes; None once for each choice that has ended.
+
+        Reads no further ahead than one Delta a choice: what a slow reader leaves waits in the
+        generations, merged.
+        """
+        if len(self.generations) == 1:
+            async for delta in self.generations[0]:
+                yield 0, delta
+            yield 0, None
+            return
+        news: asyncio.Queue[tuple[int, Delta | None | Exception]] = asyncio.Queue(maxsize=1)
+        pumps = [
+            asyncio.create_task(_pump(index, generation, news))
+            for index, generation in enumerate(self.generations)
+        ]
+        try:
+            running = len(pumps)
+            while running:
+                index, item = await news.get()
+                if isinstance(item, Exception):
+                    raise item
+                running -= item is None
+                yield index, item
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _pump(
+    index: int,
+    generation: Generation,
+    news: asyncio.Queue[tuple[int, Delta | None | Exception]],
+) -> None:
+    try:
+        async for delta in generation:
+            await news.put((index, delta))
+        await news.put((index, None))
+    except Exception as exc:
+        await news.put((index, exc))

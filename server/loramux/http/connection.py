@@ -1,0 +1,128 @@
+"""The TCP side of a request: bounds on headers and on patience, which uvicorn does not have.
+
+uvicorn's httptools parser keeps request headers of any size and waits for them for ever; an ASGI
+application only sees them afterwards. So the bounds sit in the protocol class itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from loramux.config import ServerConfig
+from loramux.errors import InvalidRequest, RequestError
+from loramux.http.failures import error_body
+
+MAX_HEAD_BYTES = 32 << 10
+"""Request line and headers together."""
+MAX_HEADERS = 128
+
+ABORT = "loramux.abort"
+"""Key in ``scope["extensions"]``: a function that drops the connection without flushing it."""
+
+
+class HeadTooLarge(RequestError):
+    """The request line and headers are larger than MAX_HEAD_BYTES or more than MAX_HEADERS."""
+
+    status = 431
+    code = "headers_too_large"
+
+
+class BoundedConnection(HttpToolsProtocol):
+    """A connection whose request head must be small (431) and arrive within ``head_timeout_s``.
+
+    A head that is late is answered by closing the connection: there is nothing to answer yet.
+    """
+
+    head_timeout_s = 10.0
+
+    _head_bytes = 0
+    _in_head = True
+    _head_timer: asyncio.TimerHandle | None = None
+    _refusal: RequestError | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self._head_timer is None:
+            self._wait_for_head()  # uvicorn's keep-alive clock stops at any byte, a stray one too
+        super().data_received(data)
+        if self._in_head and not self.transport.is_closing():
+            # httptools hands over a header only once it is whole, so bytes are counted here.
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refusal = HeadTooLarge(f"headers exceed {MAX_HEAD_BYTES} bytes")
+                self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_bytes = 0
+        self._in_head = True
+        self._wait_for_head()
+
+    def on_headers_complete(self) -> None:
+        self._stop_waiting()
+        self._in_head = False
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
+            self._refusal = HeadTooLarge(
+                f"headers exceed {MAX_HEAD_BYTES} bytes or {MAX_HEADERS} in number"
+            )
+            raise self._refusal
+        self.scope["extensions"] = {ABORT: {"call": self.transport.abort}}
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls when a request cannot be parsed; ours speaks OpenAI's error shape."""
+        refusal = self._refusal or InvalidRequest("not a valid HTTP request", code="bad_http")
+        body = error_body(refusal)
+        head = [
+            STATUS_LINE[refusal.status],
+            b"content-type: application/json\r\n",
+            b"content-length: %d\r\n" % len(body),
+            b"connection: close\r\n\r\n",
+        ]
+        self._stop_waiting()
+        self.transport.write(b"".join([*head, body]))
+        self.transport.close()
+
+    def _wait_for_head(self) -> None:
+        self._stop_waiting()
+        self._head_timer = self.loop.call_later(self.head_timeout_s, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+
+def uvicorn_config(app: ASGIApp, config: ServerConfig, *, port: int) -> uvicorn.Config:
+    """How loramux's applications are served; the admin one differs by ``port`` only."""
+
+    class Connection(BoundedConnection):
+        head_timeout_s = config.header_timeout_s
+
+    return uvicorn.Config(
+        app,
+        host=config.host,
+        port=port,
+        http=Connection,
+        ws="none",
+        lifespan="on",
+        timeout_graceful_shutdown=math.ceil(config.drain_s),
+        log_level=config.log_level,
+        access_log=config.log_level == "debug",
+        server_header=False,
+        date_header=False,
+    )

@@ -1,0 +1,86 @@
+"""Running the server: uvicorn around the application, and what is said while it starts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+
+import uvicorn
+import uvloop
+
+from loramux import __version__
+from loramux.config import ServerConfig
+from loramux.front.front import Front
+from loramux.http.app import build_admin_app, build_app
+from loramux.http.connection import uvicorn_config
+
+log = logging.getLogger("loramux")
+
+EXIT_CANNOT_START = 2
+"""The configuration is at fault: starting again as it is would not help."""
+
+
+def serve(config: ServerConfig) -> int:
+    """Serve until told to stop; the exit code."""
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)-7s %(message)s")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(config))
+
+
+PATIENCE_S = 8.0
+"""After this long a person wants to hear that something is happening."""
+
+
+async def _serve(config: ServerConfig) -> int:
+    front = Front(config)
+    servers = [uvicorn.Server(uvicorn_config(build_app(front, config), config, port=config.port))]
+    if config.admin_port is not None:
+        admin = build_admin_app(front, config)
+        servers.append(uvicorn.Server(uvicorn_config(admin, config, port=config.admin_port)))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn raises them once more when it has drained; by then everything is done.
+        signal.signal(number, lambda *_: None)
+    announcing = asyncio.create_task(_announce(front, servers))
+    await asyncio.gather(*(server.serve() for server in servers))
+    announcing.cancel()
+    if not all(server.started for server in servers) or front.never_started:
+        return EXIT_CANNOT_START
+    return 0
+
+
+async def _announce(front: Front, servers: list[uvicorn.Server]) -> None:
+    """Say when the server is ready and how to talk to it; stop it if it never will be."""
+    began = time.monotonic()
+    config = front.config
+    log.info("loramux %s: loading %s", __version__, config.model)
+    patience_s = PATIENCE_S
+    while front.not_ready():
+        if time.monotonic() - began > patience_s:
+            patience_s = float("inf")
+            log.info("still loading; the first start also compiles kernels, about a minute")
+        if front.never_started:
+            log.error("the engine cannot start; its last message above says why")
+            for server in servers:
+                server.should_exit = True
+            return
+        await asyncio.sleep(0.05)
+    info = front.info
+    assert info is not None
+    names = [view.name for view in front.adapters.list() if view.status == "ready"]
+    url = f"http://{config.host}:{config.port}"
+    log.info(
+        "ready in %.1f s: %s (%s, %s), %d frames of %.0f KiB for KV and adapters",
+        *(time.monotonic() - began, front.base_name, info.dtype, info.device),
+        *(info.num_frames, info.frame_bytes / 1024),
+    )
+    log.info("adapters: %s", ", ".join(names[:20]) or "none yet")
+    if len(names) > 20:
+        log.info("          and %d more", len(names) - 20)
+    log.info("listening on %s; try:", url)
+    log.info(
+        "curl %s/v1/completions -H 'content-type: application/json' "
+        """-d '{"model": "%s", "prompt": "Once upon a time", "max_tokens": 32}'""",
+        *(url, names[0] if names else front.base_name),
+    )

@@ -1,0 +1,68 @@
+"""One upload: from two blobs to a verdict and, if it is good, a packed file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from loramux.adapters import pack
+from loramux.adapters.blobs import BlobStore, adapter_digest
+from loramux.adapters.canonical import CanonicalAdapter
+from loramux.adapters.peft import MAX_CONFIG_BYTES, import_lora, parse_config
+from loramux.adapters.safetensors_file import read_tensors
+from loramux.errors import AdapterInvalid, LoramuxError
+from loramux.wire import MODULES, IngestDone, IngestJob
+
+log = logging.getLogger(__name__)
+
+
+def run(job: IngestJob, data_dir: Path) -> IngestDone:
+    """Validate the job's blobs against its base and pack them. Never raises."""
+    try:
+        return _run(job, data_dir)
+    except LoramuxError as error:
+        problems = list(error.problems) if isinstance(error, AdapterInvalid) else []
+        return IngestDone(job_id=job.job_id, problems=problems or [error.message], code=error.code)
+    except Exception:
+        # What went wrong is ours to read in the log; the uploader could do nothing with it.
+        log.exception("ingest of %s + %s failed", job.config_digest, job.weights_digest)
+        problem = "the server failed to validate the adapter; its log says why"
+        return IngestDone(job_id=job.job_id, problems=[problem], code=LoramuxError.code)
+
+
+def _run(job: IngestJob, data_dir: Path) -> IngestDone:
+    blobs = BlobStore(data_dir)
+    digest = adapter_digest(job.config_digest, job.weights_digest)
+    for blob in (job.config_digest, job.weights_digest):
+        if not blobs.verify(blob):
+            text = "a stored file no longer has its digest: the disk damaged it; upload it again"
+            raise AdapterInvalid(text, problems=[text], code="blob_corrupt")
+    with blobs.open(job.config_digest) as file:
+        config_bytes = file.read(MAX_CONFIG_BYTES + 1)
+    with blobs.open(job.weights_digest) as file:
+        tensors = read_tensors(file)
+        adapter = import_lora(parse_config(config_bytes), tensors, job.base)
+        if job.pack:
+            path = pack.packed_path(data_dir, digest, job.base.fingerprint)
+            layout = pack.pack(adapter, job.base, digest, path)
+        else:
+            layout = pack.lay_out(adapter, job.base)
+    report = _report(adapter, layout, job.base.slice_bytes, len(tensors))
+    return IngestDone(job_id=job.job_id, digest=digest, report=report)
+
+
+def _report(
+    adapter: CanonicalAdapter, layout: pack.Layout, slice_bytes: int, num_tensors: int
+) -> dict[str, Any]:
+    used = {pair.module for pair in adapter.pairs}
+    return {
+        "rank": layout.max_rank,
+        "num_bytes": layout.num_bytes,
+        "num_frames": layout.num_frames(slice_bytes),
+        "dtype": layout.dtype,
+        "tensors": num_tensors,
+        "modules": [module for module in MODULES if module in used],
+        "layers": sorted({pair.layer for pair in adapter.pairs}),
+        "warnings": list(adapter.warnings),
+    }

@@ -1,0 +1,179 @@
+"""The forward pass of the Llama lineage over a paged arena, with every row's own adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from loramux.model.architecture import Architecture
+from loramux.model.inputs import ModelInputs
+from loramux.model.layers.linear import padded, project
+from loramux.model.layers.rotary import rotary_tables
+from loramux.model.loader import LayerWeights, Weights
+from loramux_kernels.attention import paged_attention, rope_store
+from loramux_kernels.lora import AdapterTable, add_lora
+from loramux_kernels.norm import add_rms_norm, head_rms_norm, silu_mul
+
+
+class Decoder:
+    """One model, its arena and its workspace; ``forward`` is the only verb.
+
+    ``arena`` is the pool (1-D uint8) that holds the KV pages and the adapters of ``table``.
+    ``max_tokens`` is the largest batch in token rows; the workspace is allocated here, once.
+    ``max_positions`` bounds the rotary tables (default: the architecture's context). float32 on a
+    CPU; float32, bfloat16 or float16 on CUDA: the dtype of ``weights``.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        weights: Weights,
+        arena: torch.Tensor,
+        table: AdapterTable,
+        device: torch.device,
+        max_tokens: int,
+        *,
+        max_positions: int | None = None,
+    ) -> None:
+        self.architecture = architecture
+        self.weights = weights
+        self.arena = arena
+        self.table = table
+        self.max_tokens = max_tokens
+        cos, sin = rotary_tables(
+            architecture.rope,
+            architecture.head_dim,
+            max_positions or architecture.context_length,
+        )
+        self._cos, self._sin = cos.to(device), sin.to(device)
+        like = weights.embedding
+        self._workspace = _Workspace.allocate(architecture, padded(max_tokens), like)
+        # as many rows as were ever scored at once: a vocabulary is too wide to hold max_tokens of
+        self._logit_rows = like.new_empty(0, architecture.vocab_size)
+
+    def forward(self, inputs: ModelInputs) -> torch.Tensor:
+        """Run the batch, storing its keys and values; float32 logits ``[S, vocab]``.
+
+        The logits live in the workspace: they are good until the next call. Raises ``ValueError``
+        when the batch has more rows than ``max_tokens``.
+        """
+        rows, num_scored = inputs.token_ids.shape[0], inputs.scored.shape[0]
+        if max(rows, num_scored) > self.max_tokens:
+            raise ValueError(f"{rows} rows, {num_scored} scored: at most {self.max_tokens} fit")
+        work = self._workspace.first(padded(rows))
+        # Padding rows go through everything but attention, which never writes them; they must not
+        # keep what earlier batches left there.
+        work.hidden[rows:].zero_()
+        work.attended[rows:].zero_()
+        work.residual.zero_()
+        torch.index_select(self.weights.embedding, 0, inputs.token_ids, out=work.hidden[:rows])
+        for index, layer in enumerate(self.weights.layers):
+            self._attend(index, layer, inputs, work)
+            self._feed_forward(index, layer, inputs, work)
+        eps = self.architecture.rms_eps
+        add_rms_norm(work.normed, work.residual, work.hidden, self.weights.norm, eps)
+        return self._logits(work.normed, inputs.scored)
+
+    def _attend(
+        self, index: int, layer: LayerWeights, inputs: ModelInputs, work: _Workspace
+    ) -> None:
+        arch = self.architecture
+        add_rms_norm(work.normed, work.residual, work.hidden, layer.input_norm, arch.rms_eps)
+        self._linear(work.qkv, work.normed, layer.qkv, layer.qkv_bias, inputs, index, "qkv")
+        if layer.q_norm is not None and layer.k_norm is not None:
+            head_rms_norm(
+                work.qkv,
+                layer.q_norm,
+                layer.k_norm,
+                num_heads=arch.num_heads,
+                num_kv_heads=arch.num_kv_heads,
+                head_dim=arch.head_dim,
+                eps=arch.rms_eps,
+            )
+        rope_store(
+            work.qkv,
+            cos=self._cos,
+            sin=self._sin,
+            positions=inputs.positions,
+            arena=self.arena,
+            pages=inputs.pages,
+            layer=index,
+            num_heads=arch.num_heads,
+        )
+        paged_attention(
+            work.attended,
+            work.qkv,
+            arena=self.arena,
+            pages=inputs.pages,
+            layer=index,
+            num_heads=arch.num_heads,
+            scale=arch.head_dim**-0.5,
+            window=arch.windows[index],
+        )
+        self._linear(work.hidden, work.attended, layer.o, layer.o_bias, inputs, index, "o")
+
+    def _feed_forward(
+        self, index: int, layer: LayerWeights, inputs: ModelInputs, work: _Workspace
+    ) -> None:
+        eps = self.architecture.rms_eps
+        add_rms_norm(work.normed, work.residual, work.hidden, layer.post_norm, eps)
+        self._linear(
+            work.gate_up, work.normed, layer.gate_up, layer.gate_up_bias, inputs, index, "gate_up"
+        )
+        silu_mul(work.inner, work.gate_up)
+        self._linear(work.hidden, work.inner, layer.down, layer.down_bias, inputs, index, "down")
+
+    def _linear(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        inputs: ModelInputs,
+        layer: int,
+        site: str,
+    ) -> None:
+        """The base's raw ``W x``, then each row's adapters, then the bias."""
+        project(out, x, weight)
+        add_lora(
+            out, x, arena=self.arena, table=self.table, runs=inputs.runs, layer=layer, site=site
+        )
+        if bias is not None:
+            out += bias
+
+    def _logits(self, normed: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+        """The output matrix, on the scored rows only."""
+        count = scored.shape[0]
+        picked = self._workspace.hidden[: padded(count)]
+        picked[count:].zero_()
+        torch.index_select(normed, 0, scored, out=picked[:count])
+        if self._logit_rows.shape[0] < picked.shape[0]:
+            self._logit_rows = normed.new_empty(picked.shape[0], self.architecture.vocab_size)
+        logits = self._logit_rows[: picked.shape[0]]
+        project(logits, picked, self.weights.lm_head)
+        return logits[:count].float()
+
+
+@dataclass(frozen=True)
+class _Workspace:
+    """The activations of one batch, a row per token."""
+
+    residual: torch.Tensor
+    hidden: torch.Tensor
+    normed: torch.Tensor
+    qkv: torch.Tensor
+    attended: torch.Tensor
+    gate_up: torch.Tensor
+    inner: torch.Tensor
+
+    @classmethod
+    def allocate(cls, arch: Architecture, rows: int, like: torch.Tensor) -> _Workspace:
+        widths = arch.widths
+        hidden, inner, q = arch.hidden_size, arch.intermediate_size, widths["q_proj"][1]
+        sizes = (hidden, hidden, hidden, q + 2 * widths["k_proj"][1], q, 2 * inner, inner)
+        return cls(*(like.new_zeros(rows, size) for size in sizes))
+
+    def first(self, rows: int) -> _Workspace:
+        """Views of the first ``rows`` rows."""
+        return _Workspace(*(getattr(self, field.name)[:rows] for field in fields(self)))

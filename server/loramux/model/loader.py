@@ -1,0 +1,260 @@
+"""Checkpoint files to weights in place: one destination, allocated once, read into directly.
+
+The peak is one copy of the weights plus one block: bytes of the right dtype go from the file into
+their rows of the fused tensors; others are converted on the way, a block at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from loramux.errors import ConfigError
+from loramux.model.architecture import Architecture
+from loramux.model.checkpoint import TensorBytes, read_checkpoint
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes read, bytes in all)."""
+
+_BLOCK_BYTES = 8 << 20
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer; matrices are ``[out, in]``, a bias the layer lacks is None.
+
+    ``qkv``: rows of q, k, v in that order, ``[(H + 2 KH) * D, hidden]``; ``gate_up``: gate, then
+    up, ``[2 I, hidden]``. Their biases are fused alike.
+    """
+
+    input_norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: torch.Tensor
+    o_bias: torch.Tensor | None
+    post_norm: torch.Tensor
+    gate_up: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All of a model. ``lm_head`` is ``embedding`` itself when they are tied."""
+
+    embedding: torch.Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: torch.Tensor
+    lm_head: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held, tied tensors counted once."""
+        return sum(t.nbytes for t in {id(t): t for t in self._tensors()}.values())
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        yield from (self.embedding, self.norm, self.lm_head)
+        for layer in self.layers:
+            values = (getattr(layer, field.name) for field in fields(layer))
+            yield from (value for value in values if value is not None)
+
+
+def load_weights(
+    directory: Path,
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> Weights:
+    """The weights of a model directory, in ``dtype`` on ``device``.
+
+    Raises ``ConfigError`` listing every tensor that is missing, unknown or of the wrong shape
+    before anything is read; and one that names a tensor whose values ``dtype`` cannot hold.
+    """
+    tensors = read_checkpoint(directory)
+    # rotary frequencies saved by old releases are derived from the config, here as there
+    tensors = {n: t for n, t in tensors.items() if not n.endswith(".rotary_emb.inv_freq")}
+    head = tensors.pop("lm_head.weight", None) if architecture.tie_embeddings else None
+    _check(directory, tensors, _shapes(architecture))
+    if head is not None:
+        _check_tied(directory, head, tensors["model.embed_tokens.weight"])
+    weights = _allocate(architecture, dtype, device)
+    places = _places(architecture, weights)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    done = 0
+    # in file order, so that a disk reads forwards
+    for name in sorted(tensors, key=lambda n: (tensors[n].path, tensors[n].offset)):
+        for count in _read_into(places[name], tensors[name], name):
+            done += count
+            if progress is not None:
+                progress(done, total)
+    return weights
+
+
+def _shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every tensor a checkpoint of this architecture must hold, and its shape."""
+    hidden, vocab = arch.hidden_size, arch.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not arch.tie_embeddings:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    biased = {
+        "self_attn.q_proj": arch.qkv_bias,
+        "self_attn.k_proj": arch.qkv_bias,
+        "self_attn.v_proj": arch.qkv_bias,
+        "self_attn.o_proj": arch.o_bias,
+        "mlp.gate_proj": arch.mlp_bias,
+        "mlp.up_proj": arch.mlp_bias,
+        "mlp.down_proj": arch.mlp_bias,
+    }
+    for layer in range(arch.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        for module, has_bias in biased.items():
+            width_in, width_out = arch.widths[module.partition(".")[2]]
+            shapes[f"{prefix}{module}.weight"] = (width_out, width_in)
+            if has_bias:
+                shapes[f"{prefix}{module}.bias"] = (width_out,)
+        if arch.qk_norm:
+            shapes[prefix + "self_attn.q_norm.weight"] = (arch.head_dim,)
+            shapes[prefix + "self_attn.k_norm.weight"] = (arch.head_dim,)
+    return shapes
+
+
+def _check(
+    directory: Path, tensors: dict[str, TensorBytes], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    problems = [f"{name}: missing" for name in shapes if name not in tensors]
+    problems += [f"{name}: not part of this architecture" for name in tensors if name not in shapes]
+    problems += [
+        f"{name}: shape {list(tensors[name].shape)}, config.json says {list(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        listing = "".join(f"\n  {problem}" for problem in problems)
+        raise ConfigError(f"the weights in {directory} do not fit:{listing}", param="model")
+
+
+def _check_tied(directory: Path, head: TensorBytes, embedding: TensorBytes) -> None:
+    """A tied model may still store its output matrix: then it must be the embedding's bytes."""
+    same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    with head.path.open("rb") as one, embedding.path.open("rb") as other:
+        one.seek(head.offset)
+        other.seek(embedding.offset)
+        left = head.nbytes
+        while same and left:
+            count = min(left, _BLOCK_BYTES)
+            same = one.read(count) == other.read(count)
+            left -= count
+    if not same:
+        raise ConfigError(
+            f"{directory}: tie_word_embeddings is set, but lm_head.weight is not "
+            "model.embed_tokens.weight",
+            param="model",
+        )
+
+
+def _allocate(arch: Architecture, dtype: torch.dtype, device: torch.device) -> Weights:
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def maybe(wanted: bool, *shape: int) -> torch.Tensor | None:
+        return empty(*shape) if wanted else None
+
+    hidden, inner = arch.hidden_size, arch.intermediate_size
+    q = arch.num_heads * arch.head_dim
+    qkv = q + 2 * arch.num_kv_heads * arch.head_dim
+    embedding = empty(arch.vocab_size, hidden)
+    layers = tuple(
+        LayerWeights(
+            input_norm=empty(hidden),
+            qkv=empty(qkv, hidden),
+            qkv_bias=maybe(arch.qkv_bias, qkv),
+            q_norm=maybe(arch.qk_norm, arch.head_dim),
+            k_norm=maybe(arch.qk_norm, arch.head_dim),
+            o=empty(hidden, q),
+            o_bias=maybe(arch.o_bias, hidden),
+            post_norm=empty(hidden),
+            gate_up=empty(2 * inner, hidden),
+            gate_up_bias=maybe(arch.mlp_bias, 2 * inner),
+            down=empty(hidden, inner),
+            down_bias=maybe(arch.mlp_bias, hidden),
+        )
+        for _ in range(arch.num_layers)
+    )
+    lm_head = embedding if arch.tie_embeddings else empty(arch.vocab_size, hidden)
+    return Weights(embedding, layers, empty(hidden), lm_head)
+
+
+def _places(arch: Architecture, weights: Weights) -> dict[str, torch.Tensor]:
+    """Where each tensor of a checkpoint goes: contiguous rows of a fused tensor."""
+    places = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
+    if not arch.tie_embeddings:
+        places["lm_head.weight"] = weights.lm_head
+    out = {module: width_out for module, (_, width_out) in arch.widths.items()}
+    for index, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{index}."
+        places[prefix + "input_layernorm.weight"] = layer.input_norm
+        places[prefix + "post_attention_layernorm.weight"] = layer.post_norm
+        for fused, bias, modules in (
+            (
+                layer.qkv,
+                layer.qkv_bias,
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ),
+            (layer.o, layer.o_bias, ("self_attn.o_proj",)),
+            (layer.gate_up, layer.gate_up_bias, ("mlp.gate_proj", "mlp.up_proj")),
+            (layer.down, layer.down_bias, ("mlp.down_proj",)),
+        ):
+            sizes = [out[module.partition(".")[2]] for module in modules]
+            for module, rows in zip(modules, torch.split(fused, sizes), strict=True):
+                places[f"{prefix}{module}.weight"] = rows
+            if bias is not None:
+                for module, rows in zip(modules, torch.split(bias, sizes), strict=True):
+                    places[f"{prefix}{module}.bias"] = rows
+        if layer.q_norm is not None and layer.k_norm is not None:
+            places[prefix + "self_attn.q_norm.weight"] = layer.q_norm
+            places[prefix + "self_attn.k_norm.weight"] = layer.k_norm
+    return places
+
+
+def _read_into(place: torch.Tensor, tensor: TensorBytes, name: str) -> Iterator[int]:
+    """Read one tensor into its place, yielding the bytes of each block."""
+    flat = place.view(-1)
+    dtype = _DTYPES[tensor.dtype]
+    direct = flat.dtype == dtype and flat.device.type == "cpu"
+    block = _BLOCK_BYTES // dtype.itemsize
+    scratch = flat[:0] if direct else torch.empty(min(block, flat.numel()), dtype=dtype)
+    with tensor.path.open("rb", buffering=0) as file:
+        file.seek(tensor.offset)
+        for start in range(0, flat.numel(), block):
+            rows = flat[start : start + block]
+            target = rows if direct else scratch[: rows.numel()]
+            _fill(file.readinto, target)
+            if not direct:
+                rows.copy_(target)
+                # float16 ends at 65504: a larger weight would silently turn into infinity
+                if flat.dtype == torch.float16 and not bool(rows.isfinite().all()):
+                    raise ConfigError(f"{name} does not fit float16", param="dtype")
+            yield target.nbytes
+
+
+def _fill(readinto: Callable[[memoryview], int | None], target: torch.Tensor) -> None:
+    view = target.view(torch.uint8).numpy().data
+    while view:
+        count = readinto(view)
+        if not count:
+            raise ConfigError("a weight file became shorter while it was read", param="model")
+        view = view[count:]

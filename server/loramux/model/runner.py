@@ -1,0 +1,114 @@
+"""One model on one device: a batch of rows in, the logits somebody asked for out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from loramux.adapters.segments import build_runs
+from loramux.batch import Batch, Row
+from loramux.memory.formats import KvFormat
+from loramux.model.decoder import Decoder
+from loramux.model.inputs import ModelInputs
+from loramux_kernels.attention import Pages
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The logits of one step: fp32 ``[S, vocab]``.
+
+    ``sampling[i]`` is the line of the i-th row that samples (in batch order). ``prompt[j]`` is
+    (index of a row, its first line): the row's every token was scored, for prompt log-probs.
+    """
+
+    logits: torch.Tensor
+    sampling: npt.NDArray[np.int64]
+    prompt: list[tuple[int, int]]
+
+
+class ModelRunner:
+    """Builds the inputs of ``decoder`` from batches whose KV lives where ``kv`` says."""
+
+    def __init__(self, decoder: Decoder, kv: KvFormat, slot: Callable[[str], int]) -> None:
+        self._decoder = decoder
+        self._kv = kv
+        self._slot = slot
+        self._dtype = decoder.weights.embedding.dtype
+        self._device = decoder.weights.embedding.device
+
+    def forward(self, batch: Batch) -> Scored:
+        """Compute the batch: its KV is in the pool afterwards."""
+        rows = batch.rows
+        counts = np.fromiter((row.num_tokens for row in rows), np.int64, len(rows))
+        starts = np.fromiter((row.request.num_computed for row in rows), np.int64, len(rows))
+        row_start = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(counts, out=row_start[1:])
+        scored, sampling, prompt = _scored(rows, row_start)
+        positions = np.arange(row_start[-1]) + np.repeat(starts - row_start[:-1], counts)
+        logits = self._decoder.forward(
+            ModelInputs(
+                token_ids=self._tensor(np.concatenate([_ids(row) for row in rows])),
+                positions=self._tensor(positions),
+                pages=self._pages(rows, row_start, starts + counts),
+                runs=build_runs(rows, self._slot),
+                scored=self._tensor(scored),
+            )
+        )
+        return Scored(logits, sampling, prompt)
+
+    def _tensor(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+    def _pages(
+        self, rows: list[Row], row_start: npt.NDArray[np.int64], context: npt.NDArray[np.int64]
+    ) -> Pages:
+        widest = max(row.request.num_pages for row in rows)
+        frames = np.zeros((len(rows), widest), np.int64)
+        for index, row in enumerate(rows):
+            request = row.request
+            frames[index, : request.num_pages] = request.page_table[: request.num_pages]
+        return Pages(
+            offsets=self._kv.offsets(frames),
+            row_start=row_start.astype(np.int32),
+            context=context.astype(np.int32),
+            page_tokens=self._kv.page_tokens,
+            num_kv_heads=self._kv.num_kv_heads,
+            head_dim=self._kv.head_dim,
+            dtype=self._dtype,
+        )
+
+
+def _ids(row: Row) -> npt.NDArray[np.int64]:
+    request = row.request
+    return request.ids[request.num_computed : request.num_computed + row.num_tokens]
+
+
+def _scored(
+    rows: list[Row], row_start: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[tuple[int, int]]]:
+    """Which token rows to score: the last of each row that samples, all of those whose prompt's
+    log-probabilities are wanted."""
+    if not any(row.request.wants_prompt_logprobs for row in rows):
+        samples = np.fromiter((row.samples for row in rows), np.bool_, len(rows))
+        scored = row_start[1:][samples] - 1
+        return scored, np.arange(len(scored)), []
+    pieces: list[npt.NDArray[np.int64]] = []
+    sampling: list[int] = []
+    prompt: list[tuple[int, int]] = []
+    lines = 0
+    for index, row in enumerate(rows):
+        stop = int(row_start[index + 1])
+        if row.request.wants_prompt_logprobs:
+            prompt.append((index, lines))
+            piece = np.arange(stop - row.num_tokens, stop)
+        else:
+            piece = np.arange(stop - 1, stop) if row.samples else np.arange(0)
+        pieces.append(piece)
+        lines += len(piece)
+        if row.samples:
+            sampling.append(lines - 1)
+    return np.concatenate(pieces), np.asarray(sampling, np.int64), prompt

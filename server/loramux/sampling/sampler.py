@@ -1,0 +1,243 @@
+"""One sampler for all running requests: logits in, tokens out, whatever the batch looks like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loramux.errors import InvalidRequest
+from loramux.request import SamplingParams
+from loramux.sampling.history import History
+from loramux.sampling.logprobs import logprobs
+from loramux.sampling.processors import Bias, Edit, Mask, Penalties, edited
+from loramux.wire import TokenLogprob
+from loramux_kernels import sampling as kernels
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """What R rows drew.
+
+    ``token_ids`` int64 [R]; ``bad`` [R]: the row's logits held a NaN, a +inf or nothing finite, its
+    token is -1 and its request cannot go on. ``logprobs`` [R]: None where none were asked for, and
+    for bad rows.
+    """
+
+    token_ids: NDArray[np.int64]
+    bad: NDArray[np.bool_]
+    logprobs: list[TokenLogprob | None]
+
+
+@dataclass(frozen=True)
+class _Request:
+    params: SamplingParams
+    key: int
+    bias_ids: NDArray[np.int64]
+    bias: NDArray[np.float32]
+    stop_ids: NDArray[np.int64]
+    history: History | None
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What a sequence of requests, one a row, needs at every step.
+
+    ``num_logprobs`` [R] is -1 for none. ``held`` and ``penalized`` are the rows that may need their
+    stop tokens masked and their penalties applied; both depend on how far the output is.
+    """
+
+    request_ids: list[str]
+    draw: kernels.DrawParams
+    bias: list[Edit]
+    held: list[tuple[int, _Request]]
+    penalized: list[tuple[int, _Request, History]]
+    num_logprobs: NDArray[np.int64]
+
+
+class Sampler:
+    """Draws tokens for requests it knows by id; keeps only what can be rebuilt from their ids."""
+
+    def __init__(self, vocab_size: int, device: torch.device | str) -> None:
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+        self._requests: dict[str, _Request] = {}
+        self._batch: _Batch | None = None
+
+    def add(
+        self,
+        request_id: str,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        output_ids: Sequence[int],
+    ) -> None:
+        """Learn a request, new or continued after ``output_ids``.
+
+        Raises InvalidRequest for a ``logit_bias`` or penalized prompt id outside the vocabulary.
+        """
+        assert request_id not in self._requests, f"{request_id} is already known"
+        bias_ids = np.fromiter(params.logit_bias, np.int64, len(params.logit_bias))
+        self._check_ids("logit_bias", bias_ids)
+        stop_ids = np.unique(np.asarray(params.stop_token_ids, np.int64))
+        self._requests[request_id] = _Request(
+            params=params,
+            key=kernels.stream_key(params.seed, params.choice),
+            bias_ids=bias_ids,
+            bias=np.fromiter(params.logit_bias.values(), np.float32, len(bias_ids)),
+            # A stop id the model has no logit for is never drawn; there is nothing to mask.
+            stop_ids=stop_ids[(stop_ids >= 0) & (stop_ids < self.vocab_size)],
+            history=self._history(params, prompt_ids, output_ids),
+        )
+
+    def commit(self, request_id: str, token_ids: Sequence[int]) -> None:
+        """``token_ids`` are now part of the request's output."""
+        history = self._requests[request_id].history
+        if history is not None:
+            history.extend(token_ids)
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request."""
+        del self._requests[request_id]
+        self._batch = None
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, rows: Sequence[tuple[str, int]]) -> SampleResult:
+        """Draw one token per row of ``logits`` float32 [R, V], contiguous.
+
+        ``rows`` [R] are (request id, output position); a request may have several. ``logits`` come
+        back as they were. A row's result depends on its own logits and request alone.
+        """
+        assert logits.dtype == torch.float32 and logits.is_contiguous(), logits.dtype
+        assert logits.shape == (len(rows), self.vocab_size), logits.shape
+        batch = self._batch_of([request_id for request_id, _ in rows])
+        position = np.fromiter((at for _, at in rows), np.int64, len(rows))
+        with edited(logits, _edits(batch, position)):
+            token_ids, bad = kernels.draw(logits, batch.draw, position)
+        results: list[TokenLogprob | None] = [None] * len(rows)
+        wanted = np.flatnonzero((batch.num_logprobs >= 0) & ~bad)
+        if len(wanted):
+            chosen = logits if len(wanted) == len(rows) else logits[torch.from_numpy(wanted)]
+            table = logprobs(
+                chosen, token_ids[wanted].tolist(), batch.num_logprobs[wanted].tolist()
+            )
+            for row, entry in zip(wanted.tolist(), table, strict=True):
+                results[row] = entry
+        return SampleResult(token_ids, bad, results)
+
+    def warm_up(self) -> None:
+        """Compile everything a step can need, so that no request waits for it."""
+        logits = torch.zeros((1, self.vocab_size), device=self.device)
+        params = SamplingParams(seed=0, min_p=0.1, top_k=1, top_p=0.9, logprobs=1)
+        self.add("warm-up", params, (), ())
+        self.sample(logits, [("warm-up", 0)])
+        self.remove("warm-up")
+
+    def _check_ids(self, param: str, ids: NDArray[np.int64]) -> None:
+        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if len(outside):
+            raise InvalidRequest(
+                f"{param}: token id {outside[0]} is not in the vocabulary of"
+                f" {self.vocab_size} tokens",
+                param=param,
+            )
+
+    def _history(
+        self, params: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int]
+    ) -> History | None:
+        if params.repetition_penalty != 1.0:
+            self._check_ids("prompt", np.asarray(prompt_ids, np.int64))
+            return History(prompt_ids, output_ids)
+        if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
+            return History((), output_ids)
+        return None
+
+    def _batch_of(self, request_ids: list[str]) -> _Batch:
+        """The batch's parameters; the last batch's again if it holds the same requests."""
+        if self._batch is None or self._batch.request_ids != request_ids:
+            self._batch = _build(request_ids, [self._requests[name] for name in request_ids])
+        return self._batch
+
+
+def _build(request_ids: list[str], requests: list[_Request]) -> _Batch:
+    params = [request.params for request in requests]
+    biased = [(row, request) for row, request in enumerate(requests) if len(request.bias_ids)]
+    bias: list[Edit] = []
+    if biased:
+        rows = np.array([row for row, _ in biased])
+        bias.append(
+            Bias(
+                row=np.repeat(rows, [len(request.bias_ids) for _, request in biased]),
+                token=np.concatenate([request.bias_ids for _, request in biased]),
+                value=np.concatenate([request.bias for _, request in biased]),
+            )
+        )
+    return _Batch(
+        request_ids=request_ids,
+        draw=kernels.DrawParams(
+            temperature=np.array([p.temperature for p in params], np.float64),
+            log_min_p=np.array(
+                [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], np.float64
+            ),
+            top_k=np.array([p.top_k for p in params], np.int64),
+            top_p=np.array([p.top_p for p in params], np.float64),
+            key=np.array([request.key for request in requests], np.uint64),
+        ),
+        bias=bias,
+        held=[
+            (row, request)
+            for row, request in enumerate(requests)
+            if request.params.min_tokens > 0 and len(request.stop_ids)
+        ],
+        penalized=[
+            (row, request, request.history)
+            for row, request in enumerate(requests)
+            if request.history is not None
+        ],
+        num_logprobs=np.array([-1 if p.logprobs is None else p.logprobs for p in params], np.int64),
+    )
+
+
+def _edits(batch: _Batch, position: NDArray[np.int64]) -> list[Edit]:
+    """The processors of this step, in the frozen order."""
+    edits = list(batch.bias)
+    held = [
+        (row, request.stop_ids)
+        for row, request in batch.held
+        if position[row] < request.params.min_tokens
+    ]
+    if held:
+        edits.append(
+            Mask(
+                row=np.repeat([row for row, _ in held], [len(ids) for _, ids in held]),
+                token=np.concatenate([ids for _, ids in held]),
+            )
+        )
+    if batch.penalized:
+        edits.append(_penalties(batch.penalized, position))
+    return edits
+
+
+def _penalties(
+    penalized: list[tuple[int, _Request, History]], position: NDArray[np.int64]
+) -> Penalties:
+    for row, _, history in penalized:
+        assert position[row] == history.num_outputs, "penalties need every token before the row"
+    lengths = [len(history.ids) for _, _, history in penalized]
+    params = [request.params for _, request, _ in penalized]
+
+    def each(values: list[float]) -> NDArray[np.float32]:
+        return np.repeat(np.asarray(values, np.float32), lengths)
+
+    return Penalties(
+        row=np.repeat(np.asarray([row for row, _, _ in penalized], np.int64), lengths),
+        token=np.concatenate([history.ids for _, _, history in penalized]),
+        count=np.concatenate([history.counts for _, _, history in penalized]),
+        repetition=each([p.repetition_penalty for p in params]),
+        frequency=each([p.frequency_penalty for p in params]),
+        presence=each([p.presence_penalty for p in params]),
+    )

@@ -1,0 +1,177 @@
+"""The server as its users meet it: started by its command, asked over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from tests import tiny
+from tests.e2e.server import Server
+
+from loramux_client import AdapterInvalidError, AsyncClient, Client
+
+
+@pytest.fixture(scope="module")
+def shouters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, Path]]:
+    folder = tmp_path_factory.mktemp("e2e")
+    model = tiny.write_model(folder / "tiny", "llama", shoutable=True)
+    made = {t: tiny.shouting_adapter(folder / f"a{t}", model, t) for t in range(40, 44)}
+    return model, made
+
+
+@pytest.fixture(scope="module")
+def server(
+    shouters: tuple[Path, dict[int, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    # Starting a process that loads torch and compiles kernels takes seconds; one serves them all.
+    server = Server(shouters[0], tmp_path_factory.mktemp("data") / "d")
+    for token, folder in shouters[1].items():
+        response = server.upload(f"say-{token}", folder)
+        assert response.status_code == 201, response.text
+    yield server
+    assert server.close() == 0
+
+
+def test_base_and_adapters_answer_together(server: Server) -> None:
+    async def ask() -> list[Any]:
+        async with AsyncClient(server.url) as client:
+            models = ["tiny", *(f"say-{t}" for t in range(40, 44))]
+            return await asyncio.gather(
+                *(
+                    client.complete([5, 6, 7], model=m, max_tokens=5, return_token_ids=True)
+                    for m in models
+                )
+            )
+
+    base, *others = asyncio.run(ask())
+    for token, answer in zip(range(40, 44), others, strict=True):
+        assert answer.choices[0].token_ids == [token] * 5
+    assert set(base.choices[0].token_ids) != {40}
+
+
+def test_the_openai_package_works_unmodified(server: Server) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    assert {"tiny", "say-40"} <= {model.id for model in client.models.list()}
+    whole = client.completions.create(model="say-41", prompt="Hello", max_tokens=6, seed=1)
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage is not None and whole.usage.completion_tokens == 6
+    stream = client.completions.create(
+        model="say-41", prompt="Hello", max_tokens=6, seed=1, stream=True
+    )
+    assert "".join(chunk.choices[0].text for chunk in stream) == whole.choices[0].text
+    chat = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "Hi"}], max_tokens=4, logprobs=True
+    )
+    assert chat.choices[0].message.role == "assistant"
+    with pytest.raises(openai.NotFoundError) as error:
+        client.completions.create(model="nobody", prompt="Hello")
+    assert error.value.code == "model_not_found"
+
+
+def test_two_choices_of_two_prompts_keep_their_order(server: Server) -> None:
+    body = server.complete("tiny", ["One", "Two"], n=2, max_tokens=4, seed=3).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    again = server.complete("tiny", "Two", n=2, max_tokens=4, seed=3).json()
+    texts = [choice["text"] for choice in body["choices"]]
+    assert len(set(texts[:2])) == 2
+    assert len(again["choices"]) == 2
+
+
+def test_echo_gives_the_prompts_own_log_probabilities(server: Server) -> None:
+    body = server.complete("tiny", [5, 6, 7, 8], max_tokens=2, echo=True, logprobs=1, seed=0).json()
+    logprobs = body["choices"][0]["logprobs"]
+    assert len(logprobs["token_logprobs"]) == 6
+    assert logprobs["token_logprobs"][0] is None
+    assert all(value < 0 for value in logprobs["token_logprobs"][1:])
+
+
+def test_the_second_request_reads_the_prefix_cache(server: Server) -> None:
+    prompt = list(range(10, 60))
+    first = server.complete("say-42", prompt, max_tokens=1).json()["usage"]
+    second = server.complete("say-42", prompt, max_tokens=1).json()["usage"]
+    other = server.complete("say-43", prompt, max_tokens=1).json()["usage"]
+    cached = [u["prompt_tokens_details"]["cached_tokens"] for u in (first, second, other)]
+    assert cached == [0, 48, 0]
+
+
+def test_an_upload_that_cannot_be_served_says_why_and_leaves_nothing(
+    server: Server, shouters: tuple[Path, dict[int, Path]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    source = shouters[1][40]
+    text = (source / "adapter_config.json").read_text()
+    (folder / "adapter_config.json").write_text(
+        text.replace('"use_dora": false', '"use_dora": true')
+    )
+    (folder / "adapter_model.safetensors").write_bytes(
+        (source / "adapter_model.safetensors").read_bytes()
+    )
+    with Client(server.url) as client:
+        with pytest.raises(AdapterInvalidError) as error:
+            client.adapters.push(folder, name="bad")
+        assert any("use_dora" in problem for problem in error.value.problems)
+        assert "bad" not in {model.id for model in client.models()}
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_client_that_leaves_stops_the_work(server: Server, streaming: bool) -> None:
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 200, "ignore_eos": True}
+    with httpx.Client(base_url=server.url, timeout=httpx.Timeout(5, read=0.3)) as client:
+        if streaming:
+            with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+                next(answer.iter_bytes())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/completions", json={**body, "n": 16})
+    deadline = time.monotonic() + 10
+    while server.metric("vllm:num_requests_running") > 0:
+        assert time.monotonic() < deadline, "the request goes on without its client"
+        time.sleep(0.3)
+
+
+def test_a_deleted_adapter_is_gone(server: Server, shouters: tuple[Path, dict[int, Path]]) -> None:
+    assert server.upload("short-lived", shouters[1][40]).status_code in (200, 201)
+    assert server.complete("short-lived", [1, 2], max_tokens=1).status_code == 200
+    assert server.http.delete("/v1/adapters/short-lived").status_code in (202, 204)
+    deadline = time.monotonic() + 10
+    while server.complete("short-lived", [1, 2], max_tokens=1).status_code != 404:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert server.complete("say-40", [1, 2], max_tokens=1).status_code == 200
+
+
+def test_killing_the_engine_leaves_the_server_alive(
+    shouters: tuple[Path, dict[int, Path]], tmp_path: Path
+) -> None:
+    # A server of its own, started twice: the kill must not disturb the other tests.
+    server = Server(shouters[0], tmp_path / "data")
+    assert server.upload("say-40", shouters[1][40]).status_code == 201
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        os.kill(server.child("loramux.engine.main"), signal.SIGKILL)
+        rest = "\n".join(lines)
+    assert '"error"' in rest and "[DONE]" not in rest
+    assert server.http.get("/health/live").status_code == 200
+    assert server.http.get("/health/ready").status_code == 503
+    refused = server.complete("tiny", "x")
+    assert refused.status_code == 503 and "retry-after" in refused.headers
+    server.await_ready()
+    answer = server.complete("say-40", [5, 6], max_tokens=3, return_token_ids=True).json()
+    assert answer["choices"][0]["token_ids"] == [40] * 3
+    assert server.close() == 0
+
+    again = Server(shouters[0], tmp_path / "data")
+    answer = again.complete("say-40", [5, 6], max_tokens=3, return_token_ids=True).json()
+    assert answer["choices"][0]["token_ids"] == [40] * 3, "adapters survive a restart"
+    again.close()

@@ -1,0 +1,179 @@
+"""An engine process without a model: it speaks the wire and misbehaves on request.
+
+Token i of a request is its prompt's token i modulo the prompt's length. A request's ``cache_salt``
+is its script, words in any order:
+
+    burst=K     K tokens a step            delay=S     seconds before each of its steps
+    die=N       exit before token N        skip=N      claim token N+1 comes where N should
+    repeat=N    send token N twice         stale=N     a wrong token N from an older epoch, first
+    fail=CODE   failed at once             hang        stop stepping and report a long step
+    mute        no heartbeats from now on  garbage     send bytes that are no message
+    stop=T      token T ends the request
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from loramux import wire
+from loramux.metrics.stats import StepStats
+
+
+@dataclass
+class Row:
+    submit: wire.Submit
+    script: dict[str, str]
+    sent: list[int] = field(default_factory=list)
+
+
+class FakeEngine:
+    def __init__(self, address: str, epoch: int, config: dict[str, Any]) -> None:
+        self.epoch = epoch
+        self.heartbeat_s = config["heartbeat_s"]
+        self.socket = zmq.Context().socket(zmq.PAIR)
+        self.socket.connect(address)
+        self.rows: dict[str, Row] = {}
+        self.step = 0
+        self.mute = False
+        self.hung_since: float | None = None
+        self.aborted: list[str] = []
+        self.commands: list[tuple[str, str | None]] = []
+
+    def send(self, message: Any) -> None:
+        self.socket.send(wire.encode(message))
+
+    def run(self) -> None:
+        self.send(ready(self.epoch))
+        beat = 0.0
+        while True:
+            if not self.mute and time.monotonic() - beat > self.heartbeat_s:
+                beat = time.monotonic()
+                running = beat - self.hung_since if self.hung_since else 0.0
+                self.send(wire.Heartbeat(self.epoch, running))
+            while self.socket.poll(0 if self.rows and not self.hung_since else 5):
+                self.receive(wire.decode_to_engine(self.socket.recv()))
+            if os.getppid() == 1:
+                sys.exit()
+            if self.rows and not self.hung_since:
+                self.take_step()
+
+    def receive(self, message: Any) -> None:
+        match message:
+            case wire.Submit():
+                words = (word.partition("=") for word in message.cache_salt.split())
+                self.rows[message.request_id] = Row(message, {a: b for a, _, b in words})
+            case wire.Abort():
+                self.aborted += message.request_ids
+                for request_id in message.request_ids:
+                    self.rows.pop(request_id, None)
+            case wire.Command():
+                self.commands.append((message.kind, message.digest))
+                reply = wire.Reply(engine_epoch=self.epoch, command_id=message.command_id)
+                reply.payload = {
+                    "aborted": self.aborted,
+                    "commands": self.commands,
+                    "pid": os.getpid(),
+                }
+                if message.kind == "evict" and message.digest == "0" * 64:
+                    reply.error = ("adapter_pinned", "it is pinned")
+                self.send(reply)
+
+    def take_step(self) -> None:
+        done = wire.StepDone(engine_epoch=self.epoch, step=self.step)
+        done.stats = {"num_running": len(self.rows), "generation_tokens": len(self.rows)}
+        self.step += 1
+        for row in list(self.rows.values()):
+            self.advance(row, done)
+        self.send(done)
+
+    def advance(self, row: Row, done: wire.StepDone) -> None:
+        submit, script = row.submit, row.script
+        request_id, params = submit.request_id, submit.sampling
+        if "fail" in script:
+            done.failed.append(wire.Failed(request_id, script["fail"], "as scripted"))
+            del self.rows[request_id]
+            return
+        if "garbage" in script:
+            self.socket.send(b"\xc1 no message")
+        self.mute = self.mute or "mute" in script
+        if "hang" in script:
+            self.hung_since = time.monotonic()
+            return
+        time.sleep(float(script.get("delay", 0)))
+        start = len(row.sent)
+        left = params.max_tokens - start
+        prompt = submit.prompt_ids
+        end = start + min(left, int(script.get("burst", 1)))
+        ids = [prompt[i % len(prompt)] for i in range(start, end)]
+        if script.get("die") == str(start):
+            os._exit(3)
+        if script.get("stale") == str(start):
+            wrong = wire.Output(request_id, start, [prompt[0] + 1])
+            self.send(wire.StepDone(engine_epoch=self.epoch - 1, step=0, outputs=[wrong]))
+        stop = None
+        for index, token in enumerate(ids):
+            if script.get("stop") == str(token):
+                ids, stop = ids[: index + 1], token
+                break
+        started = (1, 0.25, 0.5) if start == 0 else None
+        shift = script.get("skip") == str(start)
+        logprobs = None
+        if params.logprobs is not None:
+            logprobs = [wire.TokenLogprob(token, -1.0, 1) for token in ids]
+        done.outputs.append(
+            wire.Output(request_id, start + shift, ids, logprobs, None, None, started)
+        )
+        if script.get("repeat") == str(start):
+            done.outputs.append(wire.Output(request_id, start, ids))
+        row.sent += ids
+        if stop is not None or len(row.sent) >= params.max_tokens:
+            reason = "stop" if stop is not None else "length"
+            done.finished.append(wire.Finished(request_id, reason, stop, 1, 0.25, 0.5))
+            del self.rows[request_id]
+
+
+def ready(epoch: int) -> wire.Ready:
+    base = wire.BaseDescription(
+        fingerprint="fake-base",
+        num_layers=1,
+        widths={module: (16, 16) for module in wire.MODULES},
+        slice_bytes=4096,
+        max_rank=64,
+    )
+    return wire.Ready(
+        engine_epoch=epoch,
+        base=base,
+        vocab_size=288,
+        max_model_len=512,
+        page_tokens=16,
+        num_frames=64,
+        frame_bytes=4096,
+        max_num_seqs=8,
+        device="cpu",
+        dtype="float32",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--die", type=int, help="exit before readiness with this code")
+    parser.add_argument("--socket")
+    parser.add_argument("--epoch", type=int)
+    options = parser.parse_args()
+    config = json.loads(sys.stdin.readline())
+    assert StepStats().num_running == 0 and config["device"]
+    if options.die:
+        sys.exit(options.die)
+    FakeEngine(options.socket, options.epoch, config).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""An ingest process without an importer: a config of ``{"bad": [...]}`` is refused for those
+reasons, ``{"die": true}`` kills the process, anything else is good after ``{"wait": seconds}``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import zmq
+
+from loramux import wire
+from loramux.adapters.blobs import BlobStore, adapter_digest
+from loramux.adapters.pack import packed_path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--socket")
+    parser.add_argument("--data-dir", type=Path)
+    options = parser.parse_args()
+    socket = zmq.Context().socket(zmq.PAIR)
+    socket.connect(options.socket)
+    store = BlobStore(options.data_dir)
+    while os.getppid() != 1:
+        if not socket.poll(50):
+            continue
+        job = wire.decode_ingest_job(socket.recv())
+        config = json.loads(store.path(job.config_digest).read_bytes())
+        if config.get("die"):
+            os._exit(4)
+        time.sleep(config.get("wait", 0))
+        done = wire.IngestDone(job_id=job.job_id, problems=config.get("bad", []))
+        if not done.problems:
+            done.digest = adapter_digest(job.config_digest, job.weights_digest)
+            done.report = {"rank": 4, "num_bytes": 128, "num_frames": 1}
+            if job.pack:
+                path = packed_path(options.data_dir, done.digest, job.base.fingerprint)
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(b"packed")
+        socket.send(wire.encode(done))
+
+
+if __name__ == "__main__":
+    main()

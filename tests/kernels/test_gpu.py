@@ -1,0 +1,269 @@
+"""The Triton kernels against the torch references: on a GPU, or tiny under the interpreter."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from loramux_kernels import dispatch, norm
+from loramux_kernels.attention import Pages, paged_attention, rope_store
+from loramux_kernels.lora import MODULES, SITES, Runs, add_lora
+from loramux_kernels.testing import (
+    assert_close,
+    assert_same,
+    counting,
+    integer_tensor,
+    make_resident,
+    random_weights,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU"),
+]
+
+WIDTHS = {name: (24, 24) for name in MODULES}
+WIDTHS |= {"k_proj": (24, 8), "v_proj": (24, 8), "down_proj": (40, 24)}
+WIDTHS |= {"gate_proj": (24, 40), "up_proj": (24, 40)}
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Relative size of one narrowing: the interpreter cuts to bfloat16, hardware rounds."""
+    return torch.finfo(dtype).eps * (2 if INTERPRETED and dtype == torch.bfloat16 else 1)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def resident(slice_bytes: int = 256):  # type: ignore[no-untyped-def]
+    rng = generator(7)
+    ranks = [
+        (torch.bfloat16, lambda layer, module: (1, 3, 5, 0, 2, 4, 7)[module]),
+        (torch.float16, lambda layer, module: module % 3 * 4),
+        (torch.float32, lambda layer, module: 17),
+    ]
+    weights = [
+        random_weights(WIDTHS, rank, num_layers=2, dtype=dtype, generator=rng)
+        for dtype, rank in ranks
+    ]
+    return make_resident(
+        weights, WIDTHS, num_layers=2, slice_bytes=slice_bytes, chunk=16, device=DEVICE
+    )
+
+
+BATCHES = [
+    ([1], [[(2, 2.0)]]),
+    ([2, 0, 1, 3], [[(0, 1.0)], [(1, 1.0)], [], [(2, 0.5), (0, 1.0), (1, -1.0)]]),
+    ([19, 1, 1], [[(0, 1.0)], [(1, 1.0)], [(2, 1.0)]]),
+]
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("batch", range(len(BATCHES)))
+def test_lora_equals_the_reference_exactly(batch: int, site: str) -> None:
+    arena, table, slots = resident()
+    rows, lists = BATCHES[batch]
+    runs = Runs.build(rows, [[(slots[i], c) for i, c in entries] for entries in lists])
+    in_width, out_width = table.site_widths[site]
+    x = integer_tensor(sum(rows) + 2, in_width, generator=generator(1), high=2, low=-2).to(DEVICE)
+    y = integer_tensor(sum(rows) + 2, out_width, generator=generator(2)).to(DEVICE)
+    expected = y.clone()
+    args = {"arena": arena, "table": table, "runs": runs, "layer": 1, "site": site}
+    with dispatch.using("reference"):
+        add_lora(expected, x, **args)
+    with dispatch.using("gpu"), counting() as calls:
+        add_lora(y, x, **args)
+    assert_same(y, expected)
+    assert calls == {"gpu:shrink": 1, "gpu:expand": 1}
+
+
+def test_lora_in_bfloat16() -> None:
+    """Whole numbers below 256 are exact in bfloat16, so two inputs a row and scale 1."""
+    arena, table, slots = resident(slice_bytes=64)
+    runs = Runs.build([1, 2], [[(slots[0], 2.0)], [(slots[0], 2.0), (slots[1], 2.0)]])
+    x = torch.zeros(3, 24, dtype=torch.bfloat16, device=DEVICE)
+    x[:, 5], x[:, 23] = 1, -1
+    y = torch.zeros(3, 40, dtype=torch.bfloat16, device=DEVICE)
+    expected = y.clone()
+    args = {"arena": arena, "table": table, "runs": runs, "layer": 0, "site": "qkv"}
+    with dispatch.using("reference"):
+        add_lora(expected, x, **args)
+    with dispatch.using("gpu"):
+        add_lora(y, x, **args)
+    assert_same(y, expected)
+    assert y.count_nonzero() > 60
+
+
+class Paged:
+    """Requests with a random history, as pages over an arena full of NaN."""
+
+    def __init__(
+        self,
+        history: list[int],
+        rows: list[int],
+        *,
+        dtype: torch.dtype,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        page_tokens: int = 4,
+    ) -> None:
+        context = [h + r for h, r in zip(history, rows, strict=True)]
+        size = 2 * kv_heads * page_tokens * dim * dtype.itemsize
+        most = max(-(-n // page_tokens) for n in context)
+        order = np.random.default_rng(0).permutation(2 * len(rows) * most).astype(np.int64)
+        self.pages = Pages(
+            offsets=(order * size).reshape(2, len(rows), most),
+            row_start=np.array([0, *itertools.accumulate(rows)], dtype=np.int32),
+            context=np.array(context, dtype=np.int32),
+            page_tokens=page_tokens,
+            num_kv_heads=kv_heads,
+            head_dim=dim,
+            dtype=dtype,
+        )
+        self.heads = heads
+        arena = torch.full((len(order) * size,), 255, dtype=torch.uint8)
+        rng = generator(3)
+        for request, length in enumerate(history):
+            for token in range(length):
+                start = int(self.pages.offsets[1, request, token // page_tokens])
+                slot = arena[start : start + size].view(dtype)
+                slot = slot.view(2, kv_heads, page_tokens, dim)
+                slot[:, :, token % page_tokens] = torch.randn(2, kv_heads, dim, generator=rng).to(
+                    dtype
+                )
+        self.arena = arena.to(DEVICE)
+        columns = (heads + 2 * kv_heads) * dim
+        self.qkv = torch.randn(sum(rows) + 1, columns, generator=rng).to(DEVICE, dtype)
+        starts = zip(history, context, strict=True)
+        self.positions = torch.tensor([p for a, b in starts for p in range(a, b)], device=DEVICE)
+        angles = torch.outer(torch.arange(float(max(context))), torch.rand(dim // 2, generator=rng))
+        self.cos, self.sin = angles.cos().to(DEVICE), angles.sin().to(DEVICE)
+
+    def run(self, backend: dispatch.Backend, window: int) -> tuple[torch.Tensor, ...]:
+        arena, qkv = self.arena.clone(), self.qkv.clone()
+        out = torch.full(
+            (len(qkv), self.heads * self.pages.head_dim), 7.0, dtype=qkv.dtype, device=DEVICE
+        )
+        common = {"arena": arena, "pages": self.pages, "layer": 1, "num_heads": self.heads}
+        with dispatch.using(backend):
+            rope_store(qkv, cos=self.cos, sin=self.sin, positions=self.positions, **common)
+            paged_attention(out, qkv, scale=0.3, window=window, **common)
+        return out, qkv, arena
+
+
+CASES = [
+    ([0], [1], 2, 1, 8),
+    ([5, 0, 40], [1, 1, 1], 4, 2, 16),
+    ([3, 37], [9, 2], 6, 2, 8),
+    ([0, 6], [11, 1], 7, 1, 20),
+]
+
+
+@pytest.mark.parametrize("window", [0, 6])
+@pytest.mark.parametrize("case", range(len(CASES)))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_agrees_with_the_reference(dtype: torch.dtype, case: int, window: int) -> None:
+    history, rows, heads, kv_heads, dim = CASES[case]
+    paged = Paged(history, rows, dtype=dtype, heads=heads, kv_heads=kv_heads, dim=dim)
+    out, qkv, arena = paged.run("gpu", window)
+    expected_out, expected_qkv, expected_arena = paged.run("reference", window)
+    eps = rounding(dtype)
+    because = "one rounding to the dtype of sums that differ in the last fp32 bits"
+    assert_close(qkv, expected_qkv, rtol=2 * eps, atol=eps, because=because)
+    assert_close(
+        arena.view(dtype).nan_to_num(9),
+        expected_arena.view(dtype).nan_to_num(9),
+        rtol=2 * eps,
+        atol=eps,
+        because=because,
+    )
+    slack = max(4 * eps, 1e-5)
+    assert_close(
+        out, expected_out, rtol=slack, atol=slack, because=because + ", k and v each within one"
+    )
+
+
+def test_splits_show_in_no_row() -> None:
+    """A long neighbour makes every row go through parts; the short row's bits stay."""
+    from loramux_kernels.attention import gpu
+
+    paged = Paged([30, 70], [1, 1], dtype=torch.float32, heads=2, kv_heads=1, dim=8)
+    before = gpu.SPLIT
+    try:
+        whole, _, _ = paged.run("gpu", 0)
+        gpu.SPLIT = 32
+        with counting() as calls:
+            parts, _, _ = paged.run("gpu", 0)
+        windowed, _, _ = paged.run("gpu", 5)
+    finally:
+        gpu.SPLIT = before
+    assert calls["gpu:fold_attention"] == 1
+    assert_same(parts[0], whole[0])
+    expected, _, _ = paged.run("reference", 0)
+    because = "fp32 sums in another order"
+    assert_close(parts, expected, rtol=1e-5, atol=1e-5, because=because)
+    expected, _, _ = paged.run("reference", 5)
+    assert_close(windowed, expected, rtol=1e-5, atol=1e-5, because=because)
+
+
+def test_blocks_of_keys_start_at_absolute_offsets() -> None:
+    """The last two rows of a chunk give the same bits without the seven before them."""
+    whole = Paged([37], [9], dtype=torch.float32, heads=4, kv_heads=2, dim=16)
+    last = Paged([44], [2], dtype=torch.float32, heads=4, kv_heads=2, dim=16)
+    _, _, whole.arena = whole.run("reference", 0)
+    last.arena, last.qkv = whole.arena, whole.qkv[7:].clone()
+    last.cos, last.sin = whole.cos, whole.sin
+    for window in (0, 20, 40):
+        expected, _, _ = whole.run("gpu", window)
+        out, _, _ = last.run("gpu", window)
+        assert_same(out[:2], expected[7:9])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 24, 33])
+def test_norms_agree_with_the_reference(width: int, dtype: torch.dtype) -> None:
+    eps = rounding(dtype)
+    x = torch.randn(3, width, generator=generator()).to(DEVICE, dtype)
+    residual = torch.randn(3, width, generator=generator(1)).to(DEVICE, dtype)
+    weight = torch.randn(width, generator=generator(2)).to(DEVICE, dtype)
+    gate_up = 4 * torch.randn(3, 2 * width, generator=generator(3)).to(DEVICE, dtype)
+    results = []
+    for backend in ("gpu", "reference"):
+        outs = [torch.zeros_like(x) for _ in range(3)]
+        total = residual.clone()
+        with dispatch.using(backend):
+            norm.rms_norm(outs[0], x, weight, 1e-5)
+            norm.add_rms_norm(outs[1], total, x, weight, 1e-5)
+            norm.silu_mul(outs[2], gate_up)
+        results.append(torch.cat((*outs, total)))
+    because = "one rounding before the weight and one after, of fp32 values a few ulp apart"
+    assert_close(results[0], results[1], rtol=4 * eps, atol=1e-6, because=because)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_norm_agrees_with_the_reference(dtype: torch.dtype) -> None:
+    eps = rounding(dtype)
+    qkv = torch.randn(3, 7 * 12, generator=generator()).to(DEVICE, dtype)
+    weights = torch.randn(2, 12, generator=generator(1)).to(DEVICE, dtype)
+    results = []
+    for backend in ("gpu", "reference"):
+        mine = qkv.clone()
+        with dispatch.using(backend):
+            norm.head_rms_norm(
+                mine, weights[0], weights[1], num_heads=3, num_kv_heads=2, head_dim=12, eps=1e-5
+            )
+        results.append(mine)
+    because = "one rounding before the weight and one after"
+    assert_close(results[0], results[1], rtol=4 * eps, atol=1e-6, because=because)
+    assert_same(results[0][:, 60:], qkv[:, 60:])
