@@ -36,7 +36,7 @@ def _module(package: str, backend: Backend) -> Any:
 
 def warm_up() -> None:
     """Compile every CPU kernel, or load it from numba's cache on disk."""
-    for operation in ("attention", "lora", "norm"):
+    for operation in ("attention", "linear", "lora", "norm"):
         _module(f"loramux_kernels.{operation}", "cpu")
 
 

@@ -112,20 +112,12 @@ def load_bf16(typing: Any, array: Any, at: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def load_f16(typing: Any, array: Any, at: Any) -> Any:
-    """Lanes from float16 bits in a uint16 array; infinities and NaN are not understood.
-
-    The exponent and mantissa shifted into fp32's place are too small by 2^112, subnormals too,
-    so one exact multiplication finishes the conversion without F16C.
-    """
+    """Lanes from float16 bits in a uint16 array."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = ir.VectorType(ir.IntType(16), LANES)
-        half = builder.load(_pointer(context, builder, signature, args, bits), align=2)
-        wide = builder.zext(half, _VI)
-        size = builder.shl(builder.and_(wide, _int_const(0x7FFF)), _int_const(13))
-        scaled = builder.fmul(builder.bitcast(size, _V), _const(2.0**112))
-        sign = builder.shl(builder.and_(wide, _int_const(0x8000)), _int_const(16))
-        return builder.bitcast(builder.or_(builder.bitcast(scaled, _VI), sign), _V)
+        halves = ir.VectorType(ir.HalfType(), LANES)
+        pointer = _pointer(context, builder, signature, args, halves)
+        return builder.fpext(builder.load(pointer, align=2), _V)
 
     return _lanes(array, types.intp), build
 
@@ -164,6 +156,31 @@ def splat(typing: Any, value: Any) -> Any:
         return _splat(builder, args[0], _V)
 
     return _lanes(types.float32), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def broadcast(typing: Any, array: Any, at: Any) -> Any:
+    """One number of an fp32 array in every lane: a multiply-add takes it straight from memory."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, signature, args, _F32)
+        return _splat(builder, builder.load(pointer, align=4), _V)
+
+    return _lanes(array, types.intp), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typing: Any, array: Any, at: Any) -> Any:
+    """Ask for the cache line of an element that is read soon; it may lie beyond the array."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, signature, args, ir.IntType(8))
+        read, all_levels, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+        operands = [pointer, read, all_levels, data]
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), operands)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), build
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -14,6 +14,7 @@ import torch
 from loramux.model.architecture import parse_architecture
 from loramux.model.loader import LayerWeights, Weights
 from loramux_kernels.jit import set_num_threads
+from loramux_kernels.linear import Matrix
 from tests import tiny
 from tests.model.paged import Paged, Request
 
@@ -102,8 +103,8 @@ def test_one_row_at_the_widths_of_a_real_model() -> None:
     architecture = parse_architecture(config, {})
     generator = torch.Generator().manual_seed(0)
 
-    def random_matrix(out: int, inner: int) -> torch.Tensor:
-        return torch.randn(out, inner, generator=generator).mul_(inner**-0.5)
+    def random_matrix(out: int, inner: int) -> Matrix:
+        return Matrix.of(torch.randn(out, inner, generator=generator).mul_(inner**-0.5))
 
     def layer() -> LayerWeights:
         matrices = {

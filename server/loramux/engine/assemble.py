@@ -167,7 +167,7 @@ def _connect(
 def _compile_kernels(decoder: Decoder, kv: KvFormat, table: AdapterTable) -> None:
     """Run every kernel once, on memory that nobody owns yet, so that no request waits for a
     compiler. The adapter is one vector of whatever the arena holds, at every module."""
-    device = decoder.weights.embedding.device
+    device = decoder.weights.norm.device
     shape = (kv.num_layers, len(MODULES))
     widest = max(max(pair) for pair in decoder.architecture.widths.values())
     num_slices = 2 + widest * WIDEST_ADAPTER_BYTES // kv.frame.slice_bytes
@@ -187,7 +187,7 @@ def _compile_kernels(decoder: Decoder, kv: KvFormat, table: AdapterTable) -> Non
         page_tokens=kv.page_tokens,
         num_kv_heads=kv.num_kv_heads,
         head_dim=kv.head_dim,
-        dtype=decoder.weights.embedding.dtype,
+        dtype=decoder.weights.norm.dtype,
     )
     decoder.forward(ModelInputs(one, one, pages, Runs.build([1], [[(slot, 1.0)]]), one))
     table.remove(slot)

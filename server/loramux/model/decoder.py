@@ -8,10 +8,10 @@ import torch
 
 from loramux.model.architecture import Architecture
 from loramux.model.inputs import ModelInputs
-from loramux.model.layers.linear import padded, project
 from loramux.model.layers.rotary import rotary_tables
 from loramux.model.loader import LayerWeights, Weights
 from loramux_kernels.attention import paged_attention, rope_store
+from loramux_kernels.linear import Matrix, gather, project
 from loramux_kernels.lora import AdapterTable, add_lora
 from loramux_kernels.norm import add_rms_norm, head_rms_norm, silu_mul
 
@@ -22,7 +22,7 @@ class Decoder:
     ``arena`` is the pool (1-D uint8) that holds the KV pages and the adapters of ``table``.
     ``max_tokens`` is the largest batch in token rows; the workspace is allocated here, once.
     ``max_positions`` bounds the rotary tables (default: the architecture's context). float32 on a
-    CPU; float32, bfloat16 or float16 on CUDA: the dtype of ``weights``.
+    CPU; float32, bfloat16 or float16 on CUDA: the dtype of the norms.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Decoder:
             max_positions or architecture.context_length,
         )
         self._cos, self._sin = cos.to(device), sin.to(device)
-        like = weights.embedding
-        self._workspace = _Workspace.allocate(architecture, padded(max_tokens), like)
+        like = weights.norm
+        self._workspace = _Workspace.allocate(architecture, max_tokens, like)
         # as many rows as were ever scored at once: a vocabulary is too wide to hold max_tokens of
         self._logit_rows = like.new_empty(0, architecture.vocab_size)
 
@@ -61,13 +61,9 @@ class Decoder:
         rows, num_scored = inputs.token_ids.shape[0], inputs.scored.shape[0]
         if max(rows, num_scored) > self.max_tokens:
             raise ValueError(f"{rows} rows, {num_scored} scored: at most {self.max_tokens} fit")
-        work = self._workspace.first(padded(rows))
-        # Padding rows go through everything but attention, which never writes them; they must not
-        # keep what earlier batches left there.
-        work.hidden[rows:].zero_()
-        work.attended[rows:].zero_()
+        work = self._workspace.first(rows)
         work.residual.zero_()
-        torch.index_select(self.weights.embedding, 0, inputs.token_ids, out=work.hidden[:rows])
+        gather(work.hidden, self.weights.embedding, inputs.token_ids)
         for index, layer in enumerate(self.weights.layers):
             self._attend(index, layer, inputs, work)
             self._feed_forward(index, layer, inputs, work)
@@ -128,7 +124,7 @@ class Decoder:
         self,
         out: torch.Tensor,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: Matrix,
         bias: torch.Tensor | None,
         inputs: ModelInputs,
         layer: int,
@@ -145,14 +141,13 @@ class Decoder:
     def _logits(self, normed: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
         """The output matrix, on the scored rows only."""
         count = scored.shape[0]
-        picked = self._workspace.hidden[: padded(count)]
-        picked[count:].zero_()
-        torch.index_select(normed, 0, scored, out=picked[:count])
-        if self._logit_rows.shape[0] < picked.shape[0]:
-            self._logit_rows = normed.new_empty(picked.shape[0], self.architecture.vocab_size)
-        logits = self._logit_rows[: picked.shape[0]]
+        picked = self._workspace.hidden[:count]
+        torch.index_select(normed, 0, scored, out=picked)
+        if self._logit_rows.shape[0] < count:
+            self._logit_rows = normed.new_empty(count, self.architecture.vocab_size)
+        logits = self._logit_rows[:count]
         project(logits, picked, self.weights.lm_head)
-        return logits[:count].float()
+        return logits.float()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Checkpoint files to weights in place: one destination, allocated once, read into directly.
 
-The peak is one copy of the weights plus one block: bytes of the right dtype go from the file into
-their rows of the fused tensors; others are converted on the way, a block at a time.
+The peak is one copy of the weights plus one block: rows go from the file through a block of a few
+MiB into the fused matrices. A CPU that computes in float32 keeps matrices in the dtype of their
+file, since half-precision weights are widened exactly in registers and half the bytes are read.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ import torch
 from loramux.errors import ConfigError
 from loramux.model.architecture import Architecture
 from loramux.model.checkpoint import TensorBytes, read_checkpoint
+from loramux_kernels.linear import Matrix
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes in all)."""
+
+Place = tuple[Matrix | torch.Tensor, int]
+"""Where a tensor of a file goes: a matrix or a vector, and its first row there."""
 
 _BLOCK_BYTES = 8 << 20
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -25,23 +30,23 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer; matrices are ``[out, in]``, a bias the layer lacks is None.
+    """One decoder layer; a bias the layer lacks is None.
 
     ``qkv``: rows of q, k, v in that order, ``[(H + 2 KH) * D, hidden]``; ``gate_up``: gate, then
     up, ``[2 I, hidden]``. Their biases are fused alike.
     """
 
     input_norm: torch.Tensor
-    qkv: torch.Tensor
+    qkv: Matrix
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    o: torch.Tensor
+    o: Matrix
     o_bias: torch.Tensor | None
     post_norm: torch.Tensor
-    gate_up: torch.Tensor
+    gate_up: Matrix
     gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
+    down: Matrix
     down_bias: torch.Tensor | None
 
 
@@ -49,17 +54,17 @@ class LayerWeights:
 class Weights:
     """All of a model. ``lm_head`` is ``embedding`` itself when they are tied."""
 
-    embedding: torch.Tensor
+    embedding: Matrix
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
-    lm_head: torch.Tensor
+    lm_head: Matrix
 
     @property
     def num_bytes(self) -> int:
         """Bytes held, tied tensors counted once."""
         return sum(t.nbytes for t in {id(t): t for t in self._tensors()}.values())
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
+    def _tensors(self) -> Iterator[Matrix | torch.Tensor]:
         yield from (self.embedding, self.norm, self.lm_head)
         for layer in self.layers:
             values = (getattr(layer, field.name) for field in fields(layer))
@@ -74,7 +79,7 @@ def load_weights(
     device: torch.device,
     progress: Progress | None = None,
 ) -> Weights:
-    """The weights of a model directory, in ``dtype`` on ``device``.
+    """The weights of a model directory, to compute in ``dtype`` on ``device``.
 
     Raises ``ConfigError`` listing every tensor that is missing, unknown or of the wrong shape
     before anything is read; and one that names a tensor whose values ``dtype`` cannot hold.
@@ -86,7 +91,9 @@ def load_weights(
     _check(directory, tensors, _shapes(architecture))
     if head is not None:
         _check_tied(directory, head, tensors["model.embed_tokens.weight"])
-    weights = _allocate(architecture, dtype, device)
+    keep = dtype == torch.float32 and device.type == "cpu"
+    stored = {name: _DTYPES[t.dtype] if keep else dtype for name, t in tensors.items()}
+    weights = _allocate(architecture, stored, dtype, device)
     places = _places(architecture, weights)
     total = sum(tensor.nbytes for tensor in tensors.values())
     done = 0
@@ -166,48 +173,62 @@ def _check_tied(directory: Path, head: TensorBytes, embedding: TensorBytes) -> N
         )
 
 
-def _allocate(arch: Architecture, dtype: torch.dtype, device: torch.device) -> Weights:
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+def _allocate(
+    arch: Architecture, stored: dict[str, torch.dtype], dtype: torch.dtype, device: torch.device
+) -> Weights:
+    """Matrices in the dtype their tensors are ``stored`` in, or ``dtype`` where those differ."""
 
-    def maybe(wanted: bool, *shape: int) -> torch.Tensor | None:
-        return empty(*shape) if wanted else None
+    def vector(size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def maybe(wanted: bool, size: int) -> torch.Tensor | None:
+        return vector(size) if wanted else None
+
+    def matrix(width_out: int, width_in: int, *names: str) -> Matrix:
+        found = {stored[f"{name}.weight"] for name in names}
+        return Matrix.empty(width_out, width_in, found.pop() if len(found) == 1 else dtype, device)
 
     hidden, inner = arch.hidden_size, arch.intermediate_size
     q = arch.num_heads * arch.head_dim
     qkv = q + 2 * arch.num_kv_heads * arch.head_dim
-    embedding = empty(arch.vocab_size, hidden)
-    layers = tuple(
-        LayerWeights(
-            input_norm=empty(hidden),
-            qkv=empty(qkv, hidden),
+
+    def layer(index: int) -> LayerWeights:
+        attention, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
+        return LayerWeights(
+            input_norm=vector(hidden),
+            qkv=matrix(qkv, hidden, *(f"{attention}.{x}_proj" for x in "qkv")),
             qkv_bias=maybe(arch.qkv_bias, qkv),
             q_norm=maybe(arch.qk_norm, arch.head_dim),
             k_norm=maybe(arch.qk_norm, arch.head_dim),
-            o=empty(hidden, q),
+            o=matrix(hidden, q, f"{attention}.o_proj"),
             o_bias=maybe(arch.o_bias, hidden),
-            post_norm=empty(hidden),
-            gate_up=empty(2 * inner, hidden),
+            post_norm=vector(hidden),
+            gate_up=matrix(2 * inner, hidden, f"{mlp}.gate_proj", f"{mlp}.up_proj"),
             gate_up_bias=maybe(arch.mlp_bias, 2 * inner),
-            down=empty(hidden, inner),
+            down=matrix(hidden, inner, f"{mlp}.down_proj"),
             down_bias=maybe(arch.mlp_bias, hidden),
         )
-        for _ in range(arch.num_layers)
-    )
-    lm_head = embedding if arch.tie_embeddings else empty(arch.vocab_size, hidden)
-    return Weights(embedding, layers, empty(hidden), lm_head)
+
+    embedding = matrix(arch.vocab_size, hidden, "model.embed_tokens")
+    layers = tuple(layer(index) for index in range(arch.num_layers))
+    tied = arch.tie_embeddings
+    lm_head = embedding if tied else matrix(arch.vocab_size, hidden, "lm_head")
+    return Weights(embedding, layers, vector(hidden), lm_head)
 
 
-def _places(arch: Architecture, weights: Weights) -> dict[str, torch.Tensor]:
-    """Where each tensor of a checkpoint goes: contiguous rows of a fused tensor."""
-    places = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
+def _places(arch: Architecture, weights: Weights) -> dict[str, Place]:
+    """Where each tensor of a checkpoint goes."""
+    places: dict[str, Place] = {
+        "model.embed_tokens.weight": (weights.embedding, 0),
+        "model.norm.weight": (weights.norm, 0),
+    }
     if not arch.tie_embeddings:
-        places["lm_head.weight"] = weights.lm_head
+        places["lm_head.weight"] = (weights.lm_head, 0)
     out = {module: width_out for module, (_, width_out) in arch.widths.items()}
     for index, layer in enumerate(weights.layers):
         prefix = f"model.layers.{index}."
-        places[prefix + "input_layernorm.weight"] = layer.input_norm
-        places[prefix + "post_attention_layernorm.weight"] = layer.post_norm
+        places[prefix + "input_layernorm.weight"] = (layer.input_norm, 0)
+        places[prefix + "post_attention_layernorm.weight"] = (layer.post_norm, 0)
         for fused, bias, modules in (
             (
                 layer.qkv,
@@ -218,41 +239,43 @@ def _places(arch: Architecture, weights: Weights) -> dict[str, torch.Tensor]:
             (layer.gate_up, layer.gate_up_bias, ("mlp.gate_proj", "mlp.up_proj")),
             (layer.down, layer.down_bias, ("mlp.down_proj",)),
         ):
-            sizes = [out[module.partition(".")[2]] for module in modules]
-            for module, rows in zip(modules, torch.split(fused, sizes), strict=True):
-                places[f"{prefix}{module}.weight"] = rows
-            if bias is not None:
-                for module, rows in zip(modules, torch.split(bias, sizes), strict=True):
-                    places[f"{prefix}{module}.bias"] = rows
+            first = 0
+            for module in modules:
+                places[f"{prefix}{module}.weight"] = (fused, first)
+                if bias is not None:
+                    places[f"{prefix}{module}.bias"] = (bias, first)
+                first += out[module.partition(".")[2]]
         if layer.q_norm is not None and layer.k_norm is not None:
-            places[prefix + "self_attn.q_norm.weight"] = layer.q_norm
-            places[prefix + "self_attn.k_norm.weight"] = layer.k_norm
+            places[prefix + "self_attn.q_norm.weight"] = (layer.q_norm, 0)
+            places[prefix + "self_attn.k_norm.weight"] = (layer.k_norm, 0)
     return places
 
 
-def _read_into(place: torch.Tensor, tensor: TensorBytes, name: str) -> Iterator[int]:
-    """Read one tensor into its place, yielding the bytes of each block."""
-    flat = place.view(-1)
+def _read_into(place: Place, tensor: TensorBytes, name: str) -> Iterator[int]:
+    """Read one tensor into its place, yielding the bytes of each block of rows."""
+    target, first = place
     dtype = _DTYPES[tensor.dtype]
-    direct = flat.dtype == dtype and flat.device.type == "cpu"
-    block = _BLOCK_BYTES // dtype.itemsize
-    scratch = flat[:0] if direct else torch.empty(min(block, flat.numel()), dtype=dtype)
+    held = target.data.dtype
+    count, *width = tensor.shape
+    block = max(1, _BLOCK_BYTES * count // max(1, tensor.nbytes))
+    scratch = torch.empty(min(block, count), *width, dtype=dtype)
     with tensor.path.open("rb", buffering=0) as file:
         file.seek(tensor.offset)
-        for start in range(0, flat.numel(), block):
-            rows = flat[start : start + block]
-            target = rows if direct else scratch[: rows.numel()]
-            _fill(file.readinto, target)
-            if not direct:
-                rows.copy_(target)
-                # float16 ends at 65504: a larger weight would silently turn into infinity
-                if flat.dtype == torch.float16 and not bool(rows.isfinite().all()):
-                    raise ConfigError(f"{name} does not fit float16", param="dtype")
-            yield target.nbytes
+        for start in range(0, count, block):
+            rows = scratch[: min(block, count - start)]
+            _fill(file.readinto, rows)
+            # float16 ends at 65504: a larger weight would silently turn into infinity
+            if held == torch.float16 != dtype and not bool(rows.half().isfinite().all()):
+                raise ConfigError(f"{name} does not fit float16", param="dtype")
+            if isinstance(target, Matrix):
+                target.write(first + start, rows)
+            else:
+                target[first + start : first + start + len(rows)] = rows
+            yield rows.nbytes
 
 
 def _fill(readinto: Callable[[memoryview], int | None], target: torch.Tensor) -> None:
-    view = target.view(torch.uint8).numpy().data
+    view = target.view(-1).view(torch.uint8).numpy().data
     while view:
         count = readinto(view)
         if not count:

@@ -37,8 +37,8 @@ class ModelRunner:
         self._decoder = decoder
         self._kv = kv
         self._slot = slot
-        self._dtype = decoder.weights.embedding.dtype
-        self._device = decoder.weights.embedding.device
+        self._dtype = decoder.weights.norm.dtype
+        self._device = decoder.weights.norm.device
 
     def forward(self, batch: Batch) -> Scored:
         """Compute the batch: its KV is in the pool afterwards."""

@@ -1,0 +1,126 @@
+"""The base matmul: an element is one chain of multiply-adds, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import random
+
+import numba
+import numpy as np
+import pytest
+import torch
+
+from loramux_kernels import dispatch
+from loramux_kernels.jit import set_num_threads
+from loramux_kernels.linear import Matrix, gather, project
+from loramux_kernels.linear.cpu import INNER_BLOCK
+from loramux_kernels.testing import assert_same
+
+ROWS = 520
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def numbers(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def defined(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What ``project`` promises: fused multiply-adds along each block, then the blocks in order.
+
+    A block that is not full comes first. A fused multiply-add rounds once, which float64 does here
+    for float32 factors; rounding twice differs only within half a unit of float64, about once in
+    2^29 steps.
+    """
+    xs, ws = x.numpy().astype(np.float64), weight.double().numpy()
+    total = np.zeros((len(xs), len(ws)), np.float32)
+    ends = range(xs.shape[1] % INNER_BLOCK or INNER_BLOCK, xs.shape[1] + 1, INNER_BLOCK)
+    start = 0
+    for end in ends:
+        part = np.zeros_like(total)
+        for k in range(start, end):
+            part = (xs[:, k, None] * ws[None, :, k] + part).astype(np.float32)
+        total += part
+        start = end
+    return torch.from_numpy(total)
+
+
+def result(x: torch.Tensor, weight: Matrix) -> torch.Tensor:
+    out = torch.full((len(x), weight.width_out), torch.nan)
+    project(out, x, weight)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("width_in", "width_out"),
+    [(1, 1), (33, 17), (64, 96), (128, 64), (129, 40), (576, 192), (1536, 576)],
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_is_the_same_bits_among_any_number_of_rows(
+    width_in: int, width_out: int, threads: int
+) -> None:
+    set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    weight = Matrix.of(numbers(width_out, width_in, seed=width_in))
+    x = numbers(ROWS, width_in, seed=width_in + 1)
+    everything = result(x, weight)
+    source = random.Random(0)
+    for rows in [*range(1, 41), 63, 64, 65, 128, 255, 257, 511, ROWS]:
+        first = source.randint(0, ROWS - rows)
+        here = slice(first, first + rows)
+        assert torch.equal(result(x[here], weight), everything[here]), rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 7, 8, 33])
+@pytest.mark.parametrize("width_in", [1, 5, INNER_BLOCK, INNER_BLOCK + 1, 300])
+@pytest.mark.parametrize("width_out", [1, 16, 17, 32, 37])
+def test_the_sum_is_the_one_defined(
+    rows: int, width_in: int, width_out: int, dtype: torch.dtype
+) -> None:
+    """Half-precision weights are widened exactly: the sum is over what the file says."""
+    dense = numbers(width_out, width_in, seed=rows).to(dtype)
+    x = numbers(rows, width_in, seed=rows + 1)
+    assert_same(result(x, Matrix.of(dense)), defined(x, dense))
+
+
+def test_no_rows_are_no_work() -> None:
+    assert result(torch.empty(0, 5), Matrix.of(torch.ones(3, 5))).shape == (0, 3)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_integers_are_exact(backend: dispatch.Backend, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randint(-4, 5, (31, 300), generator=generator)
+    x = torch.randint(-4, 5, (11, 300), generator=generator)
+    with dispatch.using(backend):
+        out = result(x.float(), Matrix.of(dense.to(dtype)))
+    assert torch.equal(out.long(), x @ dense.T)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_found_again(backend: dispatch.Backend, dtype: torch.dtype) -> None:
+    dense = numbers(71, 19, seed=0).to(dtype)
+    ids = torch.tensor([0, 15, 16, 31, 32, 63, 64, 70, 3, 3])
+    out = torch.full((len(ids), 19), torch.nan)
+    with dispatch.using(backend):
+        gather(out, Matrix.of(dense), ids)
+    assert_same(out, dense[ids].float())
+
+
+def test_a_matrix_is_written_in_any_pieces() -> None:
+    dense = numbers(150, 7, seed=0)
+    for pieces in ([150], [1] * 150, [31, 2, 64, 53], [5, 96, 49]):
+        matrix = Matrix.empty(150, 7, torch.float32, torch.device("cpu"))
+        first = 0
+        for size in pieces:
+            matrix.write(first, dense[first : first + size])
+            first += size
+        assert_same(matrix.dense(), dense)
+
+
+@pytest.mark.parametrize(
+    ("out", "x"), [((2, 3), (2, 4)), ((2, 4), (2, 5)), ((1, 3), (2, 5))], ids=str
+)
+def test_shapes_that_do_not_fit_are_refused(out: tuple[int, int], x: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="project"):
+        project(torch.zeros(out), torch.zeros(x), Matrix.of(torch.zeros(3, 5)))
