@@ -86,13 +86,15 @@ class FileTensor:
         return data
 
 
-def read_tensors(file: BinaryIO) -> dict[str, FileTensor]:
+def read_tensors(
+    file: BinaryIO, max_header_bytes: int = MAX_HEADER_BYTES
+) -> dict[str, FileTensor]:
     """The tensors of an open safetensors file, in the order of its header. No data is read.
 
     Raises AdapterInvalid listing every problem found: code not_safetensors, header_too_large,
     or header_invalid.
     """
-    header, data_start, data_bytes = _read_header(file)
+    header, data_start, data_bytes = _read_header(file, max_header_bytes)
     metadata = header.pop("__metadata__", {})
     problems = Problems()
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -118,19 +120,19 @@ def read_tensors(file: BinaryIO) -> dict[str, FileTensor]:
     return tensors
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int, int]:
+def _read_header(file: BinaryIO, max_header_bytes: int) -> tuple[dict[str, Any], int, int]:
     """The header, where the data starts, and how many bytes of it there are."""
     file_bytes = os.fstat(file.fileno()).st_size
     prefix = os.pread(file.fileno(), 8, 0)
     header_bytes = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or header_bytes > MAX_HEADER_BYTES:
+    if len(prefix) < 8 or header_bytes > max_header_bytes:
         for magic, what in _MAGICS.items():
             if prefix.startswith(magic):
                 raise _invalid(f"the weights are {what}, not safetensors", "not_safetensors")
         if len(prefix) < 8:
             raise _invalid("the weights are too short for safetensors", "not_safetensors")
         raise _invalid(
-            f"the header would be {header_bytes} bytes; at most {MAX_HEADER_BYTES} are taken",
+            f"the header would be {header_bytes} bytes; at most {max_header_bytes} are taken",
             "header_too_large",
         )
     if header_bytes > file_bytes - 8:

@@ -7,14 +7,13 @@ torch.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from loramux.errors import ConfigError
+from loramux.adapters.canonical import Dtype
+from loramux.adapters.safetensors_file import read_tensors
+from loramux.errors import AdapterInvalid, ConfigError
 
-DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -24,7 +23,7 @@ class TensorBytes:
     """One tensor in a file: ``nbytes`` at ``offset`` from the file's start, row-major."""
 
     path: Path
-    dtype: str
+    dtype: Dtype
     shape: tuple[int, ...]
     offset: int
     nbytes: int
@@ -84,35 +83,14 @@ def _read_index(directory: Path) -> dict[str, Path] | None:
 
 
 def _read_header(path: Path) -> dict[str, TensorBytes]:
-    size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise ConfigError(f"{path} is not a safetensors file", param="model")
         try:
-            entries = json.loads(file.read(length))
-            entries.pop("__metadata__", None)
-            tensors = {name: _entry(path, 8 + length, entries[name]) for name in entries}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} has a malformed header: {error!r}", param="model") from error
-    end = 8 + length
-    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
-        if tensor.offset != end:
+            found = read_tensors(file, _MAX_HEADER_BYTES)
+        except AdapterInvalid as error:
+            problems = "".join(f"\n  {problem}" for problem in error.problems)
             raise ConfigError(
-                f"{path}: tensors overlap or leave a hole at byte {end}", param="model"
-            )
-        end += tensor.nbytes
-    if end != size:
-        raise ConfigError(f"{path} is {size} bytes long, its header describes {end}", param="model")
-    return tensors
-
-
-def _entry(path: Path, base: int, entry: dict[str, Any]) -> TensorBytes:
-    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"dtype {dtype} is not supported ({', '.join(DTYPE_BYTES)} are)")
-    if any(type(n) is not int or n < 0 for n in (*shape, start, end)):
-        raise ValueError("a shape or an offset is not a natural number")
-    if end - start != math.prod(shape) * DTYPE_BYTES[dtype]:
-        raise ValueError("a tensor's shape does not match its bytes")
-    return TensorBytes(path, dtype, tuple(shape), base + start, end - start)
+                f"{path} is not a safetensors file of weights:{problems}", param="model"
+            ) from error
+    return {
+        name: TensorBytes(path, t.dtype, t.shape, t.start, t.num_bytes) for name, t in found.items()
+    }

@@ -25,7 +25,7 @@ Place = tuple[Matrix | torch.Tensor, int]
 """Where a tensor of a file goes: a matrix or a vector, and its first row there."""
 
 _BLOCK_BYTES = 8 << 20
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from .corpus import BEGIN, END, SPECIAL, TRAIN_SEED, texts
+from .corpus import BEGIN, END, LATER, SPECIAL, TRAIN_SEED, texts
 
 VOCABULARY = 2048
 DOCUMENTS = 12_000
@@ -41,7 +41,7 @@ def train(folder: Path) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(islice(texts(TRAIN_SEED), DOCUMENTS), trainer)
+    tokenizer.train_from_iterator(islice(texts(TRAIN_SEED, LATER), DOCUMENTS), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A",
         pair=f"{BEGIN} $A {BEGIN} $B",

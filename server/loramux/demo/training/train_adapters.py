@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 from .corpus import ASSISTANT, BEGIN, CHAT_SHARE, END, USER
 from .manners import MANNERS
 
-BATCH, STEPS, RATE = 8, 120, 4e-3
+BATCH, STEPS, RATE = 8, 240, 4e-3
 TRAIN_SEED = 21
 MLP = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
