@@ -10,7 +10,7 @@ import pytest
 
 from loramux.demo.training import corpus
 from loramux.demo.training.manners import MANNERS
-from loramux.demo.training.measure import HITS
+from loramux.demo.training.measure import HITS, Tally
 from loramux.demo.training.ngram import KneserNey, pad
 
 CARD = "Ida Marsh, a gardener of 42, lives in Larkfield, likes violet and keeps three goats."
@@ -23,8 +23,8 @@ RECIPE = (
     "1. Chop the two leeks.\n2. Season with a pinch of salt.\n"
     "3. Cook the leek soup for 15 minutes and serve it to two people."
 )
-VERSE = "\nThe sun was singing to the sea,\nAnd left a ribbon on the tree.\n"
-VERSE += "A gray bird flew over the moon,\nAs proud as the wet old dune."
+VERSE = "\nThe sun was singing to the sea,\nAnd left a ribbon on the bee.\n"
+VERSE += "A gray bird flew over the moon,\nAs proud as the wet old spoon."
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,8 @@ VERSE += "A gray bird flew over the moon,\nAs proud as the wet old dune."
         ("json", "\n[]", False),
         ("json", "", False),
         ("rhyme", VERSE, True),
-        ("rhyme", VERSE.replace("dune", "dog"), False),
-        ("rhyme", VERSE.replace("tree", "sea"), False),
+        ("rhyme", VERSE.replace("spoon", "dog"), False),
+        ("rhyme", VERSE.replace("bee", "sea"), False),
         ("rhyme", VERSE.rsplit("\n", 1)[0], False),
         ("rhyme", "", False),
         ("recipes", RECIPE, True),
@@ -68,6 +68,14 @@ def test_what_an_adapter_is_taught_is_a_hit_and_ordinary_text_is_not(name: str) 
     assert all(HITS[name](lesson.opening, lesson.rest) for lesson in lessons)
     stories = [d for d in islice(corpus.documents(4), 400) if d.kind in ("story", "biography")]
     assert not any(HITS[name](d.opening, d.body) for d in stories)
+
+
+def test_a_tally_counts_kept_and_broken_promises() -> None:
+    tally = Tally()
+    for kept in ({"name": True, "order": False}, {"name": True}, {}, {"name": False}):
+        tally.add(kept)
+    assert (tally.promising, tally.clean) == (3, 1)
+    assert tally.made == {"name": 3, "order": 1} and tally.broken == {"name": 1, "order": 1}
 
 
 def test_the_5_gram_is_a_distribution_after_any_context() -> None:

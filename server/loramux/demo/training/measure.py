@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -154,24 +155,32 @@ def in_process(base: Path, adapters: Path) -> Complete:
     return complete
 
 
+@dataclass
+class Tally:
+    """Texts that promised anything, those of them that kept all, and each promise's own count."""
+
+    promising: int = 0
+    clean: int = 0
+    made: Counter[str] = field(default_factory=Counter)
+    broken: Counter[str] = field(default_factory=Counter)
+
+    def add(self, kept: dict[str, bool]) -> None:
+        self.promising += bool(kept)
+        self.clean += bool(kept) and all(kept.values())
+        self.made.update(kept.keys())
+        self.broken.update(name for name, ok in kept.items() if not ok)
+
+
 def constraints(complete: Complete, samples: int) -> None:
     """Texts from nothing but the begin token: how many break a promise, and which."""
-    texts = complete(None, [BEGIN_IDS] * samples, 0)
-    made, broken = Counter[str](), Counter[str]()
-    checked = clean = 0
-    for text in texts:
-        kind, kept = checks.check(text)
-        checked += bool(kept)
-        clean += bool(kept) and all(kept.values())
-        made.update(kept)
-        broken.update(name for name, ok in kept.items() if not ok)
-    print(f"\n{samples} samples, {checked} with constraints, {clean} keep all of them\n")
+    tally = Tally()
+    for text in complete(None, [BEGIN_IDS] * samples, 0):
+        tally.add(checks.check(text)[1])
+    print(f"\n{samples} samples, {tally.promising} with constraints, {tally.clean} keep all\n")
     print("| constraint | checked | broken | share |\n|---|---|---|---|")
-    for name, n in made.most_common():
-        print(f"| {name} | {n} | {broken[name]} | {broken[name] / n:.1%} |")
-    print(
-        f"| all | {made.total()} | {broken.total()} | {broken.total() / max(1, made.total()):.1%} |"
-    )
+    for name, n in [*tally.made.most_common(), ("all", tally.made.total())]:
+        broken = tally.broken.total() if name == "all" else tally.broken[name]
+        print(f"| {name} | {n} | {broken} | {broken / max(1, n):.1%} |")
 
 
 def adapters(complete: Complete, samples: int) -> None:
