@@ -76,4 +76,4 @@ gpu-check: $(VENV)/.dev
 
 clean:
 	rm -rf $(VENV) data
-	find . -name "*.nb[ic]" -delete
+	rm -rf kernels/loramux_kernels/__pycache__/compiled-*

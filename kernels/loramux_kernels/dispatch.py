@@ -26,7 +26,12 @@ _forced: Backend | None = None
 
 def implementation(package: str, tensor: torch.Tensor) -> Any:
     """The module of ``package`` that runs operations which write ``tensor``."""
-    return _module(package, _forced or _natural(tensor))
+    return _module(package, backend(tensor))
+
+
+def backend(tensor: torch.Tensor) -> Backend:
+    """Which backend runs operations that write ``tensor``."""
+    return _forced or _natural(tensor)
 
 
 @cache
@@ -36,7 +41,7 @@ def _module(package: str, backend: Backend) -> Any:
 
 def warm_up() -> None:
     """Compile every CPU kernel, or load it from numba's cache on disk."""
-    for operation in ("attention", "linear", "lora", "norm"):
+    for operation in ("attention", "layers", "linear", "lora", "norm"):
         _module(f"loramux_kernels.{operation}", "cpu")
 
 

@@ -6,8 +6,11 @@ runtime it finds in the process, so torch, which brings its own libgomp, is impo
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import TypeVar
 
 import numba
@@ -21,6 +24,28 @@ except ImportError as error:
         "the CPU kernels need the GNU OpenMP runtime (on Debian: apt install libgomp1)"
     ) from error
 
+_PACKAGE = Path(__file__).parent
+
+
+def _cache_folder() -> Path:
+    """Where compiled kernels are kept, beside the sources or else in the user's cache.
+
+    numba looks at the date of one file only, but a kernel holds the code of all it calls: the
+    folder is named after the bytes of every source, so an edit anywhere compiles anew.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(path.read_bytes())
+    name = f"compiled-{digest.hexdigest()[:16]}"
+    beside = _PACKAGE / "__pycache__"
+    if os.access(_PACKAGE, os.W_OK):
+        beside.mkdir(exist_ok=True)
+    home = beside if os.access(beside, os.W_OK) else Path.home() / ".cache" / "loramux"
+    return home / name
+
+
+numba.config.CACHE_DIR = str(_cache_folder())
+
 F = TypeVar("F", bound=Callable[..., object])
 
 
@@ -28,9 +53,17 @@ def parallel(signature: str) -> Callable[[F], F]:
     """Compile an entry point for one signature when its module is imported: parallel loops, no
     GIL, cached on disk. Operands of another dtype or layout raise TypeError, they never compile
     a second form while a request waits."""
+    return _entry(signature, parallel=True)
 
+
+def entry(signature: str) -> Callable[[F], F]:
+    """The same without loops of its own to run in parallel: those it calls do."""
+    return _entry(signature, parallel=False)
+
+
+def _entry(signature: str, *, parallel: bool) -> Callable[[F], F]:
     def compile_(function: F) -> F:
-        options = {"parallel": True, "nogil": True, "cache": True, "error_model": "numpy"}
+        options = {"parallel": parallel, "nogil": True, "cache": True, "error_model": "numpy"}
         compiled: F = numba.njit(signature, **options)(function)
         return compiled
 

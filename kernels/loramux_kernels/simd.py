@@ -6,9 +6,6 @@ one fixed tree. LLVM lowers the vectors to what the CPU has (AVX-512, AVX2, NEON
 
 Arrays are 1-D and contiguous; ``at`` is an index into them and is not checked. ``part`` loads and
 stores touch only the first ``count`` lanes; the others read as zero.
-
-numba's cache on disk watches only the file of a cached function: after a change here delete the
-``*.nbi`` files beside the kernels.
 """
 
 from __future__ import annotations
@@ -16,8 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
+from numba import carray
 from numba.core import types
 from numba.extending import intrinsic, models, register_model
+
+from loramux_kernels.jit import inner
 
 LANES = 16
 
@@ -72,6 +72,34 @@ def _splat(builder: Any, scalar: Any, vector: Any) -> Any:
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(_I32, 0))
     zeros = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
     return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer_to_floats(typing: Any, address: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(types.intp), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer_to_halves(typing: Any, address: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint16)(types.intp), build
+
+
+@inner
+def floats(address: Any, size: Any) -> Any:
+    """The fp32 array of ``size`` elements at an address; whoever gives it keeps it alive."""
+    return carray(_pointer_to_floats(address), (size,))
+
+
+@inner
+def halves(address: Any, size: Any) -> Any:
+    """The same for sixteen-bit elements."""
+    return carray(_pointer_to_halves(address), (size,))
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -90,7 +90,7 @@ def test_kernel_calls_of_a_step_do_not_grow_with_adapters(
 ) -> None:
     def calls_of_a_decode_step(adapters: list[Path]) -> dict[str, int]:
         for index in range(32):
-            harness.submit([5, 6], adapters[index % len(adapters)], max_tokens=6)
+            harness.submit([5, 6], adapters[index % len(adapters)], max_tokens=60)
         while harness.engine.scheduler.running == [] or len(harness.engine.scheduler.waiting):
             harness.step()
         harness.step()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from loramux.model.architecture import read_architecture
+from loramux_kernels.testing import counting
 from tests import tiny
 from tests.model.allocations import Allocations
 from tests.model.paged import Paged, Request
@@ -168,6 +169,24 @@ def test_only_the_scored_rows_are_returned_in_the_order_asked(checkpoint: Checkp
         logits = model.decoder.forward(asked)
         assert logits.shape == (len(scored), tiny.VOCAB_SIZE)
         assert torch.equal(logits, expected[scored])
+
+
+@pytest.mark.parametrize("arch", tiny.ARCHS)
+def test_layers_in_one_call_are_the_operations_one_by_one(
+    checkpoint: Checkpoint, arch: tiny.Arch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = checkpoint(arch)
+    model = Paged.load(directory, page_tokens=4)
+    adapter = tiny.write_adapter(tmp_path / "adapter", directory, r=5, seed=1)
+    worn = ((model.add_adapter(adapter), 0.5),)
+    with counting() as calls:
+        together = model.run(prompt(21), adapters=worn, chunks=(13, 1, 7))
+    assert calls["cpu:run_layers"] == 3 and not calls["cpu:paged_attention"]
+    monkeypatch.setattr(model.decoder, "_layers", None)
+    with counting() as calls:
+        apart = model.run(prompt(21), adapters=worn, chunks=(13, 1, 7))
+    assert calls["cpu:paged_attention"] == 3 * model.architecture.num_layers
+    assert torch.equal(together, apart)
 
 
 def test_a_batch_larger_than_the_workspace_is_refused(checkpoint: Checkpoint) -> None:

@@ -34,7 +34,7 @@ def rope_store(
     """See :func:`loramux_kernels.attention.rope_store`."""
     dispatch.calls["cpu:rope_store"] += 1
     _require_fp32(pages)
-    _rope_store(
+    rope_store_rows(
         qkv.numpy(),
         cos.numpy(),
         sin.numpy(),
@@ -65,7 +65,7 @@ def paged_attention(
     """See :func:`loramux_kernels.attention.paged_attention`."""
     dispatch.calls["cpu:paged_attention"] += 1
     _require_fp32(pages)
-    _paged_attention(
+    paged_attention_rows(
         out.numpy(),
         qkv.numpy(),
         arena.numpy(),
@@ -107,7 +107,7 @@ def _turn(qkv: Any, at: int, cos: Any, sin: Any, angle: int, half: int) -> None:
     "void(float32[:,::1], float32[:,::1], float32[:,::1], int64[::1], uint8[::1],"
     " int64[:,:,::1], int64, int32[::1], int32[::1], int32[::1], int64, int64, int64, int64)"
 )
-def _rope_store(
+def rope_store_rows(
     qkv: Any,
     cos: Any,
     sin: Any,
@@ -273,7 +273,7 @@ def _attend_items(
     "void(float32[:,::1], float32[:,::1], uint8[::1], int64[:,:,::1], int64, int32[::1],"
     " int32[::1], int32[::1], int32[::1], int64, int64, int64, int64, float64, int64, int64)"
 )
-def _paged_attention(
+def paged_attention_rows(
     out: Any,
     qkv: Any,
     arena: Any,

@@ -35,7 +35,7 @@ def project(out: torch.Tensor, x: torch.Tensor, weight: Matrix) -> None:
     """See :func:`loramux_kernels.linear.project`."""
     dispatch.calls["cpu:project"] += 1
     data, kind = _bits(weight)
-    _PROJECT[kind](out.numpy(), x.numpy(), data)
+    PROJECT[kind](out.numpy(), x.numpy(), data)
 
 
 def gather(out: torch.Tensor, weight: Matrix, ids: torch.Tensor) -> None:
@@ -191,5 +191,5 @@ _BY_DTYPE = {
     torch.float16: _kernels(_load_f16, "uint16"),
     torch.bfloat16: _kernels(_load_bf16, "uint16"),
 }
-_PROJECT = {dtype: kernels[0] for dtype, kernels in _BY_DTYPE.items()}
+PROJECT = {dtype: kernels[0] for dtype, kernels in _BY_DTYPE.items()}
 _GATHER = {dtype: kernels[1] for dtype, kernels in _BY_DTYPE.items()}

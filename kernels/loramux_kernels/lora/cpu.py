@@ -36,7 +36,7 @@ def add_lora(
     """See :func:`loramux_kernels.lora.add_lora`."""
     dispatch.calls["cpu:add_lora"] += 1
     modules = SITES[site]
-    _add_lora(
+    add_lora_at(
         y.numpy(),
         x.numpy(),
         arena.numpy(),
@@ -403,7 +403,7 @@ def _expand_items(
     " int32[::1], int32[::1], int32[::1], float32[::1], int32[::1], int32[::1],"
     " int32[::1], int32[::1], int32[::1], int32[::1], int64, int64)"
 )
-def _add_lora(
+def add_lora_at(
     y: Any,
     x: Any,
     arena: Any,

@@ -41,7 +41,7 @@ class Runs:
     run_block: npt.NDArray[np.int32] = field(init=False)
     run_block_row: npt.NDArray[np.int32] = field(init=False)
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
-    _top_rank: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
+    _top_ranks: list[npt.NDArray[np.int64]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         rows, entries = np.diff(self.row_start), np.diff(self.entry_start)
@@ -67,14 +67,17 @@ class Runs:
             scale=np.array([scale for _, scale in entries], dtype=np.float32),
         )
 
-    def top_rank(self, table: AdapterTable, layer: int, site: str) -> int:
-        """The largest rank any entry has at this layer's site; 0 when none changes it. Looked up
-        for all layers at once, since residency does not change during a step."""
-        if not self._top_rank:
+    def top_ranks(self, table: AdapterTable) -> npt.NDArray[np.int64]:
+        """``[layers, 4]``: the largest rank any entry has at a layer's site; 0 when none changes
+        it. Looked up once, since residency does not change during a step."""
+        if not self._top_ranks:
             ranks = table.rank[self.slot].max(axis=0, initial=0)
-            for name, modules in SITES.items():
-                self._top_rank[name] = ranks[:, list(modules)].max(axis=1).tolist()
-        return self._top_rank[site][layer]
+            sites = [ranks[:, list(modules)].max(axis=1) for modules in SITES.values()]
+            self._top_ranks.append(np.stack(sites, axis=1).astype(np.int64))
+        return self._top_ranks[0]
+
+    def top_rank(self, table: AdapterTable, layer: int, site: str) -> int:
+        return int(self.top_ranks(table)[layer, list(SITES).index(site)])
 
     def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The arrays on ``device``, brought there once."""

@@ -15,7 +15,7 @@ from loramux_kernels.jit import inner, parallel
 def rms_norm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
     """See :func:`loramux_kernels.norm.rms_norm`."""
     dispatch.calls["cpu:rms_norm"] += 1
-    _rms_norm(out.numpy(), x.numpy(), weight.numpy(), eps)
+    rms_norm_rows(out.numpy(), x.numpy(), weight.numpy(), eps)
 
 
 def add_rms_norm(
@@ -23,7 +23,7 @@ def add_rms_norm(
 ) -> None:
     """See :func:`loramux_kernels.norm.add_rms_norm`."""
     dispatch.calls["cpu:add_rms_norm"] += 1
-    _add_rms_norm(out.numpy(), residual.numpy(), x.numpy(), weight.numpy(), eps)
+    add_rms_norm_rows(out.numpy(), residual.numpy(), x.numpy(), weight.numpy(), eps)
 
 
 def head_rms_norm(
@@ -37,7 +37,7 @@ def head_rms_norm(
 ) -> None:
     """See :func:`loramux_kernels.norm.head_rms_norm`."""
     dispatch.calls["cpu:head_rms_norm"] += 1
-    _head_rms_norm(
+    head_rms_norm_rows(
         qkv.numpy(), q_weight.numpy(), k_weight.numpy(), num_heads, num_kv_heads, head_dim, eps
     )
 
@@ -45,7 +45,7 @@ def head_rms_norm(
 def silu_mul(out: torch.Tensor, gate_up: torch.Tensor) -> None:
     """See :func:`loramux_kernels.norm.silu_mul`."""
     dispatch.calls["cpu:silu_mul"] += 1
-    _silu_mul(out.numpy(), gate_up.numpy())
+    silu_mul_rows(out.numpy(), gate_up.numpy())
 
 
 @inner
@@ -70,7 +70,7 @@ def _norm_row(out: Any, to: int, x: Any, at: int, weight: Any, width: int, eps: 
 
 
 @parallel("void(float32[:,::1], float32[:,::1], float32[::1], float64)")
-def _rms_norm(out: Any, x: Any, weight: Any, eps: float) -> None:
+def rms_norm_rows(out: Any, x: Any, weight: Any, eps: float) -> None:
     rows, width = x.shape
     out, x = out.reshape(-1), x.reshape(-1)
     for row in prange(rows):
@@ -78,7 +78,7 @@ def _rms_norm(out: Any, x: Any, weight: Any, eps: float) -> None:
 
 
 @parallel("void(float32[:,::1], float32[:,::1], float32[:,::1], float32[::1], float64)")
-def _add_rms_norm(out: Any, residual: Any, x: Any, weight: Any, eps: float) -> None:
+def add_rms_norm_rows(out: Any, residual: Any, x: Any, weight: Any, eps: float) -> None:
     rows, width = x.shape
     out, residual, x = out.reshape(-1), residual.reshape(-1), x.reshape(-1)
     for row in prange(rows):
@@ -94,7 +94,7 @@ def _add_rms_norm(out: Any, residual: Any, x: Any, weight: Any, eps: float) -> N
 
 
 @parallel("void(float32[:,::1], float32[::1], float32[::1], int64, int64, int64, float64)")
-def _head_rms_norm(
+def head_rms_norm_rows(
     qkv: Any,
     q_weight: Any,
     k_weight: Any,
@@ -120,7 +120,7 @@ def _silu(gate: Any) -> Any:
 
 
 @parallel("void(float32[:,::1], float32[:,::1])")
-def _silu_mul(out: Any, gate_up: Any) -> None:
+def silu_mul_rows(out: Any, gate_up: Any) -> None:
     rows, width = out.shape
     out, gate_up = out.reshape(-1), gate_up.reshape(-1)
     for row in prange(rows):

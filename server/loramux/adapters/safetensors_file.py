@@ -86,9 +86,7 @@ class FileTensor:
         return data
 
 
-def read_tensors(
-    file: BinaryIO, max_header_bytes: int = MAX_HEADER_BYTES
-) -> dict[str, FileTensor]:
+def read_tensors(file: BinaryIO, max_header_bytes: int = MAX_HEADER_BYTES) -> dict[str, FileTensor]:
     """The tensors of an open safetensors file, in the order of its header. No data is read.
 
     Raises AdapterInvalid listing every problem found: code not_safetensors, header_too_large,

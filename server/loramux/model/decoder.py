@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-
 import torch
 
 from loramux.model.architecture import Architecture
@@ -11,6 +9,8 @@ from loramux.model.inputs import ModelInputs
 from loramux.model.layers.rotary import rotary_tables
 from loramux.model.loader import LayerWeights, Weights
 from loramux_kernels.attention import paged_attention, rope_store
+from loramux_kernels.dispatch import backend
+from loramux_kernels.layers import LayerTable, Work, run_layers
 from loramux_kernels.linear import Matrix, gather, project
 from loramux_kernels.lora import AdapterTable, add_lora
 from loramux_kernels.norm import add_rms_norm, head_rms_norm, silu_mul
@@ -48,7 +48,8 @@ class Decoder:
         )
         self._cos, self._sin = cos.to(device), sin.to(device)
         like = weights.norm
-        self._workspace = _Workspace.allocate(architecture, max_tokens, like)
+        self._workspace = _allocate(architecture, max_tokens, like)
+        self._layers = _layer_table(architecture, weights) if like.device.type == "cpu" else None
         # as many rows as were ever scored at once: a vocabulary is too wide to hold max_tokens of
         self._logit_rows = like.new_empty(0, architecture.vocab_size)
 
@@ -64,16 +65,27 @@ class Decoder:
         work = self._workspace.first(rows)
         work.residual.zero_()
         gather(work.hidden, self.weights.embedding, inputs.token_ids)
-        for index, layer in enumerate(self.weights.layers):
-            self._attend(index, layer, inputs, work)
-            self._feed_forward(index, layer, inputs, work)
+        if self._layers is not None and backend(work.hidden) == "cpu":
+            run_layers(
+                work,
+                self._layers,
+                cos=self._cos,
+                sin=self._sin,
+                positions=inputs.positions,
+                arena=self.arena,
+                pages=inputs.pages,
+                table=self.table,
+                runs=inputs.runs,
+            )
+        else:
+            for index, layer in enumerate(self.weights.layers):
+                self._attend(index, layer, inputs, work)
+                self._feed_forward(index, layer, inputs, work)
         eps = self.architecture.rms_eps
         add_rms_norm(work.normed, work.residual, work.hidden, self.weights.norm, eps)
         return self._logits(work.normed, inputs.scored)
 
-    def _attend(
-        self, index: int, layer: LayerWeights, inputs: ModelInputs, work: _Workspace
-    ) -> None:
+    def _attend(self, index: int, layer: LayerWeights, inputs: ModelInputs, work: Work) -> None:
         arch = self.architecture
         add_rms_norm(work.normed, work.residual, work.hidden, layer.input_norm, arch.rms_eps)
         self._linear(work.qkv, work.normed, layer.qkv, layer.qkv_bias, inputs, index, "qkv")
@@ -110,7 +122,7 @@ class Decoder:
         self._linear(work.hidden, work.attended, layer.o, layer.o_bias, inputs, index, "o")
 
     def _feed_forward(
-        self, index: int, layer: LayerWeights, inputs: ModelInputs, work: _Workspace
+        self, index: int, layer: LayerWeights, inputs: ModelInputs, work: Work
     ) -> None:
         eps = self.architecture.rms_eps
         add_rms_norm(work.normed, work.residual, work.hidden, layer.post_norm, eps)
@@ -150,25 +162,23 @@ class Decoder:
         return logits.float()
 
 
-@dataclass(frozen=True)
-class _Workspace:
-    """The activations of one batch, a row per token."""
+def _allocate(arch: Architecture, rows: int, like: torch.Tensor) -> Work:
+    widths = arch.widths
+    hidden, inner, q = arch.hidden_size, arch.intermediate_size, widths["q_proj"][1]
+    sizes = (hidden, hidden, hidden, q + 2 * widths["k_proj"][1], q, 2 * inner, inner)
+    return Work(*(like.new_zeros(rows, size) for size in sizes))
 
-    residual: torch.Tensor
-    hidden: torch.Tensor
-    normed: torch.Tensor
-    qkv: torch.Tensor
-    attended: torch.Tensor
-    gate_up: torch.Tensor
-    inner: torch.Tensor
 
-    @classmethod
-    def allocate(cls, arch: Architecture, rows: int, like: torch.Tensor) -> _Workspace:
-        widths = arch.widths
-        hidden, inner, q = arch.hidden_size, arch.intermediate_size, widths["q_proj"][1]
-        sizes = (hidden, hidden, hidden, q + 2 * widths["k_proj"][1], q, 2 * inner, inner)
-        return cls(*(like.new_zeros(rows, size) for size in sizes))
-
-    def first(self, rows: int) -> _Workspace:
-        """Views of the first ``rows`` rows."""
-        return _Workspace(*(getattr(self, field.name)[:rows] for field in fields(self)))
+def _layer_table(arch: Architecture, weights: Weights) -> LayerTable:
+    return LayerTable(
+        [(w.qkv, w.o, w.gate_up, w.down) for w in weights.layers],
+        [
+            (w.input_norm, w.post_norm, w.q_norm, w.k_norm)
+            + (w.qkv_bias, w.o_bias, w.gate_up_bias, w.down_bias)
+            for w in weights.layers
+        ],
+        windows=arch.windows,
+        num_heads=arch.num_heads,
+        head_dim=arch.head_dim,
+        eps=arch.rms_eps,
+    )

@@ -1,0 +1,295 @@
+"""All layers of a decoder in one compiled call: what a CUDA graph is to a GPU.
+
+Between two kernels of a decode step Python needs as long as a kernel: views, checks, the boxing of
+forty arguments. Here they are passed once a step, and a layer is a loop's body. The kernels are the
+very ones of the other folders, so every bit is that of the operations called one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import torch
+
+from loramux_kernels import dispatch, simd
+from loramux_kernels.attention import cpu as attention
+from loramux_kernels.attention.pages import Pages
+from loramux_kernels.jit import entry, inner
+from loramux_kernels.layers.table import LayerTable, Vector, Work
+from loramux_kernels.linear import cpu as linear
+from loramux_kernels.lora import cpu as lora
+from loramux_kernels.lora.runs import Runs
+from loramux_kernels.lora.table import SITES, AdapterTable
+from loramux_kernels.norm import cpu as norm
+
+_QKV, _O, _GATE_UP, _DOWN = range(len(SITES))
+_INPUT_NORM, _POST_NORM, _Q_NORM, _K_NORM, _BIASES = Vector
+
+_project_f32, _project_f16, _project_bf16 = linear.PROJECT.values()
+
+
+def run_layers(
+    work: Work,
+    layers: LayerTable,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    arena: torch.Tensor,
+    pages: Pages,
+    table: AdapterTable,
+    runs: Runs,
+) -> None:
+    """See :func:`loramux_kernels.layers.run_layers`."""
+    dispatch.calls["cpu:run_layers"] += 1
+    _run_layers(
+        work.residual.numpy(),
+        work.hidden.numpy(),
+        work.normed.numpy(),
+        work.qkv.numpy(),
+        work.attended.numpy(),
+        work.gate_up.numpy(),
+        work.inner.numpy(),
+        layers.matrices,
+        layers.dtypes,
+        layers.vectors,
+        layers.windows,
+        layers.eps,
+        layers.scale,
+        layers.num_heads,
+        cos.numpy(),
+        sin.numpy(),
+        positions.numpy(),
+        arena.numpy(),
+        pages.offsets,
+        pages.request_of_row,
+        pages.block_request,
+        pages.block_row,
+        pages.row_start,
+        pages.context,
+        pages.page_tokens,
+        pages.num_kv_heads,
+        pages.head_dim,
+        table.slices,
+        table.slice_bytes,
+        table.chunk,
+        table.list_start,
+        table.dtype,
+        table.a_offset,
+        table.b_offset,
+        table.rank,
+        table.scale,
+        table.in_width,
+        table.out_width,
+        runs.row_start,
+        runs.entry_start,
+        runs.slot,
+        runs.scale,
+        runs.run_of_entry,
+        runs.pair_start,
+        runs.entry_block,
+        runs.entry_block_row,
+        runs.run_block,
+        runs.run_block_row,
+        runs.top_ranks(table),
+        numba.get_num_threads(),
+    )
+
+
+@inner
+def _project(out: Any, x: Any, address: int, dtype: int) -> None:
+    panels = (out.shape[1] + linear.PANEL - 1) // linear.PANEL
+    size = panels * linear.PANEL * x.shape[1]
+    if dtype == 0:
+        _project_f32(out, x, simd.floats(address, size))
+    elif dtype == 1:
+        _project_f16(out, x, simd.halves(address, size))
+    else:
+        _project_bf16(out, x, simd.halves(address, size))
+
+
+@inner
+def _add_bias(out: Any, address: int) -> None:
+    if address == 0:
+        return
+    bias = simd.floats(address, out.shape[1])
+    for row in range(out.shape[0]):
+        for column in range(out.shape[1]):
+            out[row, column] += bias[column]
+
+
+@inner
+def _site(
+    out: Any,
+    x: Any,
+    site: int,
+    first_module: int,
+    num_modules: int,
+    layer: int,
+    matrices: Any,
+    dtypes: Any,
+    vectors: Any,
+    arena: Any,
+    table: Any,
+    widths: Any,
+    runs: Any,
+    top_ranks: Any,
+    threads: int,
+) -> None:
+    """The base's raw ``W x``, then each row's adapters, then the bias."""
+    _project(out, x, matrices[layer, site], dtypes[layer, site])
+    if top_ranks[layer, site] > 0:
+        lora.add_lora_at(
+            out,
+            x,
+            arena,
+            *table,
+            layer,
+            first_module,
+            num_modules,
+            *widths,
+            *runs,
+            top_ranks[layer, site],
+            threads,
+        )
+    _add_bias(out, vectors[layer, _BIASES + site])
+
+
+@entry(
+    "void(float32[:,::1], float32[:,::1], float32[:,::1], float32[:,::1], float32[:,::1],"
+    " float32[:,::1], float32[:,::1],"
+    " int64[:,::1], int64[:,::1], int64[:,::1], int64[::1], float64, float64, int64,"
+    " float32[:,::1], float32[:,::1], int64[::1], uint8[::1],"
+    " int64[:,:,::1], int32[::1], int32[::1], int32[::1], int32[::1], int32[::1],"
+    " int64, int64, int64,"
+    " int64[::1], int64, int64, int64[::1], int32[::1],"
+    " int64[:,:,::1], int64[:,:,::1], int32[:,:,::1], float32[:,:,::1], int64[::1], int64[::1],"
+    " int32[::1], int32[::1], int32[::1], float32[::1], int32[::1], int32[::1],"
+    " int32[::1], int32[::1], int32[::1], int32[::1], int64[:,::1], int64)"
+)
+def _run_layers(
+    residual: Any,
+    hidden: Any,
+    normed: Any,
+    qkv: Any,
+    attended: Any,
+    gate_up: Any,
+    inner_: Any,
+    matrices: Any,
+    dtypes: Any,
+    vectors: Any,
+    windows: Any,
+    eps: float,
+    scale: float,
+    heads: int,
+    cos: Any,
+    sin: Any,
+    positions: Any,
+    arena: Any,
+    offsets: Any,
+    request_of_row: Any,
+    block_request: Any,
+    block_row: Any,
+    page_row_start: Any,
+    context: Any,
+    page_tokens: int,
+    kv_heads: int,
+    dim: int,
+    slices: Any,
+    slice_bytes: int,
+    chunk: int,
+    list_start: Any,
+    adapter_dtype: Any,
+    a_offset: Any,
+    b_offset: Any,
+    rank: Any,
+    adapter_scale: Any,
+    in_width: Any,
+    out_width: Any,
+    row_start: Any,
+    entry_start: Any,
+    slot: Any,
+    request_scale: Any,
+    run_of_entry: Any,
+    pair_start: Any,
+    entry_block: Any,
+    entry_block_row: Any,
+    run_block: Any,
+    run_block_row: Any,
+    top_ranks: Any,
+    threads: int,
+) -> None:
+    width = hidden.shape[1]
+    table = (
+        slices,
+        slice_bytes,
+        chunk,
+        list_start,
+        adapter_dtype,
+        a_offset,
+        b_offset,
+        rank,
+        adapter_scale,
+    )
+    widths = (in_width, out_width)
+    runs = (
+        row_start,
+        entry_start,
+        slot,
+        request_scale,
+        run_of_entry,
+        pair_start,
+        entry_block,
+        entry_block_row,
+        run_block,
+        run_block_row,
+    )
+    rest = (matrices, dtypes, vectors, arena, table, widths, runs, top_ranks, threads)
+    for layer in range(len(windows)):
+        input_norm = simd.floats(vectors[layer, _INPUT_NORM], width)
+        norm.add_rms_norm_rows(normed, residual, hidden, input_norm, eps)
+        _site(qkv, normed, _QKV, 0, 3, layer, *rest)
+        if vectors[layer, _Q_NORM] != 0:
+            q_norm = simd.floats(vectors[layer, _Q_NORM], dim)
+            k_norm = simd.floats(vectors[layer, _K_NORM], dim)
+            norm.head_rms_norm_rows(qkv, q_norm, k_norm, heads, kv_heads, dim, eps)
+        attention.rope_store_rows(
+            qkv,
+            cos,
+            sin,
+            positions,
+            arena,
+            offsets,
+            layer,
+            request_of_row,
+            page_row_start,
+            context,
+            page_tokens,
+            kv_heads,
+            dim,
+            heads,
+        )
+        attention.paged_attention_rows(
+            attended,
+            qkv,
+            arena,
+            offsets,
+            layer,
+            block_request,
+            block_row,
+            page_row_start,
+            context,
+            page_tokens,
+            kv_heads,
+            dim,
+            heads,
+            scale,
+            windows[layer],
+            threads,
+        )
+        _site(hidden, attended, _O, 3, 1, layer, *rest)
+        post_norm = simd.floats(vectors[layer, _POST_NORM], width)
+        norm.add_rms_norm_rows(normed, residual, hidden, post_norm, eps)
+        _site(gate_up, normed, _GATE_UP, 4, 2, layer, *rest)
+        norm.silu_mul_rows(inner_, gate_up)
+        _site(hidden, inner_, _DOWN, 6, 1, layer, *rest)
