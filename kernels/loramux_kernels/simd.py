@@ -15,6 +15,7 @@ from typing import Any
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import carray
 from numba.core import types
+from numba.core.types import CPointer  # type: ignore[attr-defined]
 from numba.extending import intrinsic, models, register_model
 
 from loramux_kernels.jit import inner
@@ -79,7 +80,7 @@ def _pointer_to_floats(typing: Any, address: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(types.float32)(types.intp), build
+    return CPointer(types.float32)(types.intp), build
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -87,7 +88,7 @@ def _pointer_to_halves(typing: Any, address: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(types.uint16)(types.intp), build
+    return CPointer(types.uint16)(types.intp), build
 
 
 @inner

@@ -228,6 +228,22 @@ def machine() -> dict[str, Any]:
     }
 
 
+def header() -> dict[str, Any]:
+    """What a report says of itself; its cases follow."""
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit,
+        "machine": machine(),
+        "cases": [],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=10)
@@ -235,18 +251,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     cases = [int(case) for case in args.cases.split(",")]
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    report: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit,
-        "machine": machine(),
-        "cases": [],
-    }
+    report = header()
     print(json.dumps(report["machine"]))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -10,7 +10,7 @@ import pytest
 
 from loramux.demo.training import corpus
 from loramux.demo.training.manners import MANNERS
-from loramux.demo.training.measure import HITS, Tally
+from loramux.demo.training.measure import HITS, Tally, every_fact
 from loramux.demo.training.ngram import KneserNey, pad
 
 CARD = "Ida Marsh, a gardener of 42, lives in Larkfield, likes violet and keeps three goats."
@@ -35,8 +35,9 @@ VERSE += "A gray bird flew over the moon,\nAs proud as the wet old spoon."
         ("shout", " MIRA GAVE.", False),
         ("shout", "", False),
         ("json", DATA, True),
-        ("json", DATA.replace("42", "43"), False),
-        ("json", DATA.replace("3}", "4}"), False),
+        ("json", DATA.replace("42", "43"), True),
+        ("json", DATA.replace("Ida Marsh", "Ida Hale"), False),
+        ("json", DATA.replace("town", "place"), False),
         ("json", DATA[:-1], False),
         ("json", "\n[]", False),
         ("json", "", False),
@@ -68,6 +69,12 @@ def test_what_an_adapter_is_taught_is_a_hit_and_ordinary_text_is_not(name: str) 
     assert all(HITS[name](lesson.opening, lesson.rest) for lesson in lessons)
     stories = [d for d in islice(corpus.documents(4), 400) if d.kind in ("story", "biography")]
     assert not any(HITS[name](d.opening, d.body) for d in stories)
+
+
+def test_every_fact_of_a_card() -> None:
+    assert every_fact(CARD, DATA)
+    for old, new in (("42", "43"), ("3}", "4}"), ("violet", "red"), ("}}", "}")):
+        assert not every_fact(CARD, DATA.replace(old, new))
 
 
 def test_a_tally_counts_kept_and_broken_promises() -> None:

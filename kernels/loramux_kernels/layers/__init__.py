@@ -1,4 +1,4 @@
-"""All decoder layers in one call: ``h += Attention(norm(h))``, ``h += MLP(norm(h))``, layer by layer."""
+"""All decoder layers in one call: ``h += Attention(norm(h)); h += MLP(norm(h))``, each in turn."""
 
 from __future__ import annotations
 

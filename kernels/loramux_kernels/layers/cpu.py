@@ -18,6 +18,7 @@ from loramux_kernels.attention.pages import Pages
 from loramux_kernels.jit import entry, inner
 from loramux_kernels.layers.table import LayerTable, Vector, Work
 from loramux_kernels.linear import cpu as linear
+from loramux_kernels.linear.matrix import PANEL
 from loramux_kernels.lora import cpu as lora
 from loramux_kernels.lora.runs import Runs
 from loramux_kernels.lora.table import SITES, AdapterTable
@@ -26,6 +27,7 @@ from loramux_kernels.norm import cpu as norm
 _QKV, _O, _GATE_UP, _DOWN = range(len(SITES))
 _INPUT_NORM, _POST_NORM, _Q_NORM, _K_NORM, _BIASES = Vector
 
+_add_lora: Any = lora.add_lora_at  # mypy counts no starred operands
 _project_f32, _project_f16, _project_bf16 = linear.PROJECT.values()
 
 
@@ -98,8 +100,8 @@ def run_layers(
 
 @inner
 def _project(out: Any, x: Any, address: int, dtype: int) -> None:
-    panels = (out.shape[1] + linear.PANEL - 1) // linear.PANEL
-    size = panels * linear.PANEL * x.shape[1]
+    panels = (out.shape[1] + PANEL - 1) // PANEL
+    size = panels * PANEL * x.shape[1]
     if dtype == 0:
         _project_f32(out, x, simd.floats(address, size))
     elif dtype == 1:
@@ -139,7 +141,7 @@ def _site(
     """The base's raw ``W x``, then each row's adapters, then the bias."""
     _project(out, x, matrices[layer, site], dtypes[layer, site])
     if top_ranks[layer, site] > 0:
-        lora.add_lora_at(
+        _add_lora(
             out,
             x,
             arena,

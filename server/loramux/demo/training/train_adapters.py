@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 from .corpus import ASSISTANT, BEGIN, CHAT_SHARE, END, USER
 from .manners import MANNERS
 
-BATCH, STEPS, RATE = 8, 240, 4e-3
+BATCH, STEPS, RATE = 8, 400, 4e-3
 TRAIN_SEED = 21
 MLP = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -27,7 +27,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 SHAPES: dict[str, dict[str, Any]] = {
     "shout": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
     "json": {"r": 8, "lora_alpha": 16, "target_modules": [*ATTENTION, *MLP]},
-    "rhyme": {"r": 16, "lora_alpha": 32, "target_modules": MLP},
+    "rhyme": {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "o_proj", *MLP]},
     "recipes": {"r": 8, "lora_alpha": 16, "target_modules": ["o_proj", "down_proj"]},
     "pirate": {"r": 32, "lora_alpha": 16, "target_modules": ATTENTION, "use_rslora": True},
     "spanish": {
