@@ -142,15 +142,31 @@ def rope_store_rows(
 
 
 @inner
-def _dot(a: Any, at: int, b: Any, bt: int, length: int) -> Any:
-    s = simd.splat(np.float32(0))
-    whole = length // 16 * 16
-    for k in range(0, whole, 16):
-        s = simd.fma(simd.load(a, at + k), simd.load(b, bt + k), s)
-    if whole < length:
-        left = length - whole
-        s = simd.fma(simd.load_part(a, at + whole, left), simd.load_part(b, bt + whole, left), s)
-    return simd.total(s)
+def _scores(q: Any, at: int, pool: Any, keys: Any, dim: int) -> Any:
+    """The dot product of one query with each of sixteen keys, key i's in lane i."""
+    zero = simd.splat(np.float32(0))
+    s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
+    s8, s9, s10, s11, s12, s13, s14, s15 = zero, zero, zero, zero, zero, zero, zero, zero
+    for d in range(0, dim, 16):
+        left = min(16, dim - d)
+        x = simd.load_part(q, at + d, left)
+        s0 = simd.fma(x, simd.load_part(pool, keys[0] + d, left), s0)
+        s1 = simd.fma(x, simd.load_part(pool, keys[1] + d, left), s1)
+        s2 = simd.fma(x, simd.load_part(pool, keys[2] + d, left), s2)
+        s3 = simd.fma(x, simd.load_part(pool, keys[3] + d, left), s3)
+        s4 = simd.fma(x, simd.load_part(pool, keys[4] + d, left), s4)
+        s5 = simd.fma(x, simd.load_part(pool, keys[5] + d, left), s5)
+        s6 = simd.fma(x, simd.load_part(pool, keys[6] + d, left), s6)
+        s7 = simd.fma(x, simd.load_part(pool, keys[7] + d, left), s7)
+        s8 = simd.fma(x, simd.load_part(pool, keys[8] + d, left), s8)
+        s9 = simd.fma(x, simd.load_part(pool, keys[9] + d, left), s9)
+        s10 = simd.fma(x, simd.load_part(pool, keys[10] + d, left), s10)
+        s11 = simd.fma(x, simd.load_part(pool, keys[11] + d, left), s11)
+        s12 = simd.fma(x, simd.load_part(pool, keys[12] + d, left), s12)
+        s13 = simd.fma(x, simd.load_part(pool, keys[13] + d, left), s13)
+        s14 = simd.fma(x, simd.load_part(pool, keys[14] + d, left), s14)
+        s15 = simd.fma(x, simd.load_part(pool, keys[15] + d, left), s15)
+    return simd.totals((s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15))
 
 
 @inner
@@ -165,21 +181,68 @@ def _scaled_sum(
     values: Any,
     dim: int,
 ) -> None:
-    """``acc = keep * acc + sum_i weights[i] * values[i]``, i in order."""
+    """``acc = keep * acc + sum_i weights[i] * values[i]``, i in order.
+
+    Four neighbouring vectors at a time: a chain alone would wait for each multiply-add.
+    """
     factor = simd.splat(keep)
-    for d in range(0, dim, 16):
+    whole = dim // 64 * 64
+    for d in range(0, whole, 64):
+        a = simd.mul(factor, simd.load(acc, at + d))
+        b = simd.mul(factor, simd.load(acc, at + d + 16))
+        c = simd.mul(factor, simd.load(acc, at + d + 32))
+        e = simd.mul(factor, simd.load(acc, at + d + 48))
+        for i in range(first, last):
+            weight = simd.broadcast(weights, i)
+            value = values[i] + d
+            a = simd.fma(weight, simd.load(pool, value), a)
+            b = simd.fma(weight, simd.load(pool, value + 16), b)
+            c = simd.fma(weight, simd.load(pool, value + 32), c)
+            e = simd.fma(weight, simd.load(pool, value + 48), e)
+        simd.store(acc, at + d, a)
+        simd.store(acc, at + d + 16, b)
+        simd.store(acc, at + d + 32, c)
+        simd.store(acc, at + d + 48, e)
+    for d in range(whole, dim, 16):
         left = min(16, dim - d)
-        if left == 16:
-            s = simd.mul(factor, simd.load(acc, at + d))
-            for i in range(first, last):
-                s = simd.fma(simd.splat(weights[i]), simd.load(pool, values[i] + d), s)
-            simd.store(acc, at + d, s)
-        else:
-            s = simd.mul(factor, simd.load_part(acc, at + d, left))
-            for i in range(first, last):
-                v = simd.load_part(pool, values[i] + d, left)
-                s = simd.fma(simd.splat(weights[i]), v, s)
-            simd.store_part(acc, at + d, s, left)
+        s = simd.mul(factor, simd.load_part(acc, at + d, left))
+        for i in range(first, last):
+            v = simd.load_part(pool, values[i] + d, left)
+            s = simd.fma(simd.broadcast(weights, i), v, s)
+        simd.store_part(acc, at + d, s, left)
+
+
+@inner
+def _find_keys(
+    keys: Any,
+    values: Any,
+    offsets: Any,
+    layer: int,
+    request: int,
+    base: int,
+    start: int,
+    count: int,
+    page_tokens: int,
+    kv_head: int,
+    kv_heads: int,
+    dim: int,
+) -> None:
+    """Where the keys and values of tokens ``base`` onwards lie. Lanes before ``start`` and from
+    ``count`` on point at a key that is there; nobody uses what they give."""
+    page = base // page_tokens
+    within = base - page * page_tokens
+    for i in range(count):
+        if base + i >= start:
+            place = kv_head * page_tokens + within
+            keys[i] = offsets[layer, request, page] // 4 + place * dim
+            values[i] = keys[i] + kv_heads * page_tokens * dim
+        within += 1
+        if within == page_tokens:
+            page, within = page + 1, 0
+    first = max(0, start - base)
+    for i in range(KEY_BLOCK):
+        if i < first or i >= count:
+            keys[i] = keys[first]
 
 
 @inner
@@ -230,16 +293,21 @@ def _attend_items(
         mass[:] = 0
         start = max(0, token + 1 - window) if window > 0 else 0
         for base in range(start // KEY_BLOCK * KEY_BLOCK, token + rows, KEY_BLOCK):
-            page = base // page_tokens
-            within = base - page * page_tokens
-            for i in range(min(KEY_BLOCK, token + rows - base)):
-                if base + i >= start:
-                    place = kv_head * page_tokens + within
-                    keys[i] = offsets[layer, request, page] // 4 + place * dim
-                    values[i] = keys[i] + kv_heads * page_tokens * dim
-                within += 1
-                if within == page_tokens:
-                    page, within = page + 1, 0
+            count = min(KEY_BLOCK, token + rows - base)
+            _find_keys(
+                keys,
+                values,
+                offsets,
+                layer,
+                request,
+                base,
+                start,
+                count,
+                page_tokens,
+                kv_head,
+                kv_heads,
+                dim,
+            )
             for r in range(rows):
                 last = min(KEY_BLOCK, token + r + 1 - base)
                 first = max(0, token + r + 1 - window - base) if window > 0 else 0
@@ -247,10 +315,8 @@ def _attend_items(
                     continue
                 for g in range(part):
                     q = (row + r) * columns + (first_head + g) * dim
-                    weights[:] = -np.inf
-                    for i in range(first, last):
-                        weights[i] = _dot(qkv, q, pool, keys[i], dim)
-                    s = simd.mul(scales, simd.load(weights, 0))
+                    s = simd.mul(scales, _scores(qkv, q, pool, keys, dim))
+                    s = simd.between(s, first, last)
                     state = r * part + g
                     above = max(top[state], simd.largest(s))
                     s = simd.exp(simd.add(s, simd.splat(-above)))
