@@ -115,8 +115,7 @@ def load(typing: Any, array: Any, at: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def load_part(typing: Any, array: Any, at: Any, count: Any) -> Any:
-    """The first ``count`` lanes from an fp32 array, zeros after."""
+def _load_masked(typing: Any, array: Any, at: Any, count: Any) -> Any:
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = _pointer(context, builder, signature, args, _V)
@@ -164,8 +163,7 @@ def store(typing: Any, array: Any, at: Any, value: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def store_part(typing: Any, array: Any, at: Any, value: Any, count: Any) -> Any:
-    """The first ``count`` lanes into an fp32 array."""
+def _store_masked(typing: Any, array: Any, at: Any, value: Any, count: Any) -> Any:
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = _pointer(context, builder, signature, args, _V)
@@ -175,6 +173,24 @@ def store_part(typing: Any, array: Any, at: Any, value: Any, count: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.intp, _lanes, types.intp), build
+
+
+@inner
+def load_part(array: Any, at: int, count: int) -> Any:
+    """The first ``count`` lanes from an fp32 array, zeros after."""
+    # A masked load cannot take what a store just wrote, so whole vectors go without.
+    if count >= LANES:
+        return load(array, at)
+    return _load_masked(array, at, count)
+
+
+@inner
+def store_part(array: Any, at: int, value: Any, count: int) -> None:
+    """The first ``count`` lanes into an fp32 array."""
+    if count >= LANES:
+        store(array, at, value)
+    else:
+        _store_masked(array, at, value, count)
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -100,11 +100,10 @@ class Clock:
 def run_timed(ours: Ours, jobs: list[throughput.Job], *, one_by_one: bool) -> Clock:
     engine = ours.assembled.engine
     clock = Clock(engine, len(jobs))
-    decoder = engine._runner._decoder
     with ExitStack() as patched:
         patched.enter_context(mock.patch.object(engine, "step", clock.step))
         if one_by_one:
-            patched.enter_context(mock.patch.object(decoder, "_layers", None))
+            patched.enter_context(mock.patch.object(decoder_module, "backend", lambda _: "each"))
             for name in PARTS:
                 wrapped = clock.around(name, getattr(decoder_module, name))
                 patched.enter_context(mock.patch.object(decoder_module, name, wrapped))

@@ -137,8 +137,12 @@ def rope_store_rows(
         source = row * columns + heads * dim
         target = base + token % page_tokens * dim
         for head in range(2 * kv_heads):
-            for d in range(dim):
-                pool[target + head * page_tokens * dim + d] = qkv[source + head * dim + d]
+            to = target + head * page_tokens * dim
+            for d in range(0, dim, 16):
+                left = min(16, dim - d)
+                simd.store_part(
+                    pool, to + d, simd.load_part(qkv, source + head * dim + d, left), left
+                )
 
 
 @inner
