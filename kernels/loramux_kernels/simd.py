@@ -75,32 +75,38 @@ def _splat(builder: Any, scalar: Any, vector: Any) -> Any:
     return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _pointer_to_floats(typing: Any, address: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+def _pointer_to(element: Any) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def pointer(typing: Any, address: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return CPointer(types.float32)(types.intp), build
+        return CPointer(element)(types.intp), build
+
+    return pointer
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _pointer_to_halves(typing: Any, address: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return CPointer(types.uint16)(types.intp), build
+_to_f32 = _pointer_to(types.float32)
+_to_u16 = _pointer_to(types.uint16)
+_to_i8 = _pointer_to(types.int8)
 
 
 @inner
 def floats(address: Any, size: Any) -> Any:
     """The fp32 array of ``size`` elements at an address; whoever gives it keeps it alive."""
-    return carray(_pointer_to_floats(address), (size,))
+    return carray(_to_f32(address), (size,))
 
 
 @inner
 def halves(address: Any, size: Any) -> Any:
     """The same for sixteen-bit elements."""
-    return carray(_pointer_to_halves(address), (size,))
+    return carray(_to_u16(address), (size,))
+
+
+@inner
+def bytes_at(address: Any, size: Any) -> Any:
+    """The same for int8 elements."""
+    return carray(_to_i8(address), (size,))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -146,6 +152,18 @@ def load_f16(typing: Any, array: Any, at: Any) -> Any:
         halves = ir.VectorType(ir.HalfType(), LANES)
         pointer = _pointer(context, builder, signature, args, halves)
         return builder.fpext(builder.load(pointer, align=2), _V)
+
+    return _lanes(array, types.intp), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load_i8(typing: Any, array: Any, at: Any) -> Any:
+    """Lanes from an int8 array."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bytes_ = ir.VectorType(ir.IntType(8), LANES)
+        small = builder.load(_pointer(context, builder, signature, args, bytes_), align=1)
+        return builder.sitofp(builder.sext(small, _VI), _V)
 
     return _lanes(array, types.intp), build
 

@@ -41,6 +41,9 @@ class ServerConfig(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float32 on cpu, the checkpoint's own on cuda"
     )
+    quantize: Literal["none", "int8"] = Field(
+        "none", description="int8: round the base's matrices to 8 bits (cpu only)"
+    )
     pool_memory: str = Field("auto", description="bytes (512M, 8G) or a fraction of what is free")
     page_tokens: int = Field(16, ge=1, le=256, description="tokens in one page of KV cache")
     max_model_len: int | None = Field(None, ge=1, description="longest prompt plus output (tokens)")

@@ -118,6 +118,33 @@ def test_a_matrix_is_written_in_any_pieces() -> None:
         assert_same(matrix.dense(), dense)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_int8_is_its_whole_numbers_times_scales(backend: dispatch.Backend) -> None:
+    dense = numbers(75, 130, seed=0) * torch.logspace(-3, 3, 75)[:, None]
+    dense[5] = 0
+    matrix = Matrix.of(dense, torch.int8)
+    assert matrix.nbytes < dense.nbytes / 3
+    step = dense.abs().amax(dim=1, keepdim=True) / 127
+    assert ((matrix.dense() - dense).abs() <= step * 0.501).all()
+    x = numbers(11, 130, seed=1)
+    expected = x.double() @ matrix.dense().double().T
+    with dispatch.using(backend):
+        out = result(x, matrix)
+        found = torch.empty(3, 130)
+        gather(found, matrix, torch.tensor([5, 74, 33]))
+    size = x.double().abs() @ matrix.dense().double().abs().T
+    assert ((out - expected).abs() <= 1e-5 * size + 1e-30).all()
+    assert_same(found, matrix.dense()[[5, 74, 33]])
+
+
+def test_an_int8_row_is_the_same_bits_among_any_number_of_rows() -> None:
+    matrix = Matrix.of(numbers(96, 300, seed=0), torch.int8)
+    x = numbers(40, 300, seed=1)
+    everything = result(x, matrix)
+    for rows in (1, 7, 8, 9, 33):
+        assert torch.equal(result(x[:rows], matrix), everything[:rows]), rows
+
+
 @pytest.mark.parametrize(
     ("out", "x"), [((2, 3), (2, 4)), ((2, 4), (2, 5)), ((1, 3), (2, 5))], ids=str
 )

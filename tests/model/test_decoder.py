@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from loramux.model.architecture import read_architecture
+from loramux.model.loader import load_weights
+from loramux_kernels.linear import Matrix
 from loramux_kernels.testing import counting
 from tests import tiny
 from tests.model.allocations import Allocations
@@ -187,6 +191,25 @@ def test_layers_in_one_call_are_the_operations_one_by_one(
         apart = model.run(prompt(21), adapters=worn, chunks=(13, 1, 7))
     assert calls["cpu:paged_attention"] == 3 * model.architecture.num_layers
     assert torch.equal(together, apart)
+
+
+def test_an_int8_base_is_the_model_of_its_rounded_weights(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    directory = checkpoint("qwen2")
+    rounded = shutil.copytree(directory, tmp_path / "rounded")
+    tensors = load_file(directory / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:
+            tensors[name] = Matrix.of(tensor, torch.int8).dense().contiguous()
+    save_file(tensors, rounded / "model.safetensors", {"format": "pt"})
+    architecture = read_architecture(directory)
+    weights = load_weights(
+        directory, architecture, dtype=torch.float32, device=torch.device("cpu"), quantize=True
+    )
+    logits = Paged(architecture, weights).run(prompt(), chunks=(20, 25))
+    torch.testing.assert_close(logits, tiny.logits(rounded, prompt()), atol=TOLERANCE, rtol=0)
+    assert (logits - tiny.logits(directory, prompt())).abs().max() > 10 * TOLERANCE
 
 
 def test_a_batch_larger_than_the_workspace_is_refused(checkpoint: Checkpoint) -> None:

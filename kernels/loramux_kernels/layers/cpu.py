@@ -16,7 +16,7 @@ from loramux_kernels import dispatch, simd
 from loramux_kernels.attention import cpu as attention
 from loramux_kernels.attention.pages import Pages
 from loramux_kernels.jit import entry, inner
-from loramux_kernels.layers.table import LayerTable, Vector, Work
+from loramux_kernels.layers.table import DTYPES, LayerTable, Vector, Work
 from loramux_kernels.linear import cpu as linear
 from loramux_kernels.linear.matrix import PANEL
 from loramux_kernels.lora import cpu as lora
@@ -28,7 +28,7 @@ _QKV, _O, _GATE_UP, _DOWN = range(len(SITES))
 _INPUT_NORM, _POST_NORM, _Q_NORM, _K_NORM, _BIASES = Vector
 
 _add_lora: Any = lora.add_lora_at  # mypy counts no starred operands
-_project_f32, _project_f16, _project_bf16 = linear.PROJECT.values()
+_project_f32, _project_f16, _project_bf16, _project_i8 = (linear.PROJECT[d] for d in DTYPES)
 
 
 def run_layers(
@@ -53,6 +53,7 @@ def run_layers(
         work.gate_up.numpy(),
         work.inner.numpy(),
         layers.matrices,
+        layers.scales,
         layers.dtypes,
         layers.vectors,
         layers.windows,
@@ -99,15 +100,18 @@ def run_layers(
 
 
 @inner
-def _project(out: Any, x: Any, address: int, dtype: int) -> None:
+def _project(out: Any, x: Any, address: int, scales: int, dtype: int) -> None:
     panels = (out.shape[1] + PANEL - 1) // PANEL
     size = panels * PANEL * x.shape[1]
+    none = simd.floats(scales, 0)
     if dtype == 0:
-        _project_f32(out, x, simd.floats(address, size))
+        _project_f32(out, x, simd.floats(address, size), none)
     elif dtype == 1:
-        _project_f16(out, x, simd.halves(address, size))
+        _project_f16(out, x, simd.halves(address, size), none)
+    elif dtype == 2:
+        _project_bf16(out, x, simd.halves(address, size), none)
     else:
-        _project_bf16(out, x, simd.halves(address, size))
+        _project_i8(out, x, simd.bytes_at(address, size), simd.floats(scales, out.shape[1]))
 
 
 @inner
@@ -129,6 +133,7 @@ def _site(
     num_modules: int,
     layer: int,
     matrices: Any,
+    scales: Any,
     dtypes: Any,
     vectors: Any,
     arena: Any,
@@ -139,7 +144,7 @@ def _site(
     threads: int,
 ) -> None:
     """The base's raw ``W x``, then each row's adapters, then the bias."""
-    _project(out, x, matrices[layer, site], dtypes[layer, site])
+    _project(out, x, matrices[layer, site], scales[layer, site], dtypes[layer, site])
     if top_ranks[layer, site] > 0:
         _add_lora(
             out,
@@ -160,7 +165,8 @@ def _site(
 @entry(
     "void(float32[:,::1], float32[:,::1], float32[:,::1], float32[:,::1], float32[:,::1],"
     " float32[:,::1], float32[:,::1],"
-    " int64[:,::1], int64[:,::1], int64[:,::1], int64[::1], float64, float64, int64,"
+    " int64[:,::1], int64[:,::1], int64[:,::1], int64[:,::1], int64[::1],"
+    " float64, float64, int64,"
     " float32[:,::1], float32[:,::1], int64[::1], uint8[::1],"
     " int64[:,:,::1], int32[::1], int32[::1], int32[::1], int32[::1], int32[::1],"
     " int64, int64, int64,"
@@ -178,6 +184,7 @@ def _run_layers(
     gate_up: Any,
     inner_: Any,
     matrices: Any,
+    scales: Any,
     dtypes: Any,
     vectors: Any,
     windows: Any,
@@ -246,7 +253,7 @@ def _run_layers(
         run_block,
         run_block_row,
     )
-    rest = (matrices, dtypes, vectors, arena, table, widths, runs, top_ranks, threads)
+    rest = (matrices, scales, dtypes, vectors, arena, table, widths, runs, top_ranks, threads)
     for layer in range(len(windows)):
         input_norm = simd.floats(vectors[layer, _INPUT_NORM], width)
         norm.add_rms_norm_rows(normed, residual, hidden, input_norm, eps)

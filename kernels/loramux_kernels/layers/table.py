@@ -12,7 +12,9 @@ import numpy.typing as npt
 import torch
 
 from loramux_kernels.linear import Matrix
-from loramux_kernels.lora.table import DTYPES
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+"""Dtypes of matrices; ``LayerTable.dtypes`` holds the index."""
 
 
 class Vector(IntEnum):
@@ -45,9 +47,9 @@ class Work:
 class LayerTable:
     """Addresses of every layer's weights; keeps the tensors alive that they belong to.
 
-    ``matrices`` and ``dtypes`` (index into ``lora.table.DTYPES``) are [layers, 4]: qkv, o, gate_up,
-    down. ``vectors`` is [layers, 8], see :class:`Vector`; 0 where a layer has none. ``windows`` is
-    [layers].
+    ``matrices``, ``scales`` and ``dtypes`` (index into ``DTYPES``) are [layers, 4]: qkv, o,
+    gate_up, down. ``vectors`` is [layers, 8], see :class:`Vector`; 0 where a layer has none.
+    ``windows`` is [layers].
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class LayerTable:
                 raise ValueError("LayerTable: vectors must be contiguous and float32")
         self._alive: Any = (matrices, vectors)
         self.matrices = _table([[m.data.data_ptr() for m in row] for row in matrices])
+        self.scales = _table([[m.scales.data_ptr() for m in row] for row in matrices])
         self.dtypes = _table([[DTYPES.index(m.data.dtype) for m in row] for row in matrices])
         self.vectors = _table([[0 if v is None else v.data_ptr() for v in row] for row in vectors])
         self.windows = np.array(windows, np.int64)

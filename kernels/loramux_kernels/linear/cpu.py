@@ -7,7 +7,7 @@ last bits change with the rows around it. (Measured with MKL 2024.2 on AVX-512, 
 is, for any number of rows and threads,
 
     one chain of fused multiply-adds over each block of 128 of the inner dimension,
-    the blocks added in order; an odd block comes first.
+    the blocks added in order; an odd block comes first; at last the column's scale, if any.
 
 Per panel of 32 columns: a block of weights (16 KiB) comes from memory once and stays in the first
 cache while tiles of eight rows use it. Meanwhile the lines of the next block are fetched, a line
@@ -34,22 +34,22 @@ _HALF = simd.LANES
 def project(out: torch.Tensor, x: torch.Tensor, weight: Matrix) -> None:
     """See :func:`loramux_kernels.linear.project`."""
     dispatch.calls["cpu:project"] += 1
-    data, kind = _bits(weight)
-    PROJECT[kind](out.numpy(), x.numpy(), data)
+    data, scales, kind = _bits(weight)
+    PROJECT[kind](out.numpy(), x.numpy(), data, scales)
 
 
 def gather(out: torch.Tensor, weight: Matrix, ids: torch.Tensor) -> None:
     """See :func:`loramux_kernels.linear.gather`."""
     dispatch.calls["cpu:gather"] += 1
-    data, kind = _bits(weight)
-    _GATHER[kind](out.numpy(), data, ids.numpy())
+    data, scales, kind = _bits(weight)
+    _GATHER[kind](out.numpy(), data, scales, ids.numpy())
 
 
-def _bits(weight: Matrix) -> tuple[Any, torch.dtype]:
-    """The panels as one row of numbers: numpy knows no bfloat16."""
+def _bits(weight: Matrix) -> tuple[Any, Any, torch.dtype]:
+    """The panels as one row of numbers, and the scales; numpy knows no bfloat16."""
     flat = weight.data.view(-1)
-    wide = flat.dtype == torch.float32
-    return (flat if wide else flat.view(torch.uint16)).numpy(), flat.dtype
+    data = flat.view(torch.uint16) if flat.dtype.itemsize == 2 else flat
+    return data.numpy(), weight.scales.numpy(), flat.dtype
 
 
 @inner
@@ -66,6 +66,22 @@ def _finish(sums: Any, to: int, fresh: bool, pair: Any) -> None:
     else:
         simd.store(sums, to, simd.add(simd.load(sums, to), pair[0]))
         simd.store(sums, to + _HALF, simd.add(simd.load(sums, to + _HALF), pair[1]))
+
+
+@inner
+def _write(
+    out: Any, column: int, width: int, sums: Any, at: int, rows: int, scales: Any, count: int
+) -> None:
+    """Sixteen columns or less of every row, scaled if the weights are."""
+    if len(scales):
+        scale = simd.load_part(scales, column, count)
+        for row in range(rows):
+            s = simd.mul(simd.load(sums, row * PANEL + at), scale)
+            simd.store_part(out, row * width + column, s, count)
+    else:
+        for row in range(rows):
+            s = simd.load(sums, row * PANEL + at)
+            simd.store_part(out, row * width + column, s, count)
 
 
 def _kernels(load: Any, bits: str) -> tuple[Any, Any]:
@@ -119,8 +135,8 @@ def _kernels(load: Any, bits: str) -> tuple[Any, Any]:
         _finish(sums, to + 6 * PANEL, fresh, g)
         _finish(sums, to + 7 * PANEL, fresh, h)
 
-    @parallel(f"void(float32[:,::1], float32[:,::1], {bits}[::1])")
-    def project(out: Any, x: Any, w: Any) -> None:
+    @parallel(f"void(float32[:,::1], float32[:,::1], {bits}[::1], float32[::1])")
+    def project(out: Any, x: Any, w: Any, scales: Any) -> None:
         rows, width_in = x.shape
         width_out = out.shape[1]
         tiles = (rows + _ROWS - 1) // _ROWS
@@ -150,23 +166,21 @@ def _kernels(load: Any, bits: str) -> tuple[Any, Any]:
                 begin += count
             column = panel * PANEL
             first, second = min(width_out - column, _HALF), min(width_out - column - _HALF, _HALF)
-            for row in range(rows):
-                to = row * width_out + column
-                simd.store_part(flat_out, to, simd.load(sums, row * PANEL), first)
-                if second > 0:
-                    part = simd.load(sums, row * PANEL + _HALF)
-                    simd.store_part(flat_out, to + _HALF, part, second)
+            _write(flat_out, column, width_out, sums, 0, rows, scales, first)
+            if second > 0:
+                _write(flat_out, column + _HALF, width_out, sums, _HALF, rows, scales, second)
 
-    @parallel(f"void(float32[:,::1], {bits}[::1], int64[::1])")
-    def gather(out: Any, w: Any, ids: Any) -> None:
+    @parallel(f"void(float32[:,::1], {bits}[::1], float32[::1], int64[::1])")
+    def gather(out: Any, w: Any, scales: Any, ids: Any) -> None:
         width_in = out.shape[1]
         for row in numba.prange(len(ids)):
             panel, column = ids[row] // PANEL, ids[row] % PANEL
             half = column // _HALF * _HALF
+            scale = scales[ids[row]] if len(scales) else np.float32(1)
             lanes = np.empty(_HALF, np.float32)
             for k in range(width_in):
                 simd.store(lanes, 0, load(w, (panel * width_in + k) * PANEL + half))
-                out[row, k] = lanes[column - half]
+                out[row, k] = scale * lanes[column - half]
 
     return project, gather
 
@@ -186,10 +200,16 @@ def _load_bf16(w: Any, at: int) -> Any:
     return simd.load_bf16(w, at)
 
 
+@inner
+def _load_i8(w: Any, at: int) -> Any:
+    return simd.load_i8(w, at)
+
+
 _BY_DTYPE = {
     torch.float32: _kernels(_load_f32, "float32"),
     torch.float16: _kernels(_load_f16, "uint16"),
     torch.bfloat16: _kernels(_load_bf16, "uint16"),
+    torch.int8: _kernels(_load_i8, "int8"),
 }
 PROJECT = {dtype: kernels[0] for dtype, kernels in _BY_DTYPE.items()}
 _GATHER = {dtype: kernels[1] for dtype, kernels in _BY_DTYPE.items()}

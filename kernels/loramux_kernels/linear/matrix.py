@@ -3,6 +3,9 @@
     CPU     [panels, in, 32]   a panel is 32 output columns; the last one ends in zeros
     other   [out, in]          as it lies in the file, which is what cuBLAS likes
 
+int8 holds each output column as whole numbers from -127 to 127 times a scale of its own
+(round-to-nearest, symmetric); every other dtype holds the file's own numbers.
+
 On a CPU a decode reads every weight once for a handful of rows, so the layout is the order of
 reading: one stream per panel, whole cache lines, each used by all rows while it is in a register.
 """
@@ -18,9 +21,11 @@ PANEL = 32
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """``W [width_out, width_in]``; ``data`` is in the layout above, in the dtype of its file."""
+    """``W [width_out, width_in]``; ``data`` is in the layout above, ``scales`` are fp32
+    ``[width_out]`` for int8 and empty otherwise."""
 
     data: torch.Tensor
+    scales: torch.Tensor
     width_out: int
     width_in: int
 
@@ -29,21 +34,20 @@ class Matrix:
         cls, width_out: int, width_in: int, dtype: torch.dtype, device: torch.device
     ) -> Matrix:
         """A matrix to be filled by ``write``."""
-        if device.type != "cpu":
-            return cls(
-                torch.empty(width_out, width_in, dtype=dtype, device=device), width_out, width_in
-            )
+        packed = device.type == "cpu"
         panels = -(-width_out // PANEL)
-        data = torch.empty(panels, width_in, PANEL, dtype=dtype)
-        if width_out % PANEL:
+        size = (panels, width_in, PANEL) if packed else (width_out, width_in)
+        data = torch.empty(size, dtype=dtype, device=device)
+        if packed and width_out % PANEL:
             data[-1, :, width_out % PANEL :] = 0
-        return cls(data, width_out, width_in)
+        scales = torch.empty(width_out if dtype == torch.int8 else 0, device=device)
+        return cls(data, scales, width_out, width_in)
 
     @classmethod
-    def of(cls, dense: torch.Tensor) -> Matrix:
-        """A copy of ``dense [out, in]``."""
+    def of(cls, dense: torch.Tensor, dtype: torch.dtype | None = None) -> Matrix:
+        """A copy of ``dense [out, in]``, in its own dtype or another."""
         width_out, width_in = dense.shape
-        matrix = cls.empty(width_out, width_in, dense.dtype, dense.device)
+        matrix = cls.empty(width_out, width_in, dtype or dense.dtype, dense.device)
         matrix.write(0, dense)
         return matrix
 
@@ -53,10 +57,15 @@ class Matrix:
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes
+        return self.data.nbytes + self.scales.nbytes
 
     def write(self, first: int, rows: torch.Tensor) -> None:
         """Rows ``first`` onwards become ``rows [n, in]``, converted to this matrix's dtype."""
+        if self.data.dtype == torch.int8:
+            wide = rows.float()
+            scales = wide.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+            self.scales[first : first + len(rows)] = scales
+            rows = (wide / scales[:, None]).round_().to(torch.int8)
         if not self.packed:
             self.data[first : first + len(rows)] = rows
             return
@@ -73,7 +82,8 @@ class Matrix:
             done += count
 
     def dense(self) -> torch.Tensor:
-        """``[out, in]``; a copy where the layout is another."""
-        if not self.packed:
-            return self.data
-        return self.data.transpose(1, 2).reshape(-1, self.width_in)[: self.width_out]
+        """``[out, in]``; a copy where it is held in another form."""
+        dense = self.data
+        if self.packed:
+            dense = dense.transpose(1, 2).reshape(-1, self.width_in)[: self.width_out]
+        return dense * self.scales[:, None] if self.data.dtype == torch.int8 else dense

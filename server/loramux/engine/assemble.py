@@ -70,8 +70,15 @@ def assemble(
     base = fingerprint(config.model, architecture, config.data_dir)
     timer.done("fingerprint")
     dtype = _dtype(config.dtype, architecture.checkpoint_dtype, device)
+    if config.quantize != "none" and device.type != "cpu":
+        raise ConfigError("--quantize int8 is for a CPU", param="quantize")
     weights = load_weights(
-        config.model, architecture, dtype=dtype, device=device, progress=progress
+        config.model,
+        architecture,
+        dtype=dtype,
+        device=device,
+        quantize=config.quantize == "int8",
+        progress=progress,
     )
     timer.done("weights")
     kv = KvFormat(

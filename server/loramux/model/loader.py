@@ -77,9 +77,12 @@ def load_weights(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    quantize: bool = False,
     progress: Progress | None = None,
 ) -> Weights:
     """The weights of a model directory, to compute in ``dtype`` on ``device``.
+
+    ``quantize`` rounds the matrices to 8 bits with a scale for each output column (CPU only).
 
     Raises ``ConfigError`` listing every tensor that is missing, unknown or of the wrong shape
     before anything is read; and one that names a tensor whose values ``dtype`` cannot hold.
@@ -93,6 +96,8 @@ def load_weights(
         _check_tied(directory, head, tensors["model.embed_tokens.weight"])
     keep = dtype == torch.float32 and device.type == "cpu"
     stored = {name: _DTYPES[t.dtype] if keep else dtype for name, t in tensors.items()}
+    if quantize:
+        stored = dict.fromkeys(stored, torch.int8)
     weights = _allocate(architecture, stored, dtype, device)
     places = _places(architecture, weights)
     total = sum(tensor.nbytes for tensor in tensors.values())
