@@ -41,7 +41,7 @@ CREATE TABLE names (
     PRIMARY KEY (tenant, name)
 ) STRICT;
 CREATE TABLE adapters (
-    id INTEGER PRIMARY KEY,
+    id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again, so a late verdict finds nobody
     tenant TEXT NOT NULL,
     name TEXT NOT NULL,
     generation INTEGER NOT NULL,
