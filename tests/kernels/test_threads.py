@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from loramux_kernels import dispatch
+
 PROGRAM = """
 import os
 import torch
@@ -34,3 +36,31 @@ def test_numba_uses_torchs_threads() -> None:
         env={"PYTHONPATH": "kernels", "NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"},
     )
     assert done.stdout.split() == ["omp", "2", "2", "0"], done.stderr
+
+
+COMPILED = """
+from loramux_kernels import dispatch
+
+dispatch.warm_up()
+import sys
+from numba.core.dispatcher import Dispatcher
+
+modules = [m for name, m in sys.modules.items() if name.startswith("loramux_kernels")]
+entries = {f for m in modules for f in vars(m).values() if isinstance(f, Dispatcher)}
+hits = sum(sum(entry.stats.cache_hits.values()) for entry in entries)
+print(hits, sum(sum(entry.stats.cache_misses.values()) for entry in entries))
+"""
+
+
+def test_another_process_compiles_nothing() -> None:
+    """What one process compiled is read from disk by the next: a start takes no minute."""
+    dispatch.warm_up()
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": "kernels"},
+    )
+    hits, misses = map(int, done.stdout.split())
+    assert hits >= 15 and misses == 0

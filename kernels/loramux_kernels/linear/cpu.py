@@ -84,8 +84,8 @@ def _write(
             simd.store_part(out, row * width + column, s, count)
 
 
-def _kernels(load: Any, bits: str) -> tuple[Any, Any]:
-    """``project`` and ``gather`` for weights that ``load`` widens."""
+def _panel_with(load: Any) -> Any:
+    """The work on one panel of weights that ``load`` widens."""
 
     @inner
     def tile(
@@ -135,54 +135,58 @@ def _kernels(load: Any, bits: str) -> tuple[Any, Any]:
         _finish(sums, to + 6 * PANEL, fresh, g)
         _finish(sums, to + 7 * PANEL, fresh, h)
 
-    @parallel(f"void(float32[:,::1], float32[:,::1], {bits}[::1], float32[::1])")
-    def project(out: Any, x: Any, w: Any, scales: Any) -> None:
-        rows, width_in = x.shape
-        width_out = out.shape[1]
+    @inner
+    def project(
+        panel: int, out: Any, width_out: int, x: Any, shape: Any, w: Any, scales: Any
+    ) -> None:
+        rows, width_in = shape
         tiles = (rows + _ROWS - 1) // _ROWS
-        flat_x, flat_out = x.reshape(-1), out.reshape(-1)
-        for panel in numba.prange((width_out + PANEL - 1) // PANEL):
-            sums = np.empty(tiles * _ROWS * PANEL, np.float32)
-            begin = 0
-            while begin < width_in:
-                odd = (width_in - begin) % INNER_BLOCK
-                count = odd if odd else INNER_BLOCK
-                at = (panel * width_in + begin) * PANEL
-                for tile_ in range(tiles):
-                    tile(
-                        sums,
-                        tile_ * _ROWS * PANEL,
-                        begin == 0,
-                        w,
-                        at,
-                        at + count * PANEL + tile_ % 2 * _HALF,
-                        flat_x,
-                        tile_ * _ROWS,
-                        rows - 1,
-                        width_in,
-                        begin,
-                        count,
-                    )
-                begin += count
-            column = panel * PANEL
-            first, second = min(width_out - column, _HALF), min(width_out - column - _HALF, _HALF)
-            _write(flat_out, column, width_out, sums, 0, rows, scales, first)
-            if second > 0:
-                _write(flat_out, column + _HALF, width_out, sums, _HALF, rows, scales, second)
+        sums = np.empty(tiles * _ROWS * PANEL, np.float32)
+        begin = 0
+        while begin < width_in:
+            odd = (width_in - begin) % INNER_BLOCK
+            count = odd if odd else INNER_BLOCK
+            at = (panel * width_in + begin) * PANEL
+            for tile_ in range(tiles):
+                tile(
+                    sums,
+                    tile_ * _ROWS * PANEL,
+                    begin == 0,
+                    w,
+                    at,
+                    at + count * PANEL + tile_ % 2 * _HALF,
+                    x,
+                    tile_ * _ROWS,
+                    rows - 1,
+                    width_in,
+                    begin,
+                    count,
+                )
+            begin += count
+        column = panel * PANEL
+        first, second = min(width_out - column, _HALF), min(width_out - column - _HALF, _HALF)
+        _write(out, column, width_out, sums, 0, rows, scales, first)
+        if second > 0:
+            _write(out, column + _HALF, width_out, sums, _HALF, rows, scales, second)
 
-    @parallel(f"void(float32[:,::1], {bits}[::1], float32[::1], int64[::1])")
-    def gather(out: Any, w: Any, scales: Any, ids: Any) -> None:
+    return project
+
+
+def _row_with(load: Any) -> Any:
+    """One row of the matrix, out of its panel."""
+
+    @inner
+    def gather(row: int, out: Any, w: Any, scales: Any, index: int) -> None:
         width_in = out.shape[1]
-        for row in numba.prange(len(ids)):
-            panel, column = ids[row] // PANEL, ids[row] % PANEL
-            half = column // _HALF * _HALF
-            scale = scales[ids[row]] if len(scales) else np.float32(1)
-            lanes = np.empty(_HALF, np.float32)
-            for k in range(width_in):
-                simd.store(lanes, 0, load(w, (panel * width_in + k) * PANEL + half))
-                out[row, k] = scale * lanes[column - half]
+        panel, column = index // PANEL, index % PANEL
+        half = column // _HALF * _HALF
+        scale = scales[index] if len(scales) else np.float32(1)
+        lanes = np.empty(_HALF, np.float32)
+        for k in range(width_in):
+            simd.store(lanes, 0, load(w, (panel * width_in + k) * PANEL + half))
+            out[row, k] = scale * lanes[column - half]
 
-    return project, gather
+    return gather
 
 
 @inner
@@ -205,11 +209,79 @@ def _load_i8(w: Any, at: int) -> Any:
     return simd.load_i8(w, at)
 
 
-_BY_DTYPE = {
-    torch.float32: _kernels(_load_f32, "float32"),
-    torch.float16: _kernels(_load_f16, "uint16"),
-    torch.bfloat16: _kernels(_load_bf16, "uint16"),
-    torch.int8: _kernels(_load_i8, "int8"),
+_panel_f32, _row_f32 = _panel_with(_load_f32), _row_with(_load_f32)
+_panel_f16, _row_f16 = _panel_with(_load_f16), _row_with(_load_f16)
+_panel_bf16, _row_bf16 = _panel_with(_load_bf16), _row_with(_load_bf16)
+_panel_i8, _row_i8 = _panel_with(_load_i8), _row_with(_load_i8)
+
+# An entry of its own for each dtype: numba keeps on disk only functions that close over nothing.
+
+
+@parallel("void(float32[:,::1], float32[:,::1], float32[::1], float32[::1])")
+def project_f32(out: Any, x: Any, w: Any, scales: Any) -> None:
+    width = out.shape[1]
+    flat_x, flat_out = x.reshape(-1), out.reshape(-1)
+    for panel in numba.prange((width + PANEL - 1) // PANEL):
+        _panel_f32(panel, flat_out, width, flat_x, x.shape, w, scales)
+
+
+@parallel("void(float32[:,::1], float32[:,::1], uint16[::1], float32[::1])")
+def project_f16(out: Any, x: Any, w: Any, scales: Any) -> None:
+    width = out.shape[1]
+    flat_x, flat_out = x.reshape(-1), out.reshape(-1)
+    for panel in numba.prange((width + PANEL - 1) // PANEL):
+        _panel_f16(panel, flat_out, width, flat_x, x.shape, w, scales)
+
+
+@parallel("void(float32[:,::1], float32[:,::1], uint16[::1], float32[::1])")
+def project_bf16(out: Any, x: Any, w: Any, scales: Any) -> None:
+    width = out.shape[1]
+    flat_x, flat_out = x.reshape(-1), out.reshape(-1)
+    for panel in numba.prange((width + PANEL - 1) // PANEL):
+        _panel_bf16(panel, flat_out, width, flat_x, x.shape, w, scales)
+
+
+@parallel("void(float32[:,::1], float32[:,::1], int8[::1], float32[::1])")
+def project_i8(out: Any, x: Any, w: Any, scales: Any) -> None:
+    width = out.shape[1]
+    flat_x, flat_out = x.reshape(-1), out.reshape(-1)
+    for panel in numba.prange((width + PANEL - 1) // PANEL):
+        _panel_i8(panel, flat_out, width, flat_x, x.shape, w, scales)
+
+
+@parallel("void(float32[:,::1], float32[::1], float32[::1], int64[::1])")
+def _gather_f32(out: Any, w: Any, scales: Any, ids: Any) -> None:
+    for row in numba.prange(len(ids)):
+        _row_f32(row, out, w, scales, ids[row])
+
+
+@parallel("void(float32[:,::1], uint16[::1], float32[::1], int64[::1])")
+def _gather_f16(out: Any, w: Any, scales: Any, ids: Any) -> None:
+    for row in numba.prange(len(ids)):
+        _row_f16(row, out, w, scales, ids[row])
+
+
+@parallel("void(float32[:,::1], uint16[::1], float32[::1], int64[::1])")
+def _gather_bf16(out: Any, w: Any, scales: Any, ids: Any) -> None:
+    for row in numba.prange(len(ids)):
+        _row_bf16(row, out, w, scales, ids[row])
+
+
+@parallel("void(float32[:,::1], int8[::1], float32[::1], int64[::1])")
+def _gather_i8(out: Any, w: Any, scales: Any, ids: Any) -> None:
+    for row in numba.prange(len(ids)):
+        _row_i8(row, out, w, scales, ids[row])
+
+
+PROJECT = {
+    torch.float32: project_f32,
+    torch.float16: project_f16,
+    torch.bfloat16: project_bf16,
+    torch.int8: project_i8,
 }
-PROJECT = {dtype: kernels[0] for dtype, kernels in _BY_DTYPE.items()}
-_GATHER = {dtype: kernels[1] for dtype, kernels in _BY_DTYPE.items()}
+_GATHER = {
+    torch.float32: _gather_f32,
+    torch.float16: _gather_f16,
+    torch.bfloat16: _gather_bf16,
+    torch.int8: _gather_i8,
+}
