@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +23,7 @@ from loramux.model.architecture import Architecture, read_architecture
 from loramux.model.decoder import Decoder
 from loramux.model.fingerprint import fingerprint
 from loramux.model.inputs import ModelInputs
-from loramux.model.loader import load_weights
+from loramux.model.loader import Progress, Weights, load_weights
 from loramux.model.runner import ModelRunner
 from loramux.request import BASE_MODEL_ID
 from loramux.sampling.sampler import Sampler
@@ -56,7 +55,7 @@ def assemble(
     epoch: int = 0,
     poison: bool = False,
     num_frames: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Assembled:
     """Build the engine of ``config``. Raises ConfigError naming what is wrong.
 
@@ -70,16 +69,7 @@ def assemble(
     base = fingerprint(config.model, architecture, config.data_dir)
     timer.done("fingerprint")
     dtype = _dtype(config.dtype, architecture.checkpoint_dtype, device)
-    if config.quantize != "none" and device.type != "cpu":
-        raise ConfigError("--quantize int8 is for a CPU", param="quantize")
-    weights = load_weights(
-        config.model,
-        architecture,
-        dtype=dtype,
-        device=device,
-        quantize=config.quantize == "int8",
-        progress=progress,
-    )
+    weights = _weights(config, architecture, dtype, device, progress)
     timer.done("weights")
     kv = KvFormat(
         model_id=BASE_MODEL_ID,
@@ -133,6 +123,26 @@ def assemble(
         startup_s=timer.seconds,
     )
     return Assembled(engine, ready)
+
+
+def _weights(
+    config: ServerConfig,
+    architecture: Architecture,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None,
+) -> Weights:
+    quantize = config.quantize == "int8"
+    if quantize and device.type != "cpu":
+        raise ConfigError("--quantize int8 is for a CPU", param="quantize")
+    return load_weights(
+        config.model,
+        architecture,
+        dtype=dtype,
+        device=device,
+        quantize=quantize,
+        progress=progress,
+    )
 
 
 def _connect(
