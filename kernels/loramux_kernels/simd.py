@@ -87,8 +87,7 @@ def _pointer_to(element: Any) -> Any:
 
 
 _to_f32 = _pointer_to(types.float32)
-_to_u16 = _pointer_to(types.uint16)
-_to_i8 = _pointer_to(types.int8)
+_to_u8 = _pointer_to(types.uint8)
 
 
 @inner
@@ -98,15 +97,9 @@ def floats(address: Any, size: Any) -> Any:
 
 
 @inner
-def halves(address: Any, size: Any) -> Any:
-    """The same for sixteen-bit elements."""
-    return carray(_to_u16(address), (size,))
-
-
-@inner
 def bytes_at(address: Any, size: Any) -> Any:
-    """The same for int8 elements."""
-    return carray(_to_i8(address), (size,))
+    """The same for bytes."""
+    return carray(_to_u8(address), (size,))
 
 
 @intrinsic  # type: ignore[untyped-decorator]

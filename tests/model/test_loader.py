@@ -35,7 +35,7 @@ def assert_holds(weights: Weights, arch: Architecture, tensors: dict[str, torch.
     q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
 
     def check(name: str, got: torch.Tensor | Matrix) -> None:
-        got = got.dense() if isinstance(got, Matrix) else got
+        got = dense(got)
         assert torch.equal(got, left.pop(name).to(got.dtype)), name
 
     check("model.embed_tokens.weight", weights.embedding)

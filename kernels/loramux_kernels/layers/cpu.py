@@ -16,9 +16,9 @@ from loramux_kernels import dispatch, simd
 from loramux_kernels.attention import cpu as attention
 from loramux_kernels.attention.pages import Pages
 from loramux_kernels.jit import entry, inner
-from loramux_kernels.layers.table import DTYPES, LayerTable, Vector, Work
+from loramux_kernels.layers.table import LayerTable, Vector, Work
 from loramux_kernels.linear import cpu as linear
-from loramux_kernels.linear.matrix import PANEL
+from loramux_kernels.linear.matrix import DTYPES, PANEL
 from loramux_kernels.lora import cpu as lora
 from loramux_kernels.lora.runs import Runs
 from loramux_kernels.lora.table import SITES, AdapterTable
@@ -28,7 +28,7 @@ _QKV, _O, _GATE_UP, _DOWN = range(len(SITES))
 _INPUT_NORM, _POST_NORM, _Q_NORM, _K_NORM, _BIASES = Vector
 
 _add_lora: Any = lora.add_lora_at  # mypy counts no starred operands
-_project_f32, _project_f16, _project_bf16, _project_i8 = (linear.PROJECT[d] for d in DTYPES)
+_ITEMSIZES = tuple(dtype.itemsize for dtype in DTYPES)
 
 
 def run_layers(
@@ -102,16 +102,8 @@ def run_layers(
 @inner
 def _project(out: Any, x: Any, address: int, scales: int, dtype: int) -> None:
     panels = (out.shape[1] + PANEL - 1) // PANEL
-    size = panels * PANEL * x.shape[1]
-    none = simd.floats(scales, 0)
-    if dtype == 0:
-        _project_f32(out, x, simd.floats(address, size), none)
-    elif dtype == 1:
-        _project_f16(out, x, simd.halves(address, size), none)
-    elif dtype == 2:
-        _project_bf16(out, x, simd.halves(address, size), none)
-    else:
-        _project_i8(out, x, simd.bytes_at(address, size), simd.floats(scales, out.shape[1]))
+    data = simd.bytes_at(address, panels * PANEL * x.shape[1] * _ITEMSIZES[dtype])
+    linear.project_at(out, x, data, dtype, simd.floats(scales, out.shape[1] if scales else 0))
 
 
 @inner

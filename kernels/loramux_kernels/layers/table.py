@@ -11,10 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loramux_kernels.linear import Matrix
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
-"""Dtypes of matrices; ``LayerTable.dtypes`` holds the index."""
+from loramux_kernels.linear.matrix import DTYPES, Matrix
 
 
 class Vector(IntEnum):

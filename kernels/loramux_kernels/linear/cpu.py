@@ -24,7 +24,7 @@ import torch
 
 from loramux_kernels import dispatch, simd
 from loramux_kernels.jit import inner, parallel
-from loramux_kernels.linear.matrix import PANEL, Matrix
+from loramux_kernels.linear.matrix import DTYPES, PANEL, Matrix
 
 INNER_BLOCK = 128
 _ROWS = 8
@@ -34,22 +34,19 @@ _HALF = simd.LANES
 def project(out: torch.Tensor, x: torch.Tensor, weight: Matrix) -> None:
     """See :func:`loramux_kernels.linear.project`."""
     dispatch.calls["cpu:project"] += 1
-    data, scales, kind = _bits(weight)
-    PROJECT[kind](out.numpy(), x.numpy(), data, scales)
+    project_at(out.numpy(), x.numpy(), *_operands(weight))
 
 
 def gather(out: torch.Tensor, weight: Matrix, ids: torch.Tensor) -> None:
     """See :func:`loramux_kernels.linear.gather`."""
     dispatch.calls["cpu:gather"] += 1
-    data, scales, kind = _bits(weight)
-    _GATHER[kind](out.numpy(), data, scales, ids.numpy())
+    _gather_at(out.numpy(), *_operands(weight), ids.numpy())
 
 
-def _bits(weight: Matrix) -> tuple[Any, Any, torch.dtype]:
-    """The panels as one row of numbers, and the scales; numpy knows no bfloat16."""
-    flat = weight.data.view(-1)
-    data = flat.view(torch.uint16) if flat.dtype.itemsize == 2 else flat
-    return data.numpy(), weight.scales.numpy(), flat.dtype
+def _operands(weight: Matrix) -> tuple[Any, int, Any]:
+    """The panels as bytes, since numpy knows no bfloat16; what they are; the scales."""
+    data = weight.data.view(-1).view(torch.uint8).numpy()
+    return data, DTYPES.index(weight.data.dtype), weight.scales.numpy()
 
 
 @inner
@@ -189,99 +186,38 @@ def _row_with(load: Any) -> Any:
     return gather
 
 
-@inner
-def _load_f32(w: Any, at: int) -> Any:
-    return simd.load(w, at)
+_panel_f32, _row_f32 = _panel_with(simd.load), _row_with(simd.load)
+_panel_f16, _row_f16 = _panel_with(simd.load_f16), _row_with(simd.load_f16)
+_panel_bf16, _row_bf16 = _panel_with(simd.load_bf16), _row_with(simd.load_bf16)
+_panel_i8, _row_i8 = _panel_with(simd.load_i8), _row_with(simd.load_i8)
 
 
-@inner
-def _load_f16(w: Any, at: int) -> Any:
-    return simd.load_f16(w, at)
-
-
-@inner
-def _load_bf16(w: Any, at: int) -> Any:
-    return simd.load_bf16(w, at)
-
-
-@inner
-def _load_i8(w: Any, at: int) -> Any:
-    return simd.load_i8(w, at)
-
-
-_panel_f32, _row_f32 = _panel_with(_load_f32), _row_with(_load_f32)
-_panel_f16, _row_f16 = _panel_with(_load_f16), _row_with(_load_f16)
-_panel_bf16, _row_bf16 = _panel_with(_load_bf16), _row_with(_load_bf16)
-_panel_i8, _row_i8 = _panel_with(_load_i8), _row_with(_load_i8)
-
-# An entry of its own for each dtype: numba keeps on disk only functions that close over nothing.
-
-
-@parallel("void(float32[:,::1], float32[:,::1], float32[::1], float32[::1])")
-def project_f32(out: Any, x: Any, w: Any, scales: Any) -> None:
-    width = out.shape[1]
-    flat_x, flat_out = x.reshape(-1), out.reshape(-1)
+@parallel("void(float32[:,::1], float32[:,::1], uint8[::1], int64, float32[::1])")
+def project_at(out: Any, x: Any, data: Any, dtype: int, scales: Any) -> None:
+    """``data`` is of ``DTYPES[dtype]``."""
+    f32, u16, i8 = data.view(np.float32), data.view(np.uint16), data.view(np.int8)
+    shape, width = x.shape, out.shape[1]
+    x, out = x.reshape(-1), out.reshape(-1)
     for panel in numba.prange((width + PANEL - 1) // PANEL):
-        _panel_f32(panel, flat_out, width, flat_x, x.shape, w, scales)
+        if dtype == 0:
+            _panel_f32(panel, out, width, x, shape, f32, scales)
+        elif dtype == 1:
+            _panel_f16(panel, out, width, x, shape, u16, scales)
+        elif dtype == 2:
+            _panel_bf16(panel, out, width, x, shape, u16, scales)
+        else:
+            _panel_i8(panel, out, width, x, shape, i8, scales)
 
 
-@parallel("void(float32[:,::1], float32[:,::1], uint16[::1], float32[::1])")
-def project_f16(out: Any, x: Any, w: Any, scales: Any) -> None:
-    width = out.shape[1]
-    flat_x, flat_out = x.reshape(-1), out.reshape(-1)
-    for panel in numba.prange((width + PANEL - 1) // PANEL):
-        _panel_f16(panel, flat_out, width, flat_x, x.shape, w, scales)
-
-
-@parallel("void(float32[:,::1], float32[:,::1], uint16[::1], float32[::1])")
-def project_bf16(out: Any, x: Any, w: Any, scales: Any) -> None:
-    width = out.shape[1]
-    flat_x, flat_out = x.reshape(-1), out.reshape(-1)
-    for panel in numba.prange((width + PANEL - 1) // PANEL):
-        _panel_bf16(panel, flat_out, width, flat_x, x.shape, w, scales)
-
-
-@parallel("void(float32[:,::1], float32[:,::1], int8[::1], float32[::1])")
-def project_i8(out: Any, x: Any, w: Any, scales: Any) -> None:
-    width = out.shape[1]
-    flat_x, flat_out = x.reshape(-1), out.reshape(-1)
-    for panel in numba.prange((width + PANEL - 1) // PANEL):
-        _panel_i8(panel, flat_out, width, flat_x, x.shape, w, scales)
-
-
-@parallel("void(float32[:,::1], float32[::1], float32[::1], int64[::1])")
-def _gather_f32(out: Any, w: Any, scales: Any, ids: Any) -> None:
+@parallel("void(float32[:,::1], uint8[::1], int64, float32[::1], int64[::1])")
+def _gather_at(out: Any, data: Any, dtype: int, scales: Any, ids: Any) -> None:
+    f32, u16, i8 = data.view(np.float32), data.view(np.uint16), data.view(np.int8)
     for row in numba.prange(len(ids)):
-        _row_f32(row, out, w, scales, ids[row])
-
-
-@parallel("void(float32[:,::1], uint16[::1], float32[::1], int64[::1])")
-def _gather_f16(out: Any, w: Any, scales: Any, ids: Any) -> None:
-    for row in numba.prange(len(ids)):
-        _row_f16(row, out, w, scales, ids[row])
-
-
-@parallel("void(float32[:,::1], uint16[::1], float32[::1], int64[::1])")
-def _gather_bf16(out: Any, w: Any, scales: Any, ids: Any) -> None:
-    for row in numba.prange(len(ids)):
-        _row_bf16(row, out, w, scales, ids[row])
-
-
-@parallel("void(float32[:,::1], int8[::1], float32[::1], int64[::1])")
-def _gather_i8(out: Any, w: Any, scales: Any, ids: Any) -> None:
-    for row in numba.prange(len(ids)):
-        _row_i8(row, out, w, scales, ids[row])
-
-
-PROJECT = {
-    torch.float32: project_f32,
-    torch.float16: project_f16,
-    torch.bfloat16: project_bf16,
-    torch.int8: project_i8,
-}
-_GATHER = {
-    torch.float32: _gather_f32,
-    torch.float16: _gather_f16,
-    torch.bfloat16: _gather_bf16,
-    torch.int8: _gather_i8,
-}
+        if dtype == 0:
+            _row_f32(row, out, f32, scales, ids[row])
+        elif dtype == 1:
+            _row_f16(row, out, u16, scales, ids[row])
+        elif dtype == 2:
+            _row_bf16(row, out, u16, scales, ids[row])
+        else:
+            _row_i8(row, out, i8, scales, ids[row])

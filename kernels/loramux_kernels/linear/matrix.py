@@ -18,6 +18,9 @@ import torch
 
 PANEL = 32
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+"""What a matrix may hold; kernels are given the index."""
+
 
 @dataclass(frozen=True, eq=False)
 class Matrix:

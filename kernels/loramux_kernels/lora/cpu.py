@@ -226,24 +226,9 @@ def _expand_with(load: Any) -> Any:
     return expand
 
 
-@inner
-def _load_f32(w: Any, at: int) -> Any:
-    return simd.load(w, at)
-
-
-@inner
-def _load_f16(w: Any, at: int) -> Any:
-    return simd.load_f16(w, at)
-
-
-@inner
-def _load_bf16(w: Any, at: int) -> Any:
-    return simd.load_bf16(w, at)
-
-
-_shrink_f32, _expand_f32 = _shrink_with(_load_f32), _expand_with(_load_f32)
-_shrink_f16, _expand_f16 = _shrink_with(_load_f16), _expand_with(_load_f16)
-_shrink_bf16, _expand_bf16 = _shrink_with(_load_bf16), _expand_with(_load_bf16)
+_shrink_f32, _expand_f32 = _shrink_with(simd.load), _expand_with(simd.load)
+_shrink_f16, _expand_f16 = _shrink_with(simd.load_f16), _expand_with(simd.load_f16)
+_shrink_bf16, _expand_bf16 = _shrink_with(simd.load_bf16), _expand_with(simd.load_bf16)
 
 
 @inner
