@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir  # type: ignore[import-untyped]
+import numba
+from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import carray
 from numba.core import cgutils, types
 from numba.core.types import CPointer  # type: ignore[attr-defined]
@@ -21,6 +22,9 @@ from numba.extending import intrinsic, models, register_model
 from loramux_kernels.jit import inner
 
 LANES = 16
+
+WIDE = "+avx512f" in (numba.config.CPU_FEATURES or binding.get_host_cpu_features().flatten())
+"""Sixteen lanes are one register, of 32."""
 
 _F32 = ir.FloatType()
 _I32 = ir.IntType(32)

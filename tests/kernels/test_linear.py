@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from loramux_kernels import dispatch
+from loramux_kernels import dispatch, simd
 from loramux_kernels.jit import set_num_threads
 from loramux_kernels.linear import Matrix, gather, project
-from loramux_kernels.linear.cpu import INNER_BLOCK
+from loramux_kernels.linear.cpu import INNER_BLOCK, panel_with
 from loramux_kernels.testing import assert_same
 
 ROWS = 520
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WIDE_PANEL, NARROW_PANEL = (panel_with(simd.load, wide=wide) for wide in (True, False))
 
 
 def numbers(*shape: int, seed: int) -> torch.Tensor:
@@ -79,6 +80,19 @@ def test_the_sum_is_the_one_defined(
     dense = numbers(width_out, width_in, seed=rows).to(dtype)
     x = numbers(rows, width_in, seed=rows + 1)
     assert_same(result(x, Matrix.of(dense)), defined(x, dense))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 9, 23])
+def test_wide_and_narrow_tiles_give_the_same_bits(rows: int) -> None:
+    """A machine compiles one of them; the other's users see the same."""
+    dense, x = numbers(32, 300, seed=rows), numbers(rows, 300, seed=rows + 1)
+    data, outs = Matrix.of(dense).data.view(-1).numpy(), []
+    for panel in (WIDE_PANEL, NARROW_PANEL):
+        out = np.full(rows * 32, np.nan, np.float32)
+        panel(0, out, 32, x.numpy().reshape(-1), (rows, 300), data, np.empty(0, np.float32))
+        outs.append(torch.from_numpy(out).view(rows, 32))
+    assert_same(outs[0], outs[1])
+    assert_same(outs[0], defined(x, dense))
 
 
 def test_no_rows_are_no_work() -> None:

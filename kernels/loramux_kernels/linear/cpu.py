@@ -10,8 +10,9 @@ is, for any number of rows and threads,
     the blocks added in order; an odd block comes first; at last the column's scale, if any.
 
 Per panel of 32 columns: a block of weights (16 KiB) comes from memory once and stays in the first
-cache while tiles of eight rows use it. Meanwhile the lines of the next block are fetched, a line
-for each step of the first two tiles, so that memory never waits for the multipliers.
+cache while tiles of eight rows (four where registers are narrow) use it. Meanwhile the lines of
+the next block are fetched, a line for each step of the first two tiles, so that memory never waits
+for the multipliers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from loramux_kernels.jit import inner, parallel
 from loramux_kernels.linear.matrix import DTYPES, PANEL, Matrix
 
 INNER_BLOCK = 128
-_ROWS = 8
 _HALF = simd.LANES
 
 
@@ -50,19 +50,112 @@ def _operands(weight: Matrix) -> tuple[Any, int, Any]:
 
 
 @inner
-def _pair(sums: Any, x: Any, u: Any, v: Any) -> Any:
-    return simd.fma(x, u, sums[0]), simd.fma(x, v, sums[1])
+def _keep(sums: Any, to: int, fresh: bool, sum_: Any) -> None:
+    """The first block's sums are stored, later ones are added."""
+    simd.store(sums, to, sum_ if fresh else simd.add(simd.load(sums, to), sum_))
 
 
-@inner
-def _finish(sums: Any, to: int, fresh: bool, pair: Any) -> None:
-    """The first block is stored, later ones are added."""
-    if fresh:
-        simd.store(sums, to, pair[0])
-        simd.store(sums, to + _HALF, pair[1])
-    else:
-        simd.store(sums, to, simd.add(simd.load(sums, to), pair[0]))
-        simd.store(sums, to + _HALF, simd.add(simd.load(sums, to + _HALF), pair[1]))
+def _wide(load: Any) -> Any:
+    """Eight rows by 32 columns: sixteen sums in the 32 registers of AVX-512."""
+
+    @inner
+    def pair(s: Any, x: Any, u: Any, v: Any) -> Any:
+        return simd.fma(x, u, s[0]), simd.fma(x, v, s[1])
+
+    @inner
+    def keep(sums: Any, to: int, fresh: bool, s: Any) -> None:
+        _keep(sums, to, fresh, s[0])
+        _keep(sums, to + _HALF, fresh, s[1])
+
+    @inner
+    def block(
+        sums: Any,
+        to: int,
+        fresh: bool,
+        w: Any,
+        at: int,
+        ahead: int,
+        x: Any,
+        row: int,
+        last: int,
+        width_in: int,
+        begin: int,
+        count: int,
+    ) -> None:
+        zero = simd.splat(np.float32(0))
+        a, b, c, d = (zero, zero), (zero, zero), (zero, zero), (zero, zero)
+        e, f, g, h = (zero, zero), (zero, zero), (zero, zero), (zero, zero)
+        x0 = row * width_in + begin
+        x1 = min(row + 1, last) * width_in + begin
+        x2 = min(row + 2, last) * width_in + begin
+        x3 = min(row + 3, last) * width_in + begin
+        x4 = min(row + 4, last) * width_in + begin
+        x5 = min(row + 5, last) * width_in + begin
+        x6 = min(row + 6, last) * width_in + begin
+        x7 = min(row + 7, last) * width_in + begin
+        for k in range(count):
+            u = load(w, at + k * PANEL)
+            v = load(w, at + k * PANEL + _HALF)
+            simd.prefetch(w, ahead + k * PANEL)
+            a = pair(a, simd.broadcast(x, x0 + k), u, v)
+            b = pair(b, simd.broadcast(x, x1 + k), u, v)
+            c = pair(c, simd.broadcast(x, x2 + k), u, v)
+            d = pair(d, simd.broadcast(x, x3 + k), u, v)
+            e = pair(e, simd.broadcast(x, x4 + k), u, v)
+            f = pair(f, simd.broadcast(x, x5 + k), u, v)
+            g = pair(g, simd.broadcast(x, x6 + k), u, v)
+            h = pair(h, simd.broadcast(x, x7 + k), u, v)
+        keep(sums, to, fresh, a)
+        keep(sums, to + PANEL, fresh, b)
+        keep(sums, to + 2 * PANEL, fresh, c)
+        keep(sums, to + 3 * PANEL, fresh, d)
+        keep(sums, to + 4 * PANEL, fresh, e)
+        keep(sums, to + 5 * PANEL, fresh, f)
+        keep(sums, to + 6 * PANEL, fresh, g)
+        keep(sums, to + 7 * PANEL, fresh, h)
+
+    return block
+
+
+def _narrow(load: Any) -> Any:
+    """Four rows by 32 columns, sixteen at a time: four sums of two registers each in the sixteen
+    of AVX2, of four each in the 32 of NEON."""
+
+    @inner
+    def block(
+        sums: Any,
+        to: int,
+        fresh: bool,
+        w: Any,
+        at: int,
+        ahead: int,
+        x: Any,
+        row: int,
+        last: int,
+        width_in: int,
+        begin: int,
+        count: int,
+    ) -> None:
+        x0 = row * width_in + begin
+        x1 = min(row + 1, last) * width_in + begin
+        x2 = min(row + 2, last) * width_in + begin
+        x3 = min(row + 3, last) * width_in + begin
+        for half in range(0, PANEL, _HALF):
+            zero = simd.splat(np.float32(0))
+            a, b, c, d = zero, zero, zero, zero
+            for k in range(count):
+                u = load(w, at + half + k * PANEL)
+                simd.prefetch(w, ahead + half + k * PANEL)
+                a = simd.fma(simd.broadcast(x, x0 + k), u, a)
+                b = simd.fma(simd.broadcast(x, x1 + k), u, b)
+                c = simd.fma(simd.broadcast(x, x2 + k), u, c)
+                d = simd.fma(simd.broadcast(x, x3 + k), u, d)
+            _keep(sums, to + half, fresh, a)
+            _keep(sums, to + half + PANEL, fresh, b)
+            _keep(sums, to + half + 2 * PANEL, fresh, c)
+            _keep(sums, to + half + 3 * PANEL, fresh, d)
+
+    return block
 
 
 @inner
@@ -81,79 +174,33 @@ def _write(
             simd.store_part(out, row * width + column, s, count)
 
 
-def _panel_with(load: Any) -> Any:
-    """The work on one panel of weights that ``load`` widens."""
-
-    @inner
-    def tile(
-        sums: Any,
-        to: int,
-        fresh: bool,
-        w: Any,
-        at: int,
-        next_line: int,
-        x: Any,
-        row: int,
-        last: int,
-        width_in: int,
-        begin: int,
-        count: int,
-    ) -> None:
-        """A block of one panel by eight rows; beyond the last row, the last row again."""
-        zero = simd.splat(np.float32(0))
-        a, b, c, d = (zero, zero), (zero, zero), (zero, zero), (zero, zero)
-        e, f, g, h = (zero, zero), (zero, zero), (zero, zero), (zero, zero)
-        x0 = row * width_in + begin
-        x1 = min(row + 1, last) * width_in + begin
-        x2 = min(row + 2, last) * width_in + begin
-        x3 = min(row + 3, last) * width_in + begin
-        x4 = min(row + 4, last) * width_in + begin
-        x5 = min(row + 5, last) * width_in + begin
-        x6 = min(row + 6, last) * width_in + begin
-        x7 = min(row + 7, last) * width_in + begin
-        for k in range(count):
-            u = load(w, at + k * PANEL)
-            v = load(w, at + k * PANEL + _HALF)
-            simd.prefetch(w, next_line + k * PANEL)
-            a = _pair(a, simd.broadcast(x, x0 + k), u, v)
-            b = _pair(b, simd.broadcast(x, x1 + k), u, v)
-            c = _pair(c, simd.broadcast(x, x2 + k), u, v)
-            d = _pair(d, simd.broadcast(x, x3 + k), u, v)
-            e = _pair(e, simd.broadcast(x, x4 + k), u, v)
-            f = _pair(f, simd.broadcast(x, x5 + k), u, v)
-            g = _pair(g, simd.broadcast(x, x6 + k), u, v)
-            h = _pair(h, simd.broadcast(x, x7 + k), u, v)
-        _finish(sums, to, fresh, a)
-        _finish(sums, to + PANEL, fresh, b)
-        _finish(sums, to + 2 * PANEL, fresh, c)
-        _finish(sums, to + 3 * PANEL, fresh, d)
-        _finish(sums, to + 4 * PANEL, fresh, e)
-        _finish(sums, to + 5 * PANEL, fresh, f)
-        _finish(sums, to + 6 * PANEL, fresh, g)
-        _finish(sums, to + 7 * PANEL, fresh, h)
+def panel_with(load: Any, *, wide: bool) -> Any:
+    """The work on one panel of weights that ``load`` widens. Both tiles give the same bits; beyond
+    the last row they take the last row again."""
+    block, tile_rows = (_wide(load), 8) if wide else (_narrow(load), 4)
 
     @inner
     def project(
         panel: int, out: Any, width_out: int, x: Any, shape: Any, w: Any, scales: Any
     ) -> None:
         rows, width_in = shape
-        tiles = (rows + _ROWS - 1) // _ROWS
-        sums = np.empty(tiles * _ROWS * PANEL, np.float32)
+        tiles = (rows + tile_rows - 1) // tile_rows
+        sums = np.empty(tiles * tile_rows * PANEL, np.float32)
         begin = 0
         while begin < width_in:
             odd = (width_in - begin) % INNER_BLOCK
             count = odd if odd else INNER_BLOCK
             at = (panel * width_in + begin) * PANEL
-            for tile_ in range(tiles):
-                tile(
+            for tile in range(tiles):
+                block(
                     sums,
-                    tile_ * _ROWS * PANEL,
+                    tile * tile_rows * PANEL,
                     begin == 0,
                     w,
                     at,
-                    at + count * PANEL + tile_ % 2 * _HALF,
+                    at + count * PANEL + tile % 2 * _HALF,
                     x,
-                    tile_ * _ROWS,
+                    tile * tile_rows,
                     rows - 1,
                     width_in,
                     begin,
@@ -186,10 +233,10 @@ def _row_with(load: Any) -> Any:
     return gather
 
 
-_panel_f32, _row_f32 = _panel_with(simd.load), _row_with(simd.load)
-_panel_f16, _row_f16 = _panel_with(simd.load_f16), _row_with(simd.load_f16)
-_panel_bf16, _row_bf16 = _panel_with(simd.load_bf16), _row_with(simd.load_bf16)
-_panel_i8, _row_i8 = _panel_with(simd.load_i8), _row_with(simd.load_i8)
+_panel_f32, _row_f32 = panel_with(simd.load, wide=simd.WIDE), _row_with(simd.load)
+_panel_f16, _row_f16 = panel_with(simd.load_f16, wide=simd.WIDE), _row_with(simd.load_f16)
+_panel_bf16, _row_bf16 = panel_with(simd.load_bf16, wide=simd.WIDE), _row_with(simd.load_bf16)
+_panel_i8, _row_i8 = panel_with(simd.load_i8, wide=simd.WIDE), _row_with(simd.load_i8)
 
 
 @parallel("void(float32[:,::1], float32[:,::1], uint8[::1], int64, float32[::1])")
