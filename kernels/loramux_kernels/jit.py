@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TypeVar
@@ -27,24 +29,38 @@ except ImportError as error:
 _PACKAGE = Path(__file__).parent
 
 
-def _cache_folder() -> Path:
-    """Where compiled kernels are kept, beside the sources or else in the user's cache.
-
-    numba looks at the date of one file only, but a kernel holds the code of all it calls: the
-    folder is named after the bytes of every source, so an edit anywhere compiles anew.
-    """
+@cache
+def _name() -> str:
+    """numba looks at the date of one file only, but a kernel holds the code of all it calls: the
+    folder is named after the bytes of every source, so an edit anywhere compiles anew."""
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(path.read_bytes())
-    name = f"compiled-{digest.hexdigest()[:16]}"
-    beside = _PACKAGE / "__pycache__"
+    return f"compiled-{digest.hexdigest()[:16]}"
+
+
+def _beside() -> Path | None:
+    """The folder beside the sources, where that can be written."""
+    folder = _PACKAGE / "__pycache__"
     if os.access(_PACKAGE, os.W_OK):
-        beside.mkdir(exist_ok=True)
-    home = beside if os.access(beside, os.W_OK) else Path.home() / ".cache" / "loramux"
-    return home / name
+        folder.mkdir(exist_ok=True)
+    return folder if os.access(folder, os.W_OK) else None
 
 
-numba.config.CACHE_DIR = str(_cache_folder())
+numba.config.CACHE_DIR = str((_beside() or Path.home() / ".cache" / "loramux") / _name())
+
+
+def keep_compiled_in(folder: Path) -> None:
+    """Keep compiled kernels in ``folder`` if they cannot lie beside the sources: a server's data
+    outlives its container. To be called before a kernel is used; what other sources left in
+    ``folder`` is removed."""
+    if _beside():
+        return
+    for other in folder.glob("compiled-*"):
+        if other.name != _name():
+            shutil.rmtree(other, ignore_errors=True)
+    numba.config.CACHE_DIR = str(folder / _name())
+
 
 F = TypeVar("F", bound=Callable[..., object])
 

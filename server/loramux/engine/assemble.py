@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,7 @@ from loramux.request import BASE_MODEL_ID
 from loramux.sampling.sampler import Sampler
 from loramux.wire import MODULES, BaseDescription, Ready
 from loramux_kernels.attention import Pages
-from loramux_kernels.jit import set_num_threads
+from loramux_kernels.jit import keep_compiled_in, set_num_threads
 from loramux_kernels.lora import AdapterTable, Runs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,12 +66,13 @@ def assemble(
     timer = _Stopwatch()
     device = _device(config.device)
     set_num_threads(config.threads or torch.get_num_threads())
+    keep_compiled_in(config.data_dir)
     architecture = read_architecture(config.model)
-    base = fingerprint(config.model, architecture, config.data_dir)
-    timer.done("fingerprint")
     dtype = _dtype(config.dtype, architecture.checkpoint_dtype, device)
     weights = _weights(config, architecture, dtype, device, progress)
     timer.done("weights")
+    # A base that was not seen before is hashed while the kernels compile.
+    hashing = ThreadPoolExecutor(1).submit(fingerprint, config.model, architecture, config.data_dir)
     kv = KvFormat(
         model_id=BASE_MODEL_ID,
         num_layers=architecture.num_layers,
@@ -102,6 +104,8 @@ def assemble(
     _compile_kernels(decoder, kv, table)
     sampler.warm_up()
     timer.done("kernels")
+    base = hashing.result()
+    timer.done("fingerprint")
     engine = _connect(config, epoch, arena, kv, table, decoder, sampler, base)
     ready = Ready(
         engine_epoch=epoch,

@@ -167,6 +167,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     process = courier.process = EngineProcess(assembled.engine, inbox, args.epoch)
     inbox.send(encode(assembled.ready))
+    parts = ", ".join(f"{part} {s:.1f} s" for part, s in assembled.ready.startup_s.items())
+    log.info("started: %s", parts)
     process.run()
     return 0
 
