@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.harness import Harness
+from tests.model.allocations import Allocations
 
 import loramux.model.decoder
 from loramux.memory.frames import Owner
@@ -111,6 +113,23 @@ def test_kernel_calls_of_a_step_do_not_grow_with_adapters(
     assert one == many
     assert ("cpu:run_layers" in one) == fused
     assert fused or one["cpu:add_lora"] > 0
+
+
+def test_a_decode_step_allocates_next_to_nothing(harness: Harness, shouters: Shouters) -> None:
+    """32 rows, 32 adapters: no copy of weights, pages or activations; numpy's arrays included."""
+    for adapter in list(shouters[1].values())[:32]:
+        harness.submit([5, 6], adapter, max_tokens=60)
+    while harness.engine.scheduler.running == [] or len(harness.engine.scheduler.waiting):
+        harness.step()
+    harness.step()
+    with Allocations() as allocations:
+        assert harness.step().stats["batch_adapters"] == 32
+    assert len(allocations.sizes) <= 20
+    tracemalloc.start()
+    harness.step()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1 << 20
 
 
 def test_a_frame_holds_kv_then_an_adapter_then_kv_again(shouters: Shouters) -> None:
