@@ -22,7 +22,7 @@ class Pipe:
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
-        """Raises ZMQError (an OSError) when ``address`` cannot be bound."""
+        """Raises OSError when ``address`` cannot be bound."""
         self._socket = context.socket(SocketType.PAIR)
         self._changed = asyncio.Event()
         self._look: Callable[[], None] | None = None
@@ -30,9 +30,9 @@ class Pipe:
             self._socket.set(SocketOption.LINGER, 0)
             self._socket.set_hwm(_HIGH_WATER)
             self._socket.bind(address)
-        except zmq.ZMQError:
+        except zmq.ZMQError as error:
             self._socket.close()
-            raise
+            raise OSError(error.errno, str(error)) from error
 
     async def listen(self, received: Callable[[bytes], None]) -> str:
         """Calls ``received`` with each message, one a turn of the loop; raises what it raises."""
