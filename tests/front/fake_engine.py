@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import zmq
 
 from loramux import wire
@@ -88,7 +89,10 @@ class FakeEngine:
 
     def take_step(self) -> None:
         done = wire.StepDone(engine_epoch=self.epoch, step=self.step)
-        done.stats = {"num_running": len(self.rows), "generation_tokens": len(self.rows)}
+        rows = len(self.rows)
+        stats = StepStats(num_running=rows, generation_tokens=rows, batch_rows=rows)
+        stats.phase_s = dict.fromkeys(("schedule", "forward", "sample", "commit"), 0.001)
+        done.stats = msgspec.to_builtins(stats)
         self.step += 1
         for row in list(self.rows.values()):
             self.advance(row, done)

@@ -65,6 +65,34 @@ def test_connections_are_kept_between_streams(shared: Running) -> None:
     raw.close()
 
 
+def test_streams_asked_for_at_once_on_one_connection_come_one_after_the_other(
+    shared: Running,
+) -> None:
+    shared.front.script = speak("hello", delay_s=0.002)
+    raw = wire.connect(shared)
+    one, two = (
+        wire.request(
+            "/v1/completions",
+            b'{"model":"base","prompt":"a","max_tokens":%d,"stream":true}' % num,
+            "content-type: application/json",
+        )
+        for num in (20, 5)
+    )
+    raw.sendall(one + two)
+    first = wire.read_until(raw, b"0\r\n\r\n")
+    end = first.index(b"0\r\n\r\n") + 5
+    second = first[end:]
+    if not second.endswith(b"0\r\n\r\n"):
+        second += wire.read_until(raw, b"0\r\n\r\n")
+    for answer, num in ((first[:end], 20), (second, 5)):
+        found = wire.events(answer)
+        assert found[-1] is None and len({event["id"] for event in found[:-1]}) == 1
+        text = "".join(event["choices"][0]["text"] for event in found[:-1])
+        whole = shared.complete("a", max_tokens=num).json()
+        assert text == whole["choices"][0]["text"]
+    raw.close()
+
+
 def test_return_token_ids(shared: Running) -> None:
     shared.front.script = speak("hello")
     raw = wire.post(shared, "/v1/completions", stream=True, return_token_ids=True, **COMPLETE)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import zmq.asyncio
+import zmq
 
 from loramux import wire
 from loramux.config import ServerConfig
@@ -61,7 +61,7 @@ class EngineClient:
         self._step_running_s = 0.0
         self.info: wire.Ready | None = None
 
-    def start(self, directory: Path, context: zmq.asyncio.Context) -> None:
+    def start(self, directory: Path, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Start the process and keep one running."""
         self._supervisor = Supervisor(self, directory, context, self._poll_s)
         self._supervisor.start()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import zmq.asyncio
+import zmq
 
 from loramux.config import DEMO_DIR, ServerConfig
 from loramux.errors import (
@@ -98,7 +98,7 @@ class Front:
         self._draining = False
         self._ever_ready = False
         self._directory: Path | None = None
-        self._context: zmq.asyncio.Context | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
 
     @property
     def snapshot(self) -> Snapshot:
@@ -130,7 +130,7 @@ class Front:
         self._directory = directory
         if len(str(directory)) > _MAX_SOCKET_PATH:
             raise ConfigError(f"{directory} is too long for a socket; set TMPDIR to a shorter path")
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context()
         self._engine.start(directory, self._context)
         self._ingest.start(directory, self._context)
 

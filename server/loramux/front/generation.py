@@ -95,7 +95,7 @@ class Generation(AsyncIterator[Delta]):
         self.error: LoramuxError | None = None
         self._on_cancel = on_cancel
         self._unread: Delta | None = None
-        self._news = asyncio.Event()
+        self._waiting: asyncio.Future[None] | None = None
 
     async def __anext__(self) -> Delta:
         while self._unread is None:
@@ -103,8 +103,8 @@ class Generation(AsyncIterator[Delta]):
                 raise self.error
             if self.done is not None:
                 raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
         delta, self._unread = self._unread, None
         return delta
 
@@ -122,7 +122,7 @@ class Generation(AsyncIterator[Delta]):
             self._unread = delta
         else:
             self._unread.extend(delta)
-        self._news.set()
+        self._wake()
 
     def end(self, outcome: Done | LoramuxError) -> None:
         """The terminal event; there is exactly one."""
@@ -131,4 +131,8 @@ class Generation(AsyncIterator[Delta]):
             self.done = outcome
         else:
             self.error = outcome
-        self._news.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import zmq.asyncio
+import zmq
 
 from loramux import wire
 from loramux.errors import ServiceError
@@ -42,7 +42,7 @@ class IngestClient:
         self._up = False
         self._last_id = 0
 
-    def start(self, directory: Path, context: zmq.asyncio.Context) -> None:
+    def start(self, directory: Path, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Start the process and keep one running."""
         self._supervisor = Supervisor(self, directory, context)
         self._supervisor.start()

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-import zmq.asyncio
-from zmq.constants import SocketOption, SocketType
+import zmq
 
 from loramux.config import process_environment
+from loramux.front.pipe import Pipe
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +25,6 @@ MAX_DEATHS = 5
 _BACKOFF_S = (0.0, 0.2, 1.0, 2.0, 4.0)
 _TERMINATE_S = 3.0
 """How long a process may take to end by itself when asked."""
-_HIGH_WATER = 1000
-"""Messages that may lie in either direction before the sender waits."""
 
 
 class Charge(Protocol):
@@ -64,7 +62,7 @@ class Supervisor:
         self,
         charge: Charge,
         directory: Path,
-        context: zmq.asyncio.Context,
+        context: zmq.Context[zmq.Socket[bytes]],
         poll_s: float = 0.25,
     ) -> None:
         self._charge = charge
@@ -122,12 +120,9 @@ class Supervisor:
     async def _live(self) -> str:
         """One life; why it ended."""
         address = f"ipc://{self._directory}/{self._charge.name}-{self._epoch}"
-        socket = self._context.socket(SocketType.PAIR)
-        process = None
+        pipe = process = None
         try:
-            socket.set(SocketOption.LINGER, 0)
-            socket.set_hwm(_HIGH_WATER)
-            socket.bind(address)
+            pipe = Pipe(self._context, address)
             process = await asyncio.create_subprocess_exec(
                 *self._charge.command(self._epoch, address),
                 stdin=asyncio.subprocess.PIPE,
@@ -136,23 +131,22 @@ class Supervisor:
                 start_new_session=True,
             )
             self._charge.born(self._epoch)
-            return await self._converse(process, socket)
+            return await self._converse(process, pipe)
         except OSError as error:
             return f"start: {error}"
         finally:
-            socket.close()
+            if pipe is not None:
+                pipe.close()
             if process is not None:
                 await _end(process)
 
-    async def _converse(
-        self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket
-    ) -> str:
+    async def _converse(self, process: asyncio.subprocess.Process, pipe: Pipe) -> str:
         tasks = [
             asyncio.create_task(work)
             for work in (
                 self._introduce(process),
-                self._receive(socket),
-                self._transmit(socket),
+                pipe.listen(self._charge.received),
+                self._transmit(pipe),
                 self._watch(),
             )
         ]
@@ -177,15 +171,9 @@ class Supervisor:
             await process.stdin.wait_closed()
         return f"exit {await process.wait()}"
 
-    async def _receive(self, socket: zmq.asyncio.Socket) -> str:
+    async def _transmit(self, pipe: Pipe) -> str:
         while True:
-            self._charge.received(await socket.recv())
-            # A socket that always has something ready would never let the loop turn.
-            await asyncio.sleep(0)
-
-    async def _transmit(self, socket: zmq.asyncio.Socket) -> str:
-        while True:
-            await socket.send(await self._outbox.get())
+            await pipe.send(await self._outbox.get())
 
     async def _watch(self) -> str:
         while True:

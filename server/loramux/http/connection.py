@@ -7,11 +7,16 @@ application only sees them afterwards. So the bounds sit in the protocol class i
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from loramux.config import ServerConfig
 from loramux.errors import InvalidRequest, RequestError
@@ -23,6 +28,9 @@ MAX_HEADERS = 128
 
 ABORT = "loramux.abort"
 """Key in ``scope["extensions"]``: a function that drops the connection without flushing it."""
+WRITE = "loramux.write"
+"""Key in ``scope["extensions"]``: ``write(piece) -> bool`` sends a piece of a begun answer's body
+at once, or says no when the client is behind or gone: then ``send`` waits, or knows what to do."""
 
 
 class HeadTooLarge(RequestError):
@@ -80,8 +88,9 @@ class BoundedConnection(HttpToolsProtocol):
                 f"headers exceed {MAX_HEAD_BYTES} bytes or {MAX_HEADERS} in number"
             )
             raise self._refusal
-        self.scope["extensions"] = {ABORT: {"call": self.transport.abort}}
+        extensions = self.scope["extensions"] = {ABORT: {"call": self.transport.abort}}
         super().on_headers_complete()
+        extensions[WRITE] = {"call": functools.partial(_write, self.cycle)}
 
     def send_400_response(self, msg: str) -> None:
         """What uvicorn calls when a request cannot be parsed; ours speaks OpenAI's error shape."""
@@ -105,6 +114,15 @@ class BoundedConnection(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+
+def _write(answer: RequestResponseCycle, piece: bytes) -> bool:
+    """What ``send`` does with a chunk, without the wrappers that each layer of the application puts
+    around it: most of a streamed token's way is theirs."""
+    if answer.flow.write_paused or answer.disconnected or answer.response_complete:
+        return False
+    answer.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+    return True
 
 
 def uvicorn_config(app: ASGIApp, config: ServerConfig, *, port: int) -> uvicorn.Config:

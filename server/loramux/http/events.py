@@ -23,6 +23,7 @@ from loramux.errors import LoramuxError, Overloaded
 from loramux.front.generation import Delta
 from loramux.http.answers import encode
 from loramux.http.choices import Choices
+from loramux.http.connection import WRITE
 from loramux.http.failures import error_body, internal_error
 
 log = logging.getLogger(__name__)
@@ -143,8 +144,10 @@ class EventStream(Response):
         self._keep_alive_s = keep_alive_s
         self._finish = finish
         self._last_write = 0.0
+        self._write_now: Callable[[bytes], bool] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._write_now = scope.get("extensions", {}).get(WRITE, {}).get("call")
         writer = asyncio.create_task(self._write(send))
         watcher = asyncio.create_task(_gone(receive))
         ticker = asyncio.create_task(self._tick(send))
@@ -185,7 +188,8 @@ class EventStream(Response):
 
     async def _send(self, send: Send, chunk: bytes) -> None:
         self._last_write = time.monotonic()
-        await send(_chunk(chunk))
+        if self._write_now is None or not self._write_now(chunk):
+            await send(_chunk(chunk))
 
     async def _tick(self, send: Send) -> None:
         while True:
