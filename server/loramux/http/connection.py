@@ -119,7 +119,8 @@ class BoundedConnection(HttpToolsProtocol):
 def _write(answer: RequestResponseCycle, piece: bytes) -> bool:
     """What ``send`` does with a chunk, without the wrappers that each layer of the application puts
     around it: most of a streamed token's way is theirs."""
-    if answer.flow.write_paused or answer.disconnected or answer.response_complete:
+    waits = answer.flow.write_paused or answer.disconnected or answer.response_complete
+    if waits or not answer.chunked_encoding:
         return False
     answer.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
     return True
