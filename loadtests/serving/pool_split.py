@@ -16,12 +16,12 @@ memory as 640 tokens of KV. The pool holds 20,000 tokens, which for the 8B model
 bf16. Adapters have rank 8, 16, 32 or 64 in turn; each request names one of n, drawn uniformly; half
 the prompts have 16 to 63 tokens, half 128 to 383, outputs 16 to 63. 96 requests are kept open, of
 which at most 64 are admitted, so there is always a line. A pass measures 400 steps of that after a
-ramp of 100: the scheduler lets a request be passed over for 64 steps, so a shorter one would not see
-who was left waiting. There is no prefix cache: what is not leased is a warm adapter.
+ramp of 100: the scheduler lets a request be passed over for 64 steps, so a shorter pass would not
+see who was left waiting. There is no prefix cache: what is not leased is a warm adapter.
 
 Output tokens a second are this machine's; requests in flight and output tokens a step are what the
 memory allows, on any machine. Rounds run the three in turn, forwards and backwards; ratios are
-medians over rounds with a bootstrap 95 % interval, A/A is *shared* against itself in the next round.
+medians over rounds with a bootstrap 95 % interval, A/A is *shared* against itself a round later.
 """
 
 from __future__ import annotations

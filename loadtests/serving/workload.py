@@ -3,7 +3,8 @@ engine in this process that stay a fixed number in flight.
 
 Registered adapters may share their bytes on disk: ``Served.install`` writes a few different ones
 and gives the others hard links to those files. Each has a digest of its own, so each is loaded,
-held in frames of its own and evicted by itself; what is shared is the page cache they are read from.
+held in frames of its own and evicted by itself; what they share is the page cache they are read
+from.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import throughput
 import torch
 from safetensors.torch import save_file
-from throughput import Job, install_adapter
+from throughput import Job
 
 from loramux.adapters.pack import packed_path
 from loramux.config import ServerConfig
@@ -158,7 +160,7 @@ class Served:
             folder = self._data_dir / "peft" / f"r{rank}-{seed}"
             if not folder.exists():
                 write_adapter(folder, self.base, rank, seed)
-            digests.append(install_adapter(folder, self._data_dir, self.base))
+            digests.append(throughput.install_adapter(folder, self._data_dir, self.base))
         for index in range(len(digests), count):
             digest = hashlib.sha256(f"rank {rank}, link {index}".encode()).hexdigest()
             link = self._packed(digest)
