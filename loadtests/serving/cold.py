@@ -195,7 +195,8 @@ def draw_plot(found: dict[str, Any], where: Path) -> None:
             right.bar_label(bars, [f"p50 {value:.0f}" for value in p50], fontsize=7)
         right.set_xticks(places, [f"rank {c['rank']}" for c in cases])
         right.set_ylabel("time between tokens, ms")
-        right.legend(frameon=False)
+        right.margins(y=0.25)
+        right.legend(frameon=False, loc="upper left")
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ quarter and MLP 3.5 times as wide): as there, a rank-16 adapter on all linear mo
 memory as 640 tokens of KV. The pool holds 20,000 tokens, which for the 8B model would be 2.5 GB in
 bf16. Adapters have rank 8, 16, 32 or 64 in turn; each request names one of n, drawn uniformly; half
 the prompts have 16 to 63 tokens, half 128 to 383, outputs 16 to 63. 96 requests are kept open, of
-which at most 64 are admitted, so there is always a line. A pass measures 400 steps of that after a
-ramp of 100: the scheduler lets a request be passed over for 64 steps, so a shorter pass would not
+which at most 64 are admitted, so there is always a line. A pass measures 300 steps of that after a
+ramp of 80: the scheduler lets a request be passed over for 64 steps, so a shorter pass would not
 see who was left waiting. There is no prefix cache: what is not leased is a warm adapter.
 
 Output tokens a second are this machine's; requests in flight and output tokens a step are what the
@@ -214,7 +214,7 @@ def draw_plot(cases: list[dict[str, Any]], where: Path) -> None:
 
 def main() -> None:
     args = report.arguments(__doc__).parse_args()
-    counts, rounds, ramp, steps = (1, 5, 20, 50, 100), 3, 100, 400
+    counts, rounds, ramp, steps = (1, 5, 20, 50, 100), 3, 80, 300
     if args.quick:
         counts, rounds, ramp, steps = (1, 20), 2, 10, 40
     found = throughput.header()

@@ -52,6 +52,11 @@ def draw(alpha: float, count: int, num_adapters: int, rng: np.random.Generator) 
     return (rng.power(alpha, count) * num_adapters).astype(int).tolist()
 
 
+def lately(adapters: list[int], most: int) -> list[int]:
+    """The last ``most`` different ones: what a pool with room for so many would hold."""
+    return list(dict.fromkeys(reversed(adapters)))[:most]
+
+
 def split_loss(one: list[float], small: list[Pass], roomy: list[Pass], s_per_byte: float) -> Any:
     """Where the time went that n adapters took beyond one: shares of the time with one adapter.
 
@@ -112,11 +117,9 @@ def measure(
             adapters = draw(alpha, requests, n, rng)
             vocabulary = throughput.SHAPE["vocab_size"]
             jobs = make_jobs(adapters, prompt=PROMPT, new=NEW, vocabulary=vocabulary, seed=0)
-            # What was not used lately would not be in the pool any more.
-            lately = list(dict.fromkeys(reversed(steady)))[:ROOM][::-1]
-            here = [engines.digests[i] for i in lately + adapters[: args.concurrency]]
-            engines.small.make_resident(here)
-            engines.roomy.make_resident([engines.digests[i] for i in dict.fromkeys(adapters)])
+            here = lately(steady + adapters[: args.concurrency], ROOM)
+            engines.small.hold_only(engines.digests[i] for i in here)
+            engines.roomy.hold_only(engines.digests[i] for i in adapters)
             sides = [(small, engines.small), (roomy, engines.roomy)]
             for passes, served in sides if round_ % 2 == 0 else reversed(sides):
                 passes[n].append(served.run(jobs, engines.digests, args.concurrency))
@@ -185,7 +188,7 @@ def main() -> None:
     parser = report.arguments(__doc__)
     parser.add_argument("--concurrency", type=int, choices=REQUESTS, default=8)
     parser.add_argument("--popularity", choices=ALPHA, default="uniform")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     counts, requests, rounds = [1, 10, 100, 1000], REQUESTS[args.concurrency], args.rounds
     if args.quick:

@@ -63,19 +63,23 @@ def save(report: Mapping[str, Any], where: Path, name: str) -> None:
 
 @contextmanager
 def plot(where: Path, name: str, *, panels: int = 1, title: str = "") -> Iterator[list[Any]]:
-    """Draw on ``panels`` axes side by side; they end up in ``where/plots/name.png``."""
+    """Draw on ``panels`` axes, at most three abreast; they end up in ``where/plots/name.png``."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, panels, figsize=(5.2 * panels, 3.9), squeeze=False)
-    for axis in axes[0]:
+    abreast = panels if panels <= 3 else 2
+    high = -(-panels // abreast)
+    size = (5.2 * abreast, 3.9 * high)
+    figure, grid = pyplot.subplots(high, abreast, figsize=size, squeeze=False)
+    axes = list(grid.flat)
+    for axis in axes:
         axis.grid(True, color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_prop_cycle(color=COLOURS)
-    yield list(axes[0])
+    yield axes
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     figure.tight_layout()
     (where / "plots").mkdir(parents=True, exist_ok=True)

@@ -190,6 +190,12 @@ UNITS = {
     "rank": "a rank, of all adapters' sum",
     "context": "a token of context, in each of 8 rows",
 }
+AXES = {
+    "rows": "rows of one adapter",
+    "adapters": "different adapters of rank 16 in 32 rows",
+    "rank": "sum of the ranks of 8 adapters",
+    "context": "tokens of context in each of 8 rows",
+}
 COLUMNS = {
     "unit": "one more",
     "slope_us": "µs, measured",
@@ -204,21 +210,18 @@ def draw_plot(cases: list[dict[str, Any]], where: Path) -> None:
     with report.plot(where, "scaling", panels=4, title="A decode step, 135M shape") as axes:
         for axis, case in zip(axes, cases, strict=True):
             x = np.array(case["x"])
-            axis.plot(x, case["ms"], "o", label="measured")
-            axis.plot(x, case["predicted_ms"], "s", label="predicted")
-            for slope, intercept in (
-                (case["slope_us"], case["intercept_ms"]),
-                (case["predicted_slope_us"], case["predicted_intercept_ms"]),
-            ):
-                axis.plot(x, intercept + slope / 1e3 * x, linewidth=1)
-            axis.set(xlabel=case["sweep"], ylabel="step, ms")
+            for prefix, label in (("", "measured"), ("predicted_", "predicted")):
+                (dots,) = axis.plot(x, case[f"{prefix}ms"], "o", label=label)
+                slope, intercept = case[f"{prefix}slope_us"] / 1e3, case[f"{prefix}intercept_ms"]
+                axis.plot(x, intercept + slope * x, linewidth=1, color=dots.get_color())
+            axis.set(xlabel=AXES[case["sweep"]], ylabel="step, ms")
             axis.set_ylim(bottom=0)
         axes[0].legend(frameon=False)
 
 
 def main() -> None:
     args = report.arguments(__doc__).parse_args()
-    steps, turns = (8, 1) if args.quick else (15, 3)
+    steps, turns = (8, 1) if args.quick else (20, 4)
     found = throughput.header()
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(Path(scratch))

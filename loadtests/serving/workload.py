@@ -14,7 +14,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -196,16 +196,22 @@ class Served:
         self._loaded.clear()
         return done
 
-    def make_resident(self, digests: Sequence[str]) -> None:
-        """Use these adapters once, without computing: what is not here is loaded, and the last
-        ones are the last to be evicted."""
+    def make_resident(self, digests: Iterable[str]) -> None:
+        """Load what is not here yet, one after the other, without computing."""
         residency = self.engine.residency
         for digest in digests:
             assert residency.load(digest), "the pool is full of adapters in use"
             while residency.is_loading(digest):
                 self.step()
-            residency.lease(digest)
-            residency.release(digest)
+
+    def hold_only(self, digests: Iterable[str]) -> None:
+        """These adapters are in the pool, if they fit, and no others."""
+        wanted = set(digests)
+        residency = self.engine.residency
+        for digest in set(residency.resident()) - wanted:
+            assert residency.evict(digest)
+        self.make_resident(wanted)
+        assert wanted == set(residency.resident())
 
     def run(self, jobs: Sequence[Job], digests: Sequence[str], concurrency: int) -> Pass:
         """All of ``jobs``, ``concurrency`` of them at a time."""

@@ -28,6 +28,12 @@ def test_alpha_one_is_uniform_and_a_smaller_one_prefers_the_first() -> None:
     assert max(registered.draw(1.0, 20_000, 3, rng)) == 2
 
 
+def test_a_pool_holds_what_was_used_lately() -> None:
+    assert registered.lately([5, 1, 2, 1, 3], 3) == [3, 1, 2]
+    assert registered.lately([0, 0, 0], 50) == [0]
+    assert registered.lately([], 50) == []
+
+
 def test_the_parts_of_a_loss_add_up_to_it() -> None:
     small = [Pass(seconds=15.0, load_bytes=100)]
     found = registered.split_loss([10.0], small, [Pass(seconds=12.0)], s_per_byte=0.02)
