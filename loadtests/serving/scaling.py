@@ -120,7 +120,7 @@ class Bench:
         served = self._served
         scheduler = served.engine.scheduler
         digests = [self._adapter(rank, i % point.adapters) for i, rank in enumerate(point.ranks)]
-        served.make_resident(list(dict.fromkeys(digests)))
+        served.hold_only(digests)
         # Half the steps before and half after the context that is asked for.
         prompt = [100] * (point.context - (WARM_UP + steps) // 2)
 
