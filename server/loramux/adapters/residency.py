@@ -13,7 +13,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from loramux.adapters.pack import PackedAdapter
+from loramux.adapters.packed_files import Store
 from loramux.errors import AdapterLoadFailed, LoramuxError
 from loramux.memory.formats import AdapterFormat
 from loramux.memory.frames import Owner
@@ -30,16 +31,6 @@ from loramux.metrics.stats import AdapterLoad
 
 ASSUMED_LOAD_S_PER_BYTE = 1e-9
 """Until a first load is measured: what bringing one byte back costs (1 GB/s)."""
-
-
-class Store(Protocol):
-    """Where packed adapters come from."""
-
-    def header(self, digest: str) -> PackedAdapter:
-        """What the packed file holds. Raises LoramuxError if it is not there or not ours."""
-
-    def read_into(self, packed: PackedAdapter, frames: Sequence[int]) -> None:
-        """Copy the stream into ``frames``, in order. Raises LoramuxError or OSError."""
 
 
 class Table(Protocol):
@@ -88,7 +79,8 @@ class Residency:
         self._adapters: dict[str, _Resident] = {}
         self._pins: set[str] = set()
         self._errors: dict[str, LoramuxError] = {}
-        self._headers: dict[str, PackedAdapter] = {}
+        self._pinned: list[str] = []
+        self._num_leased_frames = 0
         self._load_s_per_byte = ASSUMED_LOAD_S_PER_BYTE
         self._jobs: queue.SimpleQueue[tuple[str, _Resident] | None] = queue.SimpleQueue()
         self._landed: queue.SimpleQueue[tuple[str, Exception | None]] = queue.SimpleQueue()
@@ -104,10 +96,7 @@ class Residency:
 
     def num_frames(self, digest: str) -> int:
         """Frames the adapter needs. Raises LoramuxError if it cannot be served at all."""
-        packed = self._headers.get(digest)
-        if packed is None:
-            packed = self._headers[digest] = self._store.header(digest)
-        return self._layout.num_frames(packed.num_bytes)
+        return self._layout.num_frames(self._store.header(digest).num_bytes)
 
     def is_resident(self, digest: str) -> bool:
         """True when rows may run on it."""
@@ -125,10 +114,11 @@ class Residency:
             raise error
         if digest in self._adapters:
             return True
-        frames = self._pool.obtain(self.num_frames(digest), Owner.LOADING)
+        packed = self._store.header(digest)
+        frames = self._pool.obtain(self._layout.num_frames(packed.num_bytes), Owner.LOADING)
         if frames is None:
             return False
-        resident = _Resident(self._headers[digest], frames, pinned=digest in self._pins)
+        resident = _Resident(packed, frames, pinned=digest in self._pins)
         self._adapters[digest] = resident
         self.num_loading += 1
         self._jobs.put((digest, resident))
@@ -139,7 +129,7 @@ class Residency:
         resident = self._adapters[digest]
         assert resident.slot is not None
         if resident.leases == 0 and not resident.pinned:
-            self._pool.order.withdraw(digest)
+            self._withdraw(digest, resident)
         resident.leases += 1
         return resident.slot
 
@@ -172,7 +162,6 @@ class Residency:
         self.num_loading -= 1
         if error is not None:
             del self._adapters[digest]
-            self._headers.pop(digest, None)
             self._pool.frames.give_back(resident.frames, Owner.LOADING)
             self._errors[digest] = (
                 error
@@ -194,10 +183,18 @@ class Residency:
         seconds = time.monotonic() - resident.begun
         self._load_s_per_byte += 0.2 * (seconds / packed.num_bytes - self._load_s_per_byte)
         self.finished_loads.append(AdapterLoad(digest, seconds, packed.num_bytes))
+        self._num_leased_frames += len(resident.frames)
         if not resident.pinned:
             self._offer(digest, resident)
 
+    def _withdraw(self, digest: str, resident: _Resident) -> None:
+        """It must not be evicted from now on."""
+        self._num_leased_frames += len(resident.frames)
+        self._pool.order.withdraw(digest)
+
     def _offer(self, digest: str, resident: _Resident) -> None:
+        """It may be evicted from now on."""
+        self._num_leased_frames -= len(resident.frames)
         self._pool.order.offer(
             digest,
             num_frames=len(resident.frames),
@@ -222,15 +219,18 @@ class Residency:
         if not self.load(digest):
             return False
         self._pins.add(digest)
+        self._pinned = sorted(self._pins)
         resident = self._adapters[digest]
         if resident.slot is not None and resident.leases == 0:
-            self._pool.order.withdraw(digest)
+            self._withdraw(digest, resident)
         resident.pinned = True
         return True
 
     def unpin(self, digest: str) -> None:
         """Let ``digest`` be evicted again."""
-        self._pins.discard(digest)
+        if digest in self._pins:
+            self._pins.remove(digest)
+            self._pinned = sorted(self._pins)
         resident = self._adapters.get(digest)
         if resident is None or not resident.pinned:
             return
@@ -253,15 +253,12 @@ class Residency:
         return [digest for digest, r in self._adapters.items() if r.slot is not None]
 
     def pinned(self) -> list[str]:
-        return sorted(self._pins)
+        """Digests that stay in the pool; another list object after every change."""
+        return self._pinned
 
     def num_leased_frames(self) -> int:
         """Frames of adapters that cannot be evicted now."""
-        return sum(
-            len(r.frames)
-            for r in self._adapters.values()
-            if r.slot is not None and (r.leases or r.pinned)
-        )
+        return self._num_leased_frames
 
     def close(self) -> None:
         """Stop the loader thread after the load it is at."""
@@ -272,6 +269,12 @@ class Residency:
         """Recount; an error here is a bug of ours."""
         held = sum(len(r.frames) for r in self._adapters.values() if r.slot is not None)
         assert self._pool.frames.count(Owner.ADAPTER) == held
+        leased = sum(
+            len(r.frames)
+            for r in self._adapters.values()
+            if r.slot is not None and (r.leases or r.pinned)
+        )
+        assert self._num_leased_frames == leased
         loading = sum(len(r.frames) for r in self._adapters.values() if r.slot is None)
         assert self._pool.frames.count(Owner.LOADING) == loading
         for digest, r in self._adapters.items():

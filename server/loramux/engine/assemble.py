@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from loramux.adapters.pack import chunk_elems
-from loramux.adapters.packed_files import PackedFiles
+from loramux.adapters.packed_files import FrameStore, PackedFiles
 from loramux.adapters.residency import Residency
 from loramux.config import ServerConfig, parse_pool_memory
 from loramux.engine.engine import Engine
@@ -156,9 +156,8 @@ def _connect(
     base: str,
 ) -> Engine:
     pool = Pool(arena.num_frames, arena.freed)
-    residency = Residency(
-        pool, AdapterFormat(kv.frame), PackedFiles(config.data_dir, base, arena), table
-    )
+    store = FrameStore(PackedFiles(config.data_dir, base), arena)
+    residency = Residency(pool, AdapterFormat(kv.frame), store, table)
     scheduler = Scheduler(
         pool=pool,
         kv=kv,

@@ -32,8 +32,9 @@ class StepStats(msgspec.Struct, omit_defaults=True):
     """One step of the engine. Counters are *increments since the last StepStats*.
 
     ``batch_adapters`` is the number of distinct adapter lists in the step's batch;
-    ``resident`` lists the digests now in the pool, or None when unchanged since the last message.
-    ``waiting_adapters`` are the digests that waiting requests need (None: nobody waits).
+    ``resident`` lists the digests now in the pool, ``pinned`` those that stay there and
+    ``waiting_adapters`` those that waiting requests need; None: as told before. While rows run
+    they are told no more than once a second.
     Times: seconds of wall clock in this step by phase (schedule, forward, sample, commit).
     """
 
