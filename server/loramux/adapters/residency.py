@@ -1,29 +1,30 @@
 """Which adapters are in the pool: loading beside the step loop, leased while in use, then warm.
 
-    absent ──request──> loading ──poll──> warm <──release/lease──> leased
-      ^                    │ (read failed)  │ (evicted)
-      └────────────────────┴────────────────┘
+    absent ──load──> loading ──poll──> warm <──release/lease──> leased
+      ^                 │ (failed, dropped)  │ (evicted)
+      └─────────────────┴────────────────────┘
 
-A thread reads the packed file straight into the frames; the step loop never waits for it. All
-methods are called by the engine's own thread.
+Threads bring the packed form into the frames; the step loop never waits for them. All methods are
+called by the engine's own thread, and none that a step calls goes through all adapters.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from loramux.adapters.loader import Load, Loader
 from loramux.adapters.pack import PackedAdapter
 from loramux.adapters.packed_files import Store
 from loramux.errors import AdapterLoadFailed, LoramuxError
+from loramux.memory.eviction import Frequency
 from loramux.memory.formats import AdapterFormat
 from loramux.memory.frames import Owner
 from loramux.memory.pool import Pool
@@ -31,6 +32,11 @@ from loramux.metrics.stats import AdapterLoad
 
 ASSUMED_LOAD_S_PER_BYTE = 1e-9
 """Until a first load is measured: what bringing one byte back costs (1 GB/s)."""
+NEWEST_WEIGHT = 0.05
+"""Of the newest load in the estimate of that."""
+LOADING_SHARE = 0.25
+"""Of the pool, at most so much is on its way at a time: frames that nobody computes with yet. One
+adapter larger than that is loaded alone."""
 
 
 class Table(Protocol):
@@ -56,7 +62,6 @@ class _Resident:
     slot: int | None = None
     leases: int = 0
     pinned: bool = False
-    begun: float = field(default_factory=time.monotonic)
 
 
 class Residency:
@@ -77,20 +82,27 @@ class Residency:
         self._store = store
         self._table = table
         self._adapters: dict[str, _Resident] = {}
+        self._frequency = Frequency()
         self._pins: set[str] = set()
-        self._errors: dict[str, LoramuxError] = {}
         self._pinned: list[str] = []
+        self._errors: dict[str, LoramuxError] = {}
         self._num_leased_frames = 0
         self._load_s_per_byte = ASSUMED_LOAD_S_PER_BYTE
-        self._jobs: queue.SimpleQueue[tuple[str, _Resident] | None] = queue.SimpleQueue()
-        self._landed: queue.SimpleQueue[tuple[str, Exception | None]] = queue.SimpleQueue()
-        self.on_loaded: Callable[[], None] = lambda: None
+        self._loader = Loader(store.read_into)
+        self._most_loading = LOADING_SHARE * pool.frames.num_frames
+        self._deferred = False
         self.num_loading = 0
         self.version = 0
         self.finished_loads: list[AdapterLoad] = []
         self.num_evicted = 0
-        self._thread = threading.Thread(target=self._load_loop, name="adapter-loader", daemon=True)
-        self._thread.start()
+
+    @property
+    def on_loaded(self) -> Callable[[], None]:
+        return self._loader.on_landed
+
+    @on_loaded.setter
+    def on_loaded(self, call: Callable[[], None]) -> None:
+        self._loader.on_landed = call
 
     # -- asked by the scheduler ------------------------------------------------------------------
 
@@ -107,25 +119,54 @@ class Residency:
         resident = self._adapters.get(digest)
         return resident is not None and resident.slot is None
 
-    def load(self, digest: str) -> bool:
-        """Begin to load ``digest`` unless it is here or on its way; False if no frames are to be
-        had now. A failed load raises its reason, once; asking again tries again."""
+    def load(self, digest: str, *, ahead: bool = False) -> bool:
+        """See that ``digest`` comes in, unless it is here or on its way; False if no frames are to
+        be had for it now. ``ahead``: for a request that could not run yet anyway, so nothing is
+        evicted that is worth more. When other loads have all they may take of the pool, neither
+        this one nor those asked for after it begin before the next ``prioritize``, and the answer
+        is True: ask again. A failed load raises its reason, once; asking again tries again."""
         if (error := self._errors.pop(digest, None)) is not None:
             raise error
-        if digest in self._adapters:
+        if digest in self._adapters or self._deferred:
             return True
+        loading = self._pool.frames.count(Owner.LOADING)
+        if loading and loading + self.num_frames(digest) > self._most_loading:
+            self._deferred = True
+            return True
+        return self._begin(digest, ahead=ahead)
+
+    def _begin(self, digest: str, *, ahead: bool = False) -> bool:
         packed = self._store.header(digest)
-        frames = self._pool.obtain(self._layout.num_frames(packed.num_bytes), Owner.LOADING)
+        num_frames = self._layout.num_frames(packed.num_bytes)
+        below = math.inf
+        if ahead:
+            below = self._pool.order.worth(
+                num_frames=num_frames, cost_s=self._cost_s(packed), uses=self._uses(digest)
+            )
+        frames = self._pool.obtain(num_frames, Owner.LOADING, below)
         if frames is None:
             return False
-        resident = _Resident(packed, frames, pinned=digest in self._pins)
-        self._adapters[digest] = resident
+        self._adapters[digest] = _Resident(packed, frames, pinned=digest in self._pins)
         self.num_loading += 1
-        self._jobs.put((digest, resident))
+        self._loader.put(Load(packed, frames))
         return True
+
+    def prioritize(self, wanted: Sequence[str]) -> None:
+        """Loads that have not begun go in this order; those for nobody in it are dropped, unless
+        an operator wants them. To be called once a step, after the loads were asked for."""
+        self._deferred = False
+        for load in self._loader.reorder(wanted, keep=self._pins):
+            del self._adapters[load.packed.digest]
+            self.num_loading -= 1
+            self._pool.frames.give_back(load.frames, Owner.LOADING)
 
     def lease(self, digest: str) -> int:
         """Hold the resident adapter for one row; its slot in the kernels' table."""
+        self._frequency.use(digest)
+        return self.hold(digest)
+
+    def hold(self, digest: str) -> int:
+        """Keep the resident adapter in the pool until ``release``, though no row uses it."""
         resident = self._adapters[digest]
         assert resident.slot is not None
         if resident.leases == 0 and not resident.pinned:
@@ -150,27 +191,24 @@ class Residency:
 
     def poll(self) -> None:
         """Take in what the loader finished since the last call."""
-        while True:
-            try:
-                digest, error = self._landed.get_nowait()
-            except queue.Empty:
-                return
-            self._land(digest, error)
+        for load in self._loader.landed():
+            self.num_loading -= 1
+            if load.error is None:
+                self._land(load)
+            else:
+                self._give_up(load, load.error)
 
-    def _land(self, digest: str, error: Exception | None) -> None:
-        resident = self._adapters[digest]
-        self.num_loading -= 1
-        if error is not None:
-            del self._adapters[digest]
-            self._pool.frames.give_back(resident.frames, Owner.LOADING)
-            self._errors[digest] = (
-                error
-                if isinstance(error, LoramuxError)
-                else AdapterLoadFailed(f"the adapter's packed file could not be read: {error}")
-            )
-            return
+    def _give_up(self, load: Load, error: Exception) -> None:
+        del self._adapters[load.packed.digest]
+        self._pool.frames.give_back(load.frames, Owner.LOADING)
+        if not isinstance(error, LoramuxError):
+            error = AdapterLoadFailed(f"the adapter's packed file could not be read: {error}")
+        self._errors[load.packed.digest] = error
+
+    def _land(self, load: Load) -> None:
+        packed = load.packed
+        resident = self._adapters[packed.digest]
         self._pool.frames.transfer(resident.frames, Owner.LOADING, Owner.ADAPTER)
-        packed = resident.packed
         resident.slot = self._table.add(
             slices=self._layout.slices(resident.frames),
             a_offset=packed.a_offset,
@@ -180,12 +218,13 @@ class Residency:
             dtype=getattr(torch, packed.dtype),
         )
         self.version += 1
-        seconds = time.monotonic() - resident.begun
-        self._load_s_per_byte += 0.2 * (seconds / packed.num_bytes - self._load_s_per_byte)
-        self.finished_loads.append(AdapterLoad(digest, seconds, packed.num_bytes))
+        newest = load.work_s / packed.num_bytes
+        self._load_s_per_byte += NEWEST_WEIGHT * (newest - self._load_s_per_byte)
+        seconds = time.monotonic() - load.asked
+        self.finished_loads.append(AdapterLoad(packed.digest, seconds, packed.num_bytes))
         self._num_leased_frames += len(resident.frames)
         if not resident.pinned:
-            self._offer(digest, resident)
+            self._offer(packed.digest, resident)
 
     def _withdraw(self, digest: str, resident: _Resident) -> None:
         """It must not be evicted from now on."""
@@ -198,9 +237,17 @@ class Residency:
         self._pool.order.offer(
             digest,
             num_frames=len(resident.frames),
-            cost_s=resident.packed.num_bytes * self._load_s_per_byte,
+            cost_s=self._cost_s(resident.packed),
+            uses=self._uses(digest),
             evict=lambda: self._evict(digest),
         )
+
+    def _cost_s(self, packed: PackedAdapter) -> float:
+        return packed.num_bytes * self._load_s_per_byte
+
+    def _uses(self, digest: str) -> float:
+        # One for having been asked for, so that it counts for something before its first row.
+        return self._frequency.of(digest) + 1.0
 
     def _evict(self, digest: str) -> None:
         resident = self._adapters.pop(digest)
@@ -216,7 +263,9 @@ class Residency:
         """Keep ``digest`` in the pool, loading it if need be; False if there is no room for it."""
         if digest in self._pins:
             return True
-        if not self.load(digest):
+        if (error := self._errors.pop(digest, None)) is not None:
+            raise error
+        if digest not in self._adapters and not self._begin(digest):
             return False
         self._pins.add(digest)
         self._pinned = sorted(self._pins)
@@ -261,9 +310,8 @@ class Residency:
         return self._num_leased_frames
 
     def close(self) -> None:
-        """Stop the loader thread after the load it is at."""
-        self._jobs.put(None)
-        self._thread.join()
+        """Stop the loader's threads after the loads they are at."""
+        self._loader.close()
 
     def check(self) -> None:
         """Recount; an error here is a bug of ours."""
@@ -280,16 +328,3 @@ class Residency:
         for digest, r in self._adapters.items():
             idle = r.slot is not None and r.leases == 0 and not r.pinned
             assert idle == (digest in self._pool.order), digest
-
-    # -- the loader's thread ---------------------------------------------------------------------
-
-    def _load_loop(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            digest, resident = job
-            error: Exception | None = None
-            try:
-                self._store.read_into(resident.packed, resident.frames)
-            except Exception as problem:  # whatever it is, it is this adapter's and nobody else's
-                error = problem
-            self._landed.put((digest, error))
-            self.on_loaded()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Generator, Hashable
 
 from loramux.request import Request
 
@@ -83,7 +83,7 @@ class FairOrder:
         key = self._settle_top()
         return None if key is None else self._waiting[key][0]
 
-    def walk(self) -> Iterator[Request]:
+    def walk(self) -> Generator[Request]:
         """Waiting requests in fair order, to be admitted or not. To be closed when the caller is
         done; until then nobody else asks for the order.
 

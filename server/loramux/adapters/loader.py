@@ -1,0 +1,98 @@
+"""The threads that bring adapters into the pool, the one wanted most first."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from loramux.adapters.pack import PackedAdapter
+
+NUM_THREADS = 2
+"""From the page cache one thread copies as fast as two; from a disk two read half as fast again,
+and an adapter that is cached need not wait for one that is not."""
+
+
+@dataclass(slots=True)
+class Load:
+    """One adapter on its way into ``frames``; ``work_s`` is what that took, without the wait."""
+
+    packed: PackedAdapter
+    frames: list[int]
+    asked: float = field(default_factory=time.monotonic)
+    work_s: float = 0.0
+    error: Exception | None = None
+
+
+class Loader:
+    """Loads that wait for a thread, in order, and those that are done.
+
+    ``work(packed, frames)`` runs on a thread of the loader, ``on_landed`` after it on the same
+    thread; everything else is called by the engine's own.
+    """
+
+    def __init__(self, work: Callable[[PackedAdapter, Sequence[int]], None]) -> None:
+        self.on_landed: Callable[[], None] = lambda: None
+        self._work = work
+        self._waiting: dict[str, Load] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._landed: queue.SimpleQueue[Load] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"adapter-loader-{i}", daemon=True)
+            for i in range(NUM_THREADS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, load: Load) -> None:
+        """Begin ``load`` when those before it have begun."""
+        with self._changed:
+            self._waiting[load.packed.digest] = load
+            self._changed.notify()
+
+    def reorder(self, wanted: Sequence[str], keep: Collection[str]) -> list[Load]:
+        """Loads that have not begun yet go in the order of ``wanted``, then those in ``keep``. The
+        others are dropped: nobody waits for them any more."""
+        if not self._waiting:
+            return []
+        with self._changed:
+            before, self._waiting = self._waiting, {}
+            for digest in (*wanted, *(d for d in before if d in keep)):
+                if (load := before.pop(digest, None)) is not None:
+                    self._waiting[digest] = load
+        return list(before.values())
+
+    def landed(self) -> Iterator[Load]:
+        """Loads that ended, well or not, since the last call."""
+        while not self._landed.empty():
+            yield self._landed.get()
+
+    def close(self) -> None:
+        """Stop the threads after the loads they are at."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while (load := self._next()) is not None:
+            began = time.monotonic()
+            try:
+                self._work(load.packed, load.frames)
+            except Exception as problem:  # whatever it is, it is this adapter's and nobody else's
+                load.error = problem
+            load.work_s = time.monotonic() - began
+            self._landed.put(load)
+            self.on_landed()
+
+    def _next(self) -> Load | None:
+        with self._changed:
+            while not self._waiting and not self._closed:
+                self._changed.wait()
+            if self._closed:
+                return None
+            return self._waiting.pop(next(iter(self._waiting)))
