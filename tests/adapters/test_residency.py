@@ -198,12 +198,12 @@ def test_the_one_wanted_most_is_next_and_what_nobody_waits_for_is_dropped(
 
 
 def test_loads_take_no_more_than_their_share_of_the_pool() -> None:
-    sizes = {**dict.fromkeys("abcd", 32), "large": 96}
+    sizes = {**dict.fromkeys("abcd", 32), "large": 96, "small": 16}
     bench = Bench(20, sizes, gated=True)
     assert all(bench.residency.load(name) for name in "abcd")
     assert [name for name in "abcd" if bench.residency.is_loading(name)] == ["a", "b"]
     bench.residency.prioritize(list("abcd"))
-    assert bench.residency.load("large") and bench.residency.load("c")
+    assert bench.residency.load("large") and bench.residency.load("small")
     assert bench.residency.num_loading == 2, "nobody overtakes the large one"
     bench.store.gate.set()
     bench.settle()
