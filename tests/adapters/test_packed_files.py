@@ -95,7 +95,7 @@ def test_one_call_brings_a_whole_adapter_into_its_frames(
 ) -> None:
     b = bench(num_bytes=12 * FRAME.frame_bytes + 500)
     frames = [19, 3, 4, 5, 0, 7, 11, 2, 18, 1, 9, 13, 6]
-    b.store.read_into(b.packed, frames)
+    b.store.read_into(b.packed, frames, None)
     assert calls == [(13, len(b.data))]
     assert b.stream(frames) == b.data
     untouched = sorted(set(range(20)) - set(frames))
@@ -108,7 +108,7 @@ def test_more_frames_than_the_system_takes_at_once(
 ) -> None:
     monkeypatch.setattr(packed_files, "IOV_MAX", 5)
     b = bench(num_bytes=11 * FRAME.frame_bytes)
-    b.store.read_into(b.packed, list(range(11)))
+    b.store.read_into(b.packed, list(range(11)), None)
     assert [pieces for pieces, _ in calls] == [5, 5, 1]
     assert b.stream(list(range(11))) == b.data
 
@@ -127,15 +127,15 @@ def test_short_reads_go_on_where_they_stopped(
         return real(file, few, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    b.store.read_into(b.packed, [4, 0, 2])
+    b.store.read_into(b.packed, [4, 0, 2], None)
     assert b.stream([4, 0, 2]) == b.data
 
 
 def test_the_bytes_make_no_stop_in_python(bench: Callable[..., Bench]) -> None:
     b = bench(num_bytes=1_000 * FRAME.frame_bytes, num_frames=1_000)
-    b.store.read_into(b.packed, list(range(1_000)))
+    b.store.read_into(b.packed, list(range(1_000)), None)
     tracemalloc.start()
-    b.store.read_into(b.packed, list(reversed(range(1_000))))
+    b.store.read_into(b.packed, list(reversed(range(1_000))), None)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < len(b.data) / 4, "a copy of the payload was made on the way"
@@ -155,13 +155,13 @@ def test_the_payload_is_summed_once_for_each_file(
     frames = list(range(15))
     b.files.header(DIGEST)
     for _ in range(3):
-        b.store.read_into(b.packed, frames)
+        b.store.read_into(b.packed, frames, None)
     assert len(sums) == 1
     other = b.path.with_name("other")
     other.write_bytes(b.path.read_bytes()[:-1] + b"?")
     other.replace(b.path)
     with pytest.raises(AdapterLoadFailed, match="checksum"):
-        b.store.read_into(b.packed, frames)
+        b.store.read_into(b.packed, frames, None)
     assert len(sums) == 2, "another file at the same place is not trusted"
 
 
@@ -169,7 +169,7 @@ def test_a_file_that_is_cut_short(bench: Callable[..., Bench]) -> None:
     b = bench()
     b.path.write_bytes(b.path.read_bytes()[:-1])
     with pytest.raises(AdapterLoadFailed, match="shorter"):
-        b.store.read_into(b.packed, list(range(15)))
+        b.store.read_into(b.packed, list(range(15)), None)
 
 
 def test_headers_are_remembered_within_bounds_and_read_anew_after_a_failure(
@@ -186,7 +186,7 @@ def test_headers_are_remembered_within_bounds_and_read_anew_after_a_failure(
     b.files.header(DIGEST)
     b.path.unlink()
     with pytest.raises(FileNotFoundError):
-        b.store.read_into(b.packed, list(range(15)))
+        b.store.read_into(b.packed, list(range(15)), None)
     before = len(b.headers_read)
     b.files.header(DIGEST)
     assert len(b.headers_read) == before + 1

@@ -49,7 +49,10 @@ class FakeStore:
             raise LoramuxError("missing", code="adapter_load_failed")
         return FakePacked(digest, self.sizes[digest])
 
-    def read_into(self, packed: Any, frames: Sequence[int]) -> None:
+    def given(self) -> None:
+        """Nothing is computed here."""
+
+    def read_into(self, packed: Any, frames: Sequence[int], after: None) -> None:
         self.begun.append(packed.digest)
         assert self.gate.wait(5)
         self.reads.append((packed.digest, list(frames)))

@@ -10,6 +10,8 @@ import pytest
 from tests import tiny
 from tests.harness import Harness
 
+from loramux.errors import ConfigError
+
 
 class Counting(dict[str, Any]):
     """Counts how often somebody goes through all of it."""
@@ -57,6 +59,11 @@ def test_no_step_goes_through_the_resident_adapters(model: Path, tmp_path: Path)
     assert harness.steps[-1].stats["resident"] == harness.engine.residency.resident()
     assert len(harness.steps[-1].stats["resident"]) == 4
     harness.close()
+
+
+def test_a_cpu_has_no_host_tier(model: Path) -> None:
+    with pytest.raises(ConfigError, match="--host-memory is for a GPU"):
+        Harness(model, host_memory="1G")
 
 
 def test_what_requests_wait_for_is_told_and_taken_back(model: Path, tmp_path: Path) -> None:

@@ -9,5 +9,5 @@ def scatter(
     arena: torch.Tensor, staged: torch.Tensor, offsets: torch.Tensor, slice_bytes: int
 ) -> None:
     """See :func:`loramux_kernels.scatter.scatter`."""
-    for offset, piece in zip(offsets.tolist(), staged.split(slice_bytes), strict=True):
+    for offset, piece in zip(offsets.tolist(), torch.split(staged, slice_bytes), strict=True):
         arena[offset : offset + len(piece)] = piece

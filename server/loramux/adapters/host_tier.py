@@ -23,7 +23,7 @@ from loramux.errors import AdapterLoadFailed
 class _Stream:
     blocks: list[int]
     num_bytes: int
-    users: int = 1
+    users: int = 0
 
 
 class HostTier:
@@ -52,20 +52,18 @@ class HostTier:
             stream = self._streams.get(packed.digest)
             known = stream is not None
             if stream is None:
-                stream = self._take(packed)
-            else:
-                stream.users += 1
-            self._streams[packed.digest] = stream
+                stream = self._streams[packed.digest] = self._take(packed)
+            stream.users += 1
             self._streams.move_to_end(packed.digest)
         try:
             if not known:
                 try:
-                    read(packed, self._cut(stream, self._bytes))
+                    read(packed, [self._bytes[place] for place in self._places(stream)])
                 except BaseException:
                     with self._changed:
                         self._free += self._streams.pop(packed.digest).blocks
                     raise
-            yield self._cut(stream, self._memory)
+            yield [self._memory[place] for place in self._places(stream)]
         finally:
             with self._changed:
                 stream.users -= 1
@@ -90,10 +88,10 @@ class HostTier:
         taken = [self._free.pop() for _ in range(need)]
         return _Stream(taken, packed.num_bytes)
 
-    def _cut[Bytes: (memoryview, torch.Tensor)](self, stream: _Stream, of: Bytes) -> list[Bytes]:
+    def _places(self, stream: _Stream) -> list[slice]:
         size = self.block_bytes
         left = [stream.num_bytes - index * size for index in range(len(stream.blocks))]
         return [
-            of[block * size : block * size + min(size, rest)]
+            slice(block * size, block * size + min(size, rest))
             for block, rest in zip(stream.blocks, left, strict=True)
         ]

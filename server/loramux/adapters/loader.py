@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from loramux.adapters.pack import PackedAdapter
+from loramux.adapters.packed_files import Mark
 
 NUM_THREADS = 2
 """From the page cache one thread copies as fast as two; from a disk two read half as fast again,
@@ -17,10 +18,12 @@ and an adapter that is cached need not wait for one that is not."""
 
 @dataclass(slots=True)
 class Load:
-    """One adapter on its way into ``frames``; ``work_s`` is what that took, without the wait."""
+    """One adapter on its way into ``frames``, which are free ``after`` that; ``work_s`` is what it
+    took, without the wait for a thread."""
 
     packed: PackedAdapter
     frames: list[int]
+    after: Mark | None = None
     asked: float = field(default_factory=time.monotonic)
     work_s: float = 0.0
     error: Exception | None = None
@@ -29,11 +32,11 @@ class Load:
 class Loader:
     """Loads that wait for a thread, in order, and those that are done.
 
-    ``work(packed, frames)`` runs on a thread of the loader, ``on_landed`` after it on the same
-    thread; everything else is called by the engine's own.
+    ``work(packed, frames, after)`` runs on a thread of the loader, ``on_landed`` after it on the
+    same thread; everything else is called by the engine's own.
     """
 
-    def __init__(self, work: Callable[[PackedAdapter, Sequence[int]], None]) -> None:
+    def __init__(self, work: Callable[[PackedAdapter, Sequence[int], Mark | None], None]) -> None:
         self.on_landed: Callable[[], None] = lambda: None
         self._work = work
         self._waiting: dict[str, Load] = {}
@@ -82,7 +85,7 @@ class Loader:
         while (load := self._next()) is not None:
             began = time.monotonic()
             try:
-                self._work(load.packed, load.frames)
+                self._work(load.packed, load.frames, load.after)
             except Exception as problem:  # whatever it is, it is this adapter's and nobody else's
                 load.error = problem
             load.work_s = time.monotonic() - began

@@ -18,15 +18,25 @@ MOST_HEADERS = 4096
 IOV_MAX = os.sysconf("SC_IOV_MAX")
 
 
+class Mark(Protocol):
+    """A place in a queue of work of a device (a CUDA event)."""
+
+    def synchronize(self) -> None:
+        """Make the calling thread wait until the device has come there."""
+
+
 class Store(Protocol):
     """Where packed adapters come from, and how they get into the pool."""
+
+    def given(self) -> Mark | None:
+        """Everything the device was given to compute until now; None: it is done."""
 
     def header(self, digest: str) -> PackedAdapter:
         """What the packed file holds. Raises LoramuxError if it is not there or not ours."""
 
-    def read_into(self, packed: PackedAdapter, frames: Sequence[int]) -> None:
-        """Copy the stream into ``frames``, in order; on a loader's thread. Raises LoramuxError or
-        OSError."""
+    def read_into(self, packed: PackedAdapter, frames: Sequence[int], after: Mark | None) -> None:
+        """Copy the stream into ``frames``, in order; on a loader's thread. Before ``after`` they
+        may still be somebody else's. Raises LoramuxError or OSError."""
 
 
 @dataclass
@@ -102,7 +112,10 @@ class FrameStore:
         self._arena = arena
         self.header = files.header
 
-    def read_into(self, packed: PackedAdapter, frames: Sequence[int]) -> None:
+    def given(self) -> None:
+        """See :class:`Store`: on a CPU a step is over when it returns."""
+
+    def read_into(self, packed: PackedAdapter, frames: Sequence[int], after: Mark | None) -> None:
         """See :class:`Store`."""
         self._files.read(packed, self._arena.views(frames, packed.num_bytes))
 

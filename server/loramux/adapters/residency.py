@@ -148,7 +148,7 @@ class Residency:
             return False
         self._adapters[digest] = _Resident(packed, frames, pinned=digest in self._pins)
         self.num_loading += 1
-        self._loader.put(Load(packed, frames))
+        self._loader.put(Load(packed, frames, self._store.given()))
         return True
 
     def prioritize(self, wanted: Sequence[str]) -> None:
