@@ -94,6 +94,11 @@ def test_one_call_brings_a_whole_adapter_into_its_frames(
     bench: Callable[..., Bench], calls: list[tuple[int, int]]
 ) -> None:
     b = bench(num_bytes=12 * FRAME.frame_bytes + 500)
+    b.files.header(DIGEST)
+    b.store.read_into(b.packed, [14, 15, 16, 17, 8, 10, 12, 0, 1, 2, 3, 4, 5], None)
+    assert calls == [(1, FRAME.frame_bytes)] * 12 + [(1, 500)], "summed frame by frame, once"
+    b.arena.data.fill_(0xFF)
+    calls.clear()
     frames = [19, 3, 4, 5, 0, 7, 11, 2, 18, 1, 9, 13, 6]
     b.store.read_into(b.packed, frames, None)
     assert calls == [(13, len(b.data))]
@@ -108,6 +113,10 @@ def test_more_frames_than_the_system_takes_at_once(
 ) -> None:
     monkeypatch.setattr(packed_files, "IOV_MAX", 5)
     b = bench(num_bytes=11 * FRAME.frame_bytes)
+    b.files.header(DIGEST)
+    b.store.read_into(b.packed, list(range(11)), None)
+    b.arena.data.fill_(0xFF)
+    calls.clear()
     b.store.read_into(b.packed, list(range(11)), None)
     assert [pieces for pieces, _ in calls] == [5, 5, 1]
     assert b.stream(list(range(11))) == b.data
@@ -127,12 +136,15 @@ def test_short_reads_go_on_where_they_stopped(
         return real(file, few, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    b.store.read_into(b.packed, [4, 0, 2], None)
-    assert b.stream([4, 0, 2]) == b.data
+    b.files.header(DIGEST)
+    for frames in ([4, 0, 2], [7, 9, 8]):
+        b.store.read_into(b.packed, frames, None)
+        assert b.stream(frames) == b.data
 
 
 def test_the_bytes_make_no_stop_in_python(bench: Callable[..., Bench]) -> None:
     b = bench(num_bytes=1_000 * FRAME.frame_bytes, num_frames=1_000)
+    b.files.header(DIGEST)
     b.store.read_into(b.packed, list(range(1_000)), None)
     tracemalloc.start()
     b.store.read_into(b.packed, list(reversed(range(1_000))), None)
