@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import deque
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from loramux_kernels.scatter import scatter
@@ -19,6 +22,7 @@ class FakeMark:
         self.passed = False
 
     def synchronize(self) -> None:
+        assert self.device.gate.wait(20)
         self.device.work_until(lambda: self.passed)
 
 
@@ -49,6 +53,11 @@ class FakeLane:
         self.device.num_scatters += 1
         self._do(lambda: scatter(arena, staged, offsets, slice_bytes=slice_bytes))
 
+    def upload(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
+        there = torch.full((len(values),), -1)
+        self._do(lambda: there.copy_(torch.from_numpy(values)))
+        return there
+
     def mark(self) -> FakeMark:
         mark = FakeMark(self.device)
         self._do(lambda: setattr(mark, "passed", True))
@@ -63,13 +72,18 @@ class FakeLane:
 
 
 class FakeDevice:
-    """Picks the lane that goes on at random; what nobody waits for stays undone."""
+    """Picks the lane that goes on at random; what nobody waits for stays undone. While ``gate`` is
+    closed, threads that wait for a mark go on waiting."""
 
     def __init__(self, seed: int = 0) -> None:
         self.lanes: list[FakeLane] = []
         self.transfers: list[int] = []
         self.num_scatters = 0
+        self.holds: list[FakeMark] = []
+        self.gate = threading.Event()
+        self.gate.set()
         self._random = random.Random(seed)
+        self._working = threading.RLock()
         self.computing = self.lane()
 
     def lane(self) -> FakeLane:
@@ -79,10 +93,18 @@ class FakeDevice:
     def given(self) -> FakeMark:
         return self.computing.mark()
 
+    def hold(self, mark: FakeMark) -> None:
+        self.holds.append(mark)
+        self.computing.wait(mark)
+
+    def waited_s(self) -> float:
+        return 0.0
+
     def pinned(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     def work_until(self, done: Callable[[], bool]) -> None:
-        while not done():
-            lanes = self._random.sample(self.lanes, len(self.lanes))
-            assert any(lane.step() for lane in lanes), "the device is stuck"
+        with self._working:
+            while not done():
+                lanes = self._random.sample(self.lanes, len(self.lanes))
+                assert any(lane.step() for lane in lanes), "the device is stuck"

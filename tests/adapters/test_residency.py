@@ -52,6 +52,12 @@ class FakeStore:
     def given(self) -> None:
         """Nothing is computed here."""
 
+    def begin(self, packed: Any, frames: Sequence[int], after: None) -> None:
+        """Nothing is near."""
+
+    def waited_s(self) -> float:
+        return 0.0
+
     def read_into(self, packed: Any, frames: Sequence[int], after: None) -> None:
         self.begun.append(packed.digest)
         assert self.gate.wait(5)

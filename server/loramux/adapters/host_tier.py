@@ -23,7 +23,8 @@ from loramux.errors import AdapterLoadFailed
 class _Stream:
     blocks: list[int]
     num_bytes: int
-    users: int = 0
+    users: int = 1
+    here: bool = False
 
 
 class HostTier:
@@ -48,26 +49,44 @@ class HostTier:
 
         Raises what ``read`` raises, and AdapterLoadFailed for one larger than the whole tier.
         """
-        with self._changed:
-            stream = self._streams.get(packed.digest)
-            known = stream is not None
-            if stream is None:
-                stream = self._streams[packed.digest] = self._take(packed)
-            stream.users += 1
-            self._streams.move_to_end(packed.digest)
+        blocks = self.hold(packed.digest)
+        if blocks is None:
+            blocks = self._bring(packed, read)
         try:
-            if not known:
-                try:
-                    read(packed, [self._bytes[place] for place in self._places(stream)])
-                except BaseException:
-                    with self._changed:
-                        self._free += self._streams.pop(packed.digest).blocks
-                    raise
-            yield [self._memory[place] for place in self._places(stream)]
+            yield blocks
         finally:
+            self.release(packed.digest)
+
+    def hold(self, digest: str) -> list[torch.Tensor] | None:
+        """The blocks of a stream that is here, there until ``release``; None if it is not."""
+        with self._changed:
+            stream = self._streams.get(digest)
+            if stream is None or not stream.here:
+                return None
+            stream.users += 1
+            self._streams.move_to_end(digest)
+            return [self._memory[place] for place in self._places(stream)]
+
+    def release(self, digest: str) -> None:
+        """The end of a ``hold``."""
+        with self._changed:
+            self._streams[digest].users -= 1
+            self._changed.notify_all()
+
+    def _bring(
+        self, packed: PackedAdapter, read: Callable[[PackedAdapter, Sequence[memoryview]], None]
+    ) -> list[torch.Tensor]:
+        with self._changed:
+            stream = self._streams[packed.digest] = self._take(packed)
+        try:
+            read(packed, [self._bytes[place] for place in self._places(stream)])
+        except BaseException:
             with self._changed:
-                stream.users -= 1
+                self._free += self._streams.pop(packed.digest).blocks
                 self._changed.notify_all()
+            raise
+        stream.here = True
+        return [self._memory[place] for place in self._places(stream)]
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._streams

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from loramux.adapters.arrivals import Arrival, Mark
 from loramux.adapters.pack import PackedAdapter
-from loramux.adapters.packed_files import Mark
+from loramux.adapters.packed_files import Store
 
 NUM_THREADS = 2
 """From the page cache one thread copies as fast as two; from a disk two read half as fast again,
@@ -18,12 +19,13 @@ and an adapter that is cached need not wait for one that is not."""
 
 @dataclass(slots=True)
 class Load:
-    """One adapter on its way into ``frames``, which are free ``after`` that; ``work_s`` is what it
-    took, without the wait for a thread."""
+    """One adapter on its way into ``frames``, which are free ``after`` that; with an ``arrival`` it
+    is under way already. ``work_s`` is what it took, without the wait for a thread."""
 
     packed: PackedAdapter
     frames: list[int]
     after: Mark | None = None
+    arrival: Arrival | None = None
     asked: float = field(default_factory=time.monotonic)
     work_s: float = 0.0
     error: Exception | None = None
@@ -32,13 +34,13 @@ class Load:
 class Loader:
     """Loads that wait for a thread, in order, and those that are done.
 
-    ``work(packed, frames, after)`` runs on a thread of the loader, ``on_landed`` after it on the
-    same thread; everything else is called by the engine's own.
+    ``store.read_into`` runs on a thread of the loader, ``on_landed`` after it on the same thread;
+    everything else is called by the engine's own.
     """
 
-    def __init__(self, work: Callable[[PackedAdapter, Sequence[int], Mark | None], None]) -> None:
+    def __init__(self, store: Store) -> None:
         self.on_landed: Callable[[], None] = lambda: None
-        self._work = work
+        self._store = store
         self._waiting: dict[str, Load] = {}
         self._changed = threading.Condition()
         self._closed = False
@@ -58,12 +60,13 @@ class Loader:
 
     def reorder(self, wanted: Sequence[str], keep: Collection[str]) -> list[Load]:
         """Loads that have not begun yet go in the order of ``wanted``, then those in ``keep``. The
-        others are dropped: nobody waits for them any more."""
+        others are dropped: nobody waits for them any more. One that is under way stays."""
         if not self._waiting:
             return []
         with self._changed:
             before, self._waiting = self._waiting, {}
-            for digest in (*wanted, *(d for d in before if d in keep)):
+            stay = [d for d, load in before.items() if load.arrival is not None or d in keep]
+            for digest in (*wanted, *stay):
                 if (load := before.pop(digest, None)) is not None:
                     self._waiting[digest] = load
         return list(before.values())
@@ -85,7 +88,10 @@ class Loader:
         while (load := self._next()) is not None:
             began = time.monotonic()
             try:
-                self._work(load.packed, load.frames, load.after)
+                if load.arrival is None:
+                    self._store.read_into(load.packed, load.frames, load.after)
+                else:
+                    load.arrival.finish()
             except Exception as problem:  # whatever it is, it is this adapter's and nobody else's
                 load.error = problem
             load.work_s = time.monotonic() - began

@@ -102,6 +102,13 @@ class Layout:
         """Size of the stream."""
         return self.num_elems * ITEMSIZE[self.dtype]
 
+    def layer_ends(self) -> Int64:
+        """So many elements from the stream's beginning do layers 0 to l need: [num_layers]."""
+        # A layer begins with its first A: the next one that there is ends all before it.
+        starts = np.where(self.rank > 0, self.a_offset, self.num_elems).min(axis=1)
+        later = np.append(starts[1:], self.num_elems)
+        return np.minimum.accumulate(later[::-1])[::-1]
+
     def num_slices(self, slice_bytes: int) -> int:
         """Pool slices the stream covers; the last may be partly used."""
         slice_elems = slice_bytes // ITEMSIZE[self.dtype]

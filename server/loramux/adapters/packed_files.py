@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from loramux.adapters.arrivals import Arrival, Mark
 from loramux.adapters.pack import PackedAdapter, PayloadSum, packed_path, read_header
 from loramux.errors import AdapterLoadFailed
 from loramux.memory.arena import Arena
@@ -18,18 +19,20 @@ MOST_HEADERS = 4096
 IOV_MAX = os.sysconf("SC_IOV_MAX")
 
 
-class Mark(Protocol):
-    """A place in a queue of work of a device (a CUDA event)."""
-
-    def synchronize(self) -> None:
-        """Make the calling thread wait until the device has come there."""
-
-
 class Store(Protocol):
     """Where packed adapters come from, and how they get into the pool."""
 
     def given(self) -> Mark | None:
         """Everything the device was given to compute until now; None: it is done."""
+
+    def begin(
+        self, packed: PackedAdapter, frames: Sequence[int], after: Mark | None
+    ) -> Arrival | None:
+        """Like ``read_into``, but without waiting, for a stream that is so near that nothing can
+        fail any more; None for others."""
+
+    def waited_s(self) -> float:
+        """Seconds the device stood still for arrivals since the last call, as far as known."""
 
     def header(self, digest: str) -> PackedAdapter:
         """What the packed file holds. Raises LoramuxError if it is not there or not ours."""
@@ -118,6 +121,13 @@ class FrameStore:
 
     def given(self) -> None:
         """See :class:`Store`: on a CPU a step is over when it returns."""
+
+    def begin(self, packed: PackedAdapter, frames: Sequence[int], after: Mark | None) -> None:
+        """See :class:`Store`: whatever copies on a CPU is not there to compute."""
+
+    def waited_s(self) -> float:
+        """See :class:`Store`."""
+        return 0.0
 
     def read_into(self, packed: PackedAdapter, frames: Sequence[int], after: Mark | None) -> None:
         """See :class:`Store`."""

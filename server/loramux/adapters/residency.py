@@ -4,15 +4,17 @@
       ^                 │ (failed, dropped)  │ (evicted)
       └─────────────────┴────────────────────┘
 
-Threads bring the packed form into the frames; the step loop never waits for them. All methods are
-called by the engine's own thread, and none that a step calls goes through all adapters.
+Threads bring the packed form into the frames; the step loop never waits for them. From the pinned
+memory beside a GPU an adapter is loaded so fast that rows may run on it while its later layers are
+still arriving. All methods are called by the engine's own thread, and none that a step calls goes
+through all adapters.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from loramux.adapters.arrivals import Arrival, Pace
 from loramux.adapters.loader import Load, Loader
 from loramux.adapters.pack import PackedAdapter
 from loramux.adapters.packed_files import Store
@@ -62,6 +65,7 @@ class _Resident:
     slot: int | None = None
     leases: int = 0
     pinned: bool = False
+    arrival: Arrival | None = None
 
 
 class Residency:
@@ -88,7 +92,9 @@ class Residency:
         self._errors: dict[str, LoramuxError] = {}
         self._num_leased_frames = 0
         self._load_s_per_byte = ASSUMED_LOAD_S_PER_BYTE
-        self._loader = Loader(store.read_into)
+        self._loader = Loader(store)
+        self.pace = Pace()
+        self._num_arriving_frames = 0
         self._most_loading = LOADING_SHARE * pool.frames.num_frames
         self._deferred = False
         self.num_loading = 0
@@ -111,9 +117,11 @@ class Residency:
         return self._layout.num_frames(self._store.header(digest).num_bytes)
 
     def is_resident(self, digest: str) -> bool:
-        """True when rows may run on it."""
+        """True when rows may run on it in the step that is being put together."""
         resident = self._adapters.get(digest)
-        return resident is not None and resident.slot is not None
+        if resident is None or resident.slot is None:
+            return False
+        return resident.arrival is None or resident.arrival.keeps_ahead(self.pace)
 
     def is_loading(self, digest: str) -> bool:
         resident = self._adapters.get(digest)
@@ -129,7 +137,7 @@ class Residency:
             raise error
         if digest in self._adapters or self._deferred:
             return True
-        loading = self._pool.frames.count(Owner.LOADING)
+        loading = self._pool.frames.count(Owner.LOADING) + self._num_arriving_frames
         if loading and loading + self.num_frames(digest) > self._most_loading:
             self._deferred = True
             return True
@@ -146,9 +154,16 @@ class Residency:
         frames = self._pool.obtain(num_frames, Owner.LOADING, below)
         if frames is None:
             return False
-        self._adapters[digest] = _Resident(packed, frames, pinned=digest in self._pins)
+        after = self._store.given()
+        arrival = self._store.begin(packed, frames, after)
+        resident = _Resident(packed, frames, pinned=digest in self._pins, arrival=arrival)
+        self._adapters[digest] = resident
         self.num_loading += 1
-        self._loader.put(Load(packed, frames, self._store.given()))
+        if arrival is not None:
+            self._num_arriving_frames += num_frames
+            resident.leases = 1
+            self._enter(resident)
+        self._loader.put(Load(packed, frames, after, arrival))
         return True
 
     def prioritize(self, wanted: Sequence[str]) -> None:
@@ -181,6 +196,24 @@ class Residency:
         if resident.leases == 0 and not resident.pinned:
             self._offer(digest, resident)
 
+    def before_layer(self, digests: Iterable[str]) -> Callable[[int], None]:
+        """To be called by a forward pass that uses ``digests`` before each of its layers, in
+        order: the device waits there for what has not arrived."""
+        arrivals = [self._adapters[digest].arrival for digest in dict.fromkeys(digests)]
+        waits = [arrival.waits() for arrival in arrivals if arrival is not None]
+
+        def wait(layer: int) -> None:
+            if layer == 0:
+                self.pace.starting()
+            for before in waits:
+                before(layer)
+
+        return wait
+
+    def take_waited_s(self) -> float:
+        """Seconds the device stood still for arrivals since the last call, as far as known."""
+        return self._store.waited_s()
+
     def slot(self, digest: str) -> int:
         """The kernels' number of a leased adapter."""
         slot = self._adapters[digest].slot
@@ -190,7 +223,8 @@ class Residency:
     # -- once a step -----------------------------------------------------------------------------
 
     def poll(self) -> None:
-        """Take in what the loader finished since the last call."""
+        """A step begins: take in what the loader finished since the last one."""
+        self.pace.scheduling()
         for load in self._loader.landed():
             self.num_loading -= 1
             if load.error is None:
@@ -208,6 +242,22 @@ class Residency:
     def _land(self, load: Load) -> None:
         packed = load.packed
         resident = self._adapters[packed.digest]
+        newest = load.work_s / packed.num_bytes
+        self._load_s_per_byte += NEWEST_WEIGHT * (newest - self._load_s_per_byte)
+        seconds = time.monotonic() - load.asked
+        self.finished_loads.append(AdapterLoad(packed.digest, seconds, packed.num_bytes))
+        if load.arrival is not None:
+            resident.arrival = None
+            self._num_arriving_frames -= len(resident.frames)
+            self.release(packed.digest)
+            return
+        self._enter(resident)
+        if not resident.pinned:
+            self._offer(packed.digest, resident)
+
+    def _enter(self, resident: _Resident) -> None:
+        """From now on the kernels know it, and nobody may evict it."""
+        packed = resident.packed
         self._pool.frames.transfer(resident.frames, Owner.LOADING, Owner.ADAPTER)
         resident.slot = self._table.add(
             slices=self._layout.slices(resident.frames),
@@ -218,13 +268,7 @@ class Residency:
             dtype=getattr(torch, packed.dtype),
         )
         self.version += 1
-        newest = load.work_s / packed.num_bytes
-        self._load_s_per_byte += NEWEST_WEIGHT * (newest - self._load_s_per_byte)
-        seconds = time.monotonic() - load.asked
-        self.finished_loads.append(AdapterLoad(packed.digest, seconds, packed.num_bytes))
         self._num_leased_frames += len(resident.frames)
-        if not resident.pinned:
-            self._offer(packed.digest, resident)
 
     def _withdraw(self, digest: str, resident: _Resident) -> None:
         """It must not be evicted from now on."""
@@ -323,6 +367,8 @@ class Residency:
             if r.slot is not None and (r.leases or r.pinned)
         )
         assert self._num_leased_frames == leased
+        arriving = sum(len(r.frames) for r in self._adapters.values() if r.arrival is not None)
+        assert self._num_arriving_frames == arriving
         loading = sum(len(r.frames) for r in self._adapters.values() if r.slot is None)
         assert self._pool.frames.count(Owner.LOADING) == loading
         for digest, r in self._adapters.items():

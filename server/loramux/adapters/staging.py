@@ -13,7 +13,9 @@ other through the ring, so that the link to the host is never idle while a buffe
 from __future__ import annotations
 
 import threading
+import time
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from loramux.adapters.arrivals import Arrival, Clock, Link, Mark
 from loramux.adapters.host_tier import HostTier
 from loramux.adapters.pack import PackedAdapter
-from loramux.adapters.packed_files import Mark, PackedFiles
+from loramux.adapters.packed_files import PackedFiles
 from loramux.memory.arena import Arena
 from loramux.memory.formats import AdapterFormat
 from loramux_kernels.scatter import scatter
@@ -53,6 +56,9 @@ class Lane(Protocol):
     ) -> None:
         """See :func:`loramux_kernels.scatter.scatter`."""
 
+    def upload(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
+        """A copy of ``values`` on the device, for this and later work only."""
+
     def mark(self) -> Mark: ...
 
 
@@ -64,6 +70,12 @@ class Device(Protocol):
     def given(self) -> Mark:
         """Everything that was given to the queue that computes until now."""
 
+    def hold(self, mark: Mark) -> None:
+        """What is given to the queue that computes from now on begins after ``mark``."""
+
+    def waited_s(self) -> float:
+        """Seconds it stood still for that since the last call, as far as known."""
+
     def pinned(self, num_bytes: int) -> torch.Tensor:
         """Memory of the host, 1-D uint8."""
 
@@ -71,9 +83,15 @@ class Device(Protocol):
 @dataclass(slots=True)
 class _Buffer:
     staged: torch.Tensor
-    offsets: torch.Tensor
-    host_offsets: torch.Tensor
     spread: Mark | None = None
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Blocks on their way: when each is in the arena. The offsets are the device's until then."""
+
+    marks: list[Mark]
+    offsets: torch.Tensor
 
 
 class StagingRing:
@@ -84,44 +102,40 @@ class StagingRing:
     ) -> None:
         self._arena = arena
         self._slice_bytes = arena.frame.slice_bytes
+        self._per_block = slices_per_block
         self._copies, self._spreads = device.lane(), device.lane()
-        where = arena.data.device
-        self._buffers = [
-            _Buffer(
-                torch.empty(slices_per_block * self._slice_bytes, dtype=torch.uint8, device=where),
-                torch.empty(slices_per_block, dtype=torch.int64, device=where),
-                device.pinned(slices_per_block * 8).view(torch.int64),
-            )
-            for _ in range(num_buffers)
-        ]
+        size = slices_per_block * self._slice_bytes
+        like = arena.data
+        self._buffers = [_Buffer(like.new_empty(size)) for _ in range(num_buffers)]
         self._next = 0
         self._turn = threading.Lock()
 
-    def wait(self, mark: Mark) -> None:
-        """What is sent from now on is spread after ``mark``."""
-        self._spreads.wait(mark)
-
-    def send(self, block: torch.Tensor, slices: npt.NDArray[np.int64]) -> Mark:
-        """Bring ``block`` (pinned) to the slices at the byte offsets ``slices``; when that is done.
-
-        The calling thread waits while all buffers are full. ``block`` must stay until the mark.
-        """
+    def send(
+        self, blocks: Sequence[torch.Tensor], slices: npt.NDArray[np.int64], after: Mark | None
+    ) -> Sent:
+        """Bring ``blocks`` (pinned) to the slices at the byte offsets ``slices``, not before
+        ``after``. Nobody waits; the blocks must stay until the last mark."""
         with self._turn:
-            buffer = self._buffers[self._next]
-            self._next = (self._next + 1) % len(self._buffers)
-            if buffer.spread is not None:
-                buffer.spread.synchronize()
-            count = len(slices)
-            buffer.host_offsets[:count] = torch.from_numpy(slices)
-            staged = buffer.staged[: len(block)]
-            self._copies.copy(buffer.offsets[:count], buffer.host_offsets[:count])
-            self._copies.copy(staged, block)
-            self._spreads.wait(self._copies.mark())
-            self._spreads.scatter(
-                self._arena.data, staged, buffer.offsets[:count], self._slice_bytes
-            )
-            buffer.spread = self._spreads.mark()
-            return buffer.spread
+            offsets = self._copies.upload(slices)
+            if after is not None:
+                self._spreads.wait(after)
+            marks = [
+                self._send_one(block, offsets[first : first + self._per_block])
+                for block, first in zip(blocks, range(0, len(slices), self._per_block), strict=True)
+            ]
+            return Sent(marks, offsets)
+
+    def _send_one(self, block: torch.Tensor, offsets: torch.Tensor) -> Mark:
+        buffer = self._buffers[self._next]
+        self._next = (self._next + 1) % len(self._buffers)
+        if buffer.spread is not None:
+            self._copies.wait(buffer.spread)
+        staged = buffer.staged[: len(block)]
+        self._copies.copy(staged, block)
+        self._spreads.wait(self._copies.mark())
+        self._spreads.scatter(self._arena.data, staged, offsets, self._slice_bytes)
+        buffer.spread = self._spreads.mark()
+        return buffer.spread
 
 
 class TieredStore:
@@ -130,35 +144,74 @@ class TieredStore:
     ``host_bytes`` bounds the pinned memory. See :class:`loramux.adapters.packed_files.Store`.
     """
 
-    def __init__(self, files: PackedFiles, arena: Arena, device: Device, host_bytes: int) -> None:
+    def __init__(
+        self,
+        files: PackedFiles,
+        arena: Arena,
+        device: Device,
+        host_bytes: int,
+        clock: Clock = time.monotonic,
+    ) -> None:
         slice_bytes = arena.frame.slice_bytes
-        self._per_block = max(1, BLOCK_BYTES // slice_bytes)
-        block_bytes = self._per_block * slice_bytes
+        per_block = max(1, BLOCK_BYTES // slice_bytes)
+        block_bytes = per_block * slice_bytes
         self._files = files
+        self._device = device
+        self._clock = clock
         self._layout = AdapterFormat(arena.frame)
         self.tier = HostTier(device.pinned(host_bytes - host_bytes % block_bytes), block_bytes)
-        self._ring = StagingRing(arena, device, self._per_block)
+        self.link = Link(clock)
+        self._ring = StagingRing(arena, device, per_block)
         self.header = files.header
         self.given = device.given
+        self.waited_s = device.waited_s
 
     def warm_up(self) -> None:
         """Compile the kernel. Writes over the pool's first slice: nobody may own it yet."""
         block = torch.zeros(self._layout.frame.slice_bytes, dtype=torch.uint8)
-        self._ring.send(block, np.zeros(1, np.int64)).synchronize()
+        sent = self._ring.send([block], np.zeros(1, np.int64), None)
+        sent.marks[-1].synchronize()
+
+    def begin(
+        self, packed: PackedAdapter, frames: Sequence[int], after: Mark | None
+    ) -> Arrival | None:
+        """See :class:`loramux.adapters.packed_files.Store`."""
+        blocks = self.tier.hold(packed.digest)
+        if blocks is None:
+            return None
+        sent, lands = self._send(packed, blocks, frames, after)
+        item = self.tier.block_bytes * packed.num_elems // packed.num_bytes
+        return Arrival(
+            sent.marks,
+            lands,
+            np.maximum(packed.layer_ends() - 1, 0) // item,
+            hold=self._device.hold,
+            done=lambda: self._end(packed, sent),
+        )
 
     def read_into(self, packed: PackedAdapter, frames: Sequence[int], after: Mark | None) -> None:
         """See :class:`loramux.adapters.packed_files.Store`."""
+        with self.tier.stream(packed, self._files.read) as blocks:
+            began = self._clock()
+            sent, _ = self._send(packed, blocks, frames, after)
+            sent.marks[-1].synchronize()
+            self.link.took(packed.num_bytes, self._clock() - began)
+
+    def _send(
+        self,
+        packed: PackedAdapter,
+        blocks: Sequence[torch.Tensor],
+        frames: Sequence[int],
+        after: Mark | None,
+    ) -> tuple[Sent, npt.NDArray[np.float64]]:
         slices = self._layout.slices(list(frames))
         slices = slices[: packed.num_slices(self._layout.frame.slice_bytes)]
-        with self.tier.stream(packed, self._files.read) as blocks:
-            if after is not None:
-                self._ring.wait(after)
-            mark: Mark | None = None
-            for index, block in enumerate(blocks):
-                first = index * self._per_block
-                mark = self._ring.send(block, slices[first : first + self._per_block])
-            if mark is not None:
-                mark.synchronize()
+        sent = self._ring.send(blocks, slices, after)
+        return sent, self.link.lands([len(block) for block in blocks])
+
+    def _end(self, packed: PackedAdapter, sent: Sent) -> None:
+        del sent  # its offsets may go from here on
+        self.tier.release(packed.digest)
 
 
 class CudaLane:
@@ -187,6 +240,12 @@ class CudaLane:
         with torch.cuda.stream(self._stream):
             scatter(arena, staged, offsets, slice_bytes=slice_bytes)
 
+    def upload(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
+        """See :class:`Lane`."""
+        # From pageable memory: the driver has its own copy of so few bytes when this returns.
+        with torch.cuda.stream(self._stream):
+            return torch.from_numpy(values).to(self._stream.device, non_blocking=True)
+
     def mark(self) -> Mark:
         """See :class:`Lane`."""
         mark: Mark = self._stream.record_event()
@@ -198,6 +257,7 @@ class CudaDevice:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._waits: deque[tuple[Any, Any]] = deque()
 
     def lane(self) -> Lane:
         """See :class:`Device`."""
@@ -205,8 +265,26 @@ class CudaDevice:
 
     def given(self) -> Mark:
         """See :class:`Device`."""
-        mark: Mark = torch.cuda.default_stream(self._device).record_event()
+        mark: Mark = torch.cuda.current_stream(self._device).record_event()
         return mark
+
+    def hold(self, mark: Any) -> None:
+        """See :class:`Device`."""
+        stream = torch.cuda.current_stream(self._device)
+        make: Any = torch.cuda.Event
+        before, after = make(enable_timing=True), make(enable_timing=True)
+        before.record(stream)
+        stream.wait_event(mark)
+        after.record(stream)
+        self._waits.append((before, after))
+
+    def waited_s(self) -> float:
+        """See :class:`Device`."""
+        waited = 0.0
+        while self._waits and self._waits[0][1].query():
+            before, after = self._waits.popleft()
+            waited += before.elapsed_time(after) / 1000
+        return waited
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
         """See :class:`Device`."""

@@ -178,7 +178,7 @@ def _connect(
         pool=pool,
         residency=residency,
         scheduler=scheduler,
-        runner=ModelRunner(decoder, kv, residency.slot),
+        runner=ModelRunner(decoder, kv, residency),
         sampler=sampler,
         epoch=epoch,
     )

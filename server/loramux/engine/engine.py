@@ -153,6 +153,7 @@ class Engine:
         stats.num_waiting = len(self.scheduler.waiting)
         stats.num_loading = self.residency.num_loading
         stats.loads, self.residency.finished_loads = self.residency.finished_loads, []
+        stats.arrival_wait_s = self.residency.take_waited_s()
         evicted_adapters, self.residency.num_evicted = self.residency.num_evicted, 0
         evicted_pages, self.pool.prefix.num_evicted = self.pool.prefix.num_evicted, 0
         stats.evictions = {"adapter": evicted_adapters, "prefix": evicted_pages}

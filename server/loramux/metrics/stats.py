@@ -35,7 +35,8 @@ class StepStats(msgspec.Struct, omit_defaults=True):
     ``resident`` lists the digests now in the pool, ``pinned`` those that stay there and
     ``waiting_adapters`` those that waiting requests need; None: as told before. While rows run
     they are told no more than once a second.
-    Times: seconds of wall clock in this step by phase (schedule, forward, sample, commit).
+    Times: seconds of wall clock in this step by phase (schedule, forward, sample, commit);
+    ``arrival_wait_s`` of that a device stood still for adapters that were still arriving.
     """
 
     num_running: int = 0
@@ -56,3 +57,4 @@ class StepStats(msgspec.Struct, omit_defaults=True):
     pinned: list[str] | None = None
     waiting_adapters: list[str] | None = None
     phase_s: dict[str, float] = {}
+    arrival_wait_s: float = 0.0
