@@ -3,6 +3,7 @@ waits that make a wrong forecast slow, never wrong."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -165,11 +166,14 @@ def packed(name: str) -> Any:
 class Files:
     def __init__(self) -> None:
         self.num_reads = 0
+        self.gate = threading.Event()
+        self.gate.set()
 
     def header(self, digest: str) -> Any:
         return packed(digest)
 
     def read(self, adapter: Any, views: Sequence[memoryview]) -> None:
+        assert self.gate.wait(20)
         self.num_reads += 1
         data = content(adapter.digest)
         for view in views:
@@ -279,4 +283,22 @@ def test_an_adapter_on_its_way_is_joined_only_when_it_keeps_ahead(
     bench.settle()
     assert bench.residency.is_resident("x")
     bench.check()
+    bench.residency.close()
+
+
+def test_an_arrival_waits_for_no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch)
+    monkeypatch.setattr(bench.residency, "_most_loading", 16)
+    bench.near("x")
+    bench.files.gate.clear()
+    for name in ("y", "z"):
+        assert bench.residency.load(name)
+    assert bench.residency.load("x")
+    deadline = time.monotonic() + 10
+    while bench.residency.num_loading > 2:
+        assert time.monotonic() < deadline
+        bench.residency.poll()
+    assert bench.residency.is_resident("x") and not bench.residency.is_resident("y")
+    bench.files.gate.set()
+    bench.settle()
     bench.residency.close()

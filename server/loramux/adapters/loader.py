@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from loramux.adapters.arrivals import Arrival, Mark
 from loramux.adapters.pack import PackedAdapter
@@ -35,7 +36,8 @@ class Loader:
     """Loads that wait for a thread, in order, and those that are done.
 
     ``store.read_into`` runs on a thread of the loader, ``on_landed`` after it on the same thread;
-    everything else is called by the engine's own.
+    everything else is called by the engine's own. Arrivals have a thread to themselves: a load may
+    be waiting for the memory that one of them still uses.
     """
 
     def __init__(self, store: Store) -> None:
@@ -45,28 +47,34 @@ class Loader:
         self._changed = threading.Condition()
         self._closed = False
         self._landed: queue.SimpleQueue[Load] = queue.SimpleQueue()
+        self._arriving: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._run, name=f"adapter-loader-{i}", daemon=True)
-            for i in range(NUM_THREADS)
+            threading.Thread(target=target, name=name, daemon=True)
+            for name, target in [
+                *((f"adapter-loader-{i}", self._read_all) for i in range(NUM_THREADS)),
+                ("adapter-arrivals", self._finish_all),
+            ]
         ]
         for thread in self._threads:
             thread.start()
 
     def put(self, load: Load) -> None:
         """Begin ``load`` when those before it have begun."""
+        if load.arrival is not None:
+            self._arriving.put(load)
+            return
         with self._changed:
             self._waiting[load.packed.digest] = load
             self._changed.notify()
 
     def reorder(self, wanted: Sequence[str], keep: Collection[str]) -> list[Load]:
         """Loads that have not begun yet go in the order of ``wanted``, then those in ``keep``. The
-        others are dropped: nobody waits for them any more. One that is under way stays."""
+        others are dropped: nobody waits for them any more."""
         if not self._waiting:
             return []
         with self._changed:
             before, self._waiting = self._waiting, {}
-            stay = [d for d, load in before.items() if load.arrival is not None or d in keep]
-            for digest in (*wanted, *stay):
+            for digest in (*wanted, *(d for d in before if d in keep)):
                 if (load := before.pop(digest, None)) is not None:
                     self._waiting[digest] = load
         return list(before.values())
@@ -78,25 +86,32 @@ class Loader:
 
     def close(self) -> None:
         """Stop the threads after the loads they are at."""
+        self._arriving.put(None)
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
 
-    def _run(self) -> None:
+    def _read_all(self) -> None:
         while (load := self._next()) is not None:
-            began = time.monotonic()
-            try:
-                if load.arrival is None:
-                    self._store.read_into(load.packed, load.frames, load.after)
-                else:
-                    load.arrival.finish()
-            except Exception as problem:  # whatever it is, it is this adapter's and nobody else's
-                load.error = problem
-            load.work_s = time.monotonic() - began
-            self._landed.put(load)
-            self.on_landed()
+            read = partial(self._store.read_into, load.packed, load.frames, load.after)
+            self._do(load, read)
+
+    def _finish_all(self) -> None:
+        while (load := self._arriving.get()) is not None:
+            assert load.arrival is not None
+            self._do(load, load.arrival.finish)
+
+    def _do(self, load: Load, work: Callable[[], None]) -> None:
+        began = time.monotonic()
+        try:
+            work()
+        except Exception as problem:  # whatever it is, it is this adapter's and nobody else's
+            load.error = problem
+        load.work_s = time.monotonic() - began
+        self._landed.put(load)
+        self.on_landed()
 
     def _next(self) -> Load | None:
         with self._changed:
