@@ -20,7 +20,7 @@ from loramux.adapters import staging
 from loramux.adapters.arrivals import MARGIN, Arrival, Link, Pace
 from loramux.adapters.pack import Layout
 from loramux.adapters.residency import Residency
-from loramux.adapters.staging import TieredStore
+from loramux.adapters.staging import CudaDevice, TieredStore
 from loramux.memory.arena import Arena
 from loramux.memory.formats import AdapterFormat, FrameShape
 from loramux.memory.pool import Pool
@@ -302,3 +302,35 @@ def test_an_arrival_waits_for_no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     bench.files.gate.set()
     bench.settle()
     bench.residency.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_every_stream_arrives_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "BLOCK_BYTES", 2 * FRAME.slice_bytes)
+    device = torch.device("cuda")
+    arena = Arena(16, FRAME, device, poison=True)
+    files: Any = Files()
+    store = TieredStore(files, arena, CudaDevice(device), 4096)
+    store.warm_up()
+    for frames in ([3, 1, 9, 12], [0, 2, 4, 15]):
+        adapter = packed(f"x{frames[0]}")
+        store.read_into(adapter, frames, store.given())
+        assert landed(arena.data.cpu(), frames) == content(adapter.digest)
+        arena.data.fill_(0xFF)
+        arrival = store.begin(adapter, frames, store.given())
+        assert arrival is not None
+        before_layer, seen = arrival.waits(), []
+        for layer in range(LAYERS):
+            before_layer(layer)
+            seen.append(arena.data.clone())
+        arrival.finish()
+        for end, data in zip(adapter.layer_ends() * 4, seen, strict=True):
+            assert landed(data.cpu(), frames)[:end] == content(adapter.digest)[:end]
+    torch.cuda.synchronize()
+    assert 0 <= store.waited_s() < 1 and store.waited_s() == 0
+
+
+def landed(arena: torch.Tensor, frames: list[int]) -> bytes:
+    size = FRAME.frame_bytes
+    return b"".join(arena[f * size : (f + 1) * size].numpy().tobytes() for f in frames)

@@ -88,9 +88,6 @@ class HostTier:
         stream.here = True
         return [self._memory[place] for place in self._places(stream)]
 
-    def __contains__(self, digest: str) -> bool:
-        return digest in self._streams
-
     def _take(self, packed: PackedAdapter) -> _Stream:
         need = -(-packed.num_bytes // self.block_bytes)
         if need > self.num_blocks:

@@ -210,7 +210,8 @@ class TieredStore:
         return sent, self.link.lands([len(block) for block in blocks])
 
     def _end(self, packed: PackedAdapter, sent: Sent) -> None:
-        del sent  # its offsets may go from here on
+        """Until here the device read the blocks and the offsets, and they had to stay."""
+        del sent
         self.tier.release(packed.digest)
 
 
