@@ -78,8 +78,8 @@ def main() -> None:
         engine: Any = ours.assembled.engine
         for digest in ours.digests:
             assert engine.residency.load(digest)
-        while engine.residency.num_loading:
-            engine.step()
+            while engine.residency.num_loading:
+                engine.residency.poll()
         engine._loop._runner._decoder.forward = forward
         sampler.kernels.draw = draw
         results = [measure(ours, rows) for rows in ROWS]

@@ -45,6 +45,9 @@ class ServerConfig(BaseSettings):
         "none", description="int8: round the base's matrices to 8 bits (cpu only)"
     )
     pool_memory: str = Field("auto", description="bytes (512M, 8G) or a fraction of what is free")
+    host_memory: str = Field(
+        "auto", description="pinned memory for adapters on their way to a GPU; like --pool-memory"
+    )
     page_tokens: int = Field(16, ge=1, le=256, description="tokens in one page of KV cache")
     max_model_len: int | None = Field(None, ge=1, description="longest prompt plus output (tokens)")
     max_num_seqs: int = Field(64, ge=1, description="most requests in one batch")
@@ -81,7 +84,8 @@ class ServerConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _pool(self) -> ServerConfig:
-        parse_pool_memory(self.pool_memory)
+        parse_memory(self.pool_memory)
+        parse_memory(self.host_memory)
         return self
 
 
@@ -98,7 +102,7 @@ def process_environment() -> dict[str, str]:
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
-def parse_pool_memory(text: str) -> int | float | None:
+def parse_memory(text: str) -> int | float | None:
     """``"auto"`` -> None, ``"0.9"`` -> a fraction, ``"512M"`` or ``"1000000"`` -> bytes."""
     text = text.strip().lower()
     if text == "auto":

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loramux.adapters import loader, residency
 from loramux.adapters.residency import Residency
 from loramux.errors import LoramuxError
 from loramux.memory.formats import AdapterFormat, FrameShape
@@ -40,6 +41,7 @@ class FakeStore:
     sizes: dict[str, int]
     bad: set[str] = field(default_factory=set)
     gate: threading.Event = field(default_factory=threading.Event)
+    begun: list[str] = field(default_factory=list)
     reads: list[tuple[str, list[int]]] = field(default_factory=list)
 
     def header(self, digest: str) -> Any:
@@ -47,7 +49,17 @@ class FakeStore:
             raise LoramuxError("missing", code="adapter_load_failed")
         return FakePacked(digest, self.sizes[digest])
 
-    def read_into(self, packed: Any, frames: Sequence[int]) -> None:
+    def given(self) -> None:
+        """Nothing is computed here."""
+
+    def begin(self, packed: Any, frames: Sequence[int], after: None) -> None:
+        """Nothing is near."""
+
+    def waited_s(self) -> float:
+        return 0.0
+
+    def read_into(self, packed: Any, frames: Sequence[int], after: None) -> None:
+        self.begun.append(packed.digest)
         assert self.gate.wait(5)
         self.reads.append((packed.digest, list(frames)))
         if packed.digest in self.bad:
@@ -59,7 +71,7 @@ class FakeTable:
         self.slots: dict[int, list[int]] = {}
 
     def add(self, *, slices: np.ndarray[Any, Any], **_: Any) -> int:
-        slot = next(i for i in range(100) if i not in self.slots)
+        slot = next(i for i in range(1_000) if i not in self.slots)
         self.slots[slot] = slices.tolist()
         return slot
 
@@ -119,7 +131,7 @@ def test_leased_and_pinned_adapters_are_never_evicted() -> None:
     bench = Bench(4, {"leased": 16, "pinned": 16, "warm": 16, "new": 16, "one more": 16})
     for name in ("leased", "pinned", "warm", "new"):
         assert bench.residency.load(name)
-    bench.settle()
+        bench.settle()
     bench.residency.lease("leased")
     assert bench.residency.pin("pinned")
     assert bench.residency.load("one more")
@@ -174,15 +186,112 @@ def test_evict_drops_warm_adapters_only() -> None:
     bench.residency.close()
 
 
+def test_the_one_wanted_most_is_next_and_what_nobody_waits_for_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loader, "NUM_THREADS", 1)
+    bench = Bench(40, dict.fromkeys("abcdef", 16), gated=True)
+    for name in "abcde":
+        assert bench.residency.load(name)
+    assert bench.residency.pin("f")
+    while bench.store.begun != ["a"]:
+        time.sleep(0.001)
+    bench.residency.prioritize(["x", "e", "a", "c"])
+    bench.check()
+    assert [name for name in "abcdef" if bench.residency.is_loading(name)] == list("acef")
+    assert bench.pool.frames.count(Owner.LOADING) == 4
+    bench.store.gate.set()
+    bench.settle()
+    assert bench.store.begun == list("aecf")
+    bench.residency.close()
+
+
+def test_loads_take_no_more_than_their_share_of_the_pool() -> None:
+    sizes = {**dict.fromkeys("abcd", 32), "large": 96, "small": 16}
+    bench = Bench(20, sizes, gated=True)
+    assert all(bench.residency.load(name) for name in "abcd")
+    assert [name for name in "abcd" if bench.residency.is_loading(name)] == ["a", "b"]
+    bench.residency.prioritize(list("abcd"))
+    assert bench.residency.load("large") and bench.residency.load("small")
+    assert bench.residency.num_loading == 2, "nobody overtakes the large one"
+    bench.store.gate.set()
+    bench.settle()
+    bench.residency.prioritize(["large", "c"])
+    assert bench.residency.load("large") and bench.residency.is_loading("large")
+    bench.settle()
+    bench.residency.close()
+
+
+def test_fetching_ahead_evicts_nothing_that_is_worth_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(residency, "NEWEST_WEIGHT", 0.0)  # how fast loads are is not the question
+    bench = Bench(3, {"hot": 16, "once": 16, "old": 16, "next": 16, "after": 16})
+    for name in ("old", "once", "hot"):
+        bench.residency.load(name)
+        bench.settle()
+        bench.residency.lease(name)
+        bench.residency.release(name)
+    for _ in range(5):
+        bench.residency.lease("hot")
+        bench.residency.release("hot")
+    assert bench.residency.load("next", ahead=True) is False, "all were used once and lately"
+    assert bench.residency.load("next") is True
+    bench.settle()
+    assert not bench.residency.is_resident("old")
+    assert bench.residency.load("after", ahead=True) is True
+    bench.settle()
+    assert not bench.residency.is_resident("once")
+    bench.residency.lease("next")
+    bench.residency.hold("after")
+    assert bench.residency.load("old", ahead=True) is False
+    assert bench.residency.is_resident("hot") and bench.residency.is_resident("after")
+    bench.residency.close()
+
+
+class NoWalk(dict[str, Any]):
+    """Falls over when somebody goes through all of it."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise AssertionError("a step went through all adapters")
+
+    __iter__ = items = values = keys = _refuse
+
+
+def test_what_a_step_does_is_the_same_however_many_are_resident() -> None:
+    bench = Bench(400, {f"a{i}": 16 for i in range(300)} | {"cold": 16})
+    for i in range(300):
+        bench.residency.load(f"a{i}")
+        if i % 50 == 49:
+            bench.settle()
+            bench.residency.prioritize([])
+    many = bench.residency
+    many._adapters = NoWalk(many._adapters)
+    many.load("cold")
+    many.prioritize(["cold"])
+    while many.num_loading:
+        many.poll()
+    for name in ("a3", "cold"):
+        many.lease(name)
+    many.hold("a4")
+    assert many.num_leased_frames() == 3
+    for name in ("a3", "a4", "cold"):
+        many.release(name)
+    assert many.num_leased_frames() == 0 and many.pinned() == []
+    many.close()
+
+
+EVENTS = "load ahead wanted lease hold release pin unpin evict kv".split()
+
+
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("load lease release pin unpin evict kv".split()),
-                          st.sampled_from("abcd")), max_size=60))  # fmt: skip
+@given(st.lists(st.tuples(st.sampled_from(EVENTS), st.sampled_from("abcd")), max_size=60))
 def test_any_order_of_events_leaves_balanced_books(events: list[tuple[str, str]]) -> None:
     bench = Bench(7, {"a": 16, "b": 32, "c": 48, "d": 16})
     leases = dict.fromkeys("abcd", 0)
     for event, name in events:
-        if event == "lease" and bench.residency.is_resident(name):
-            bench.residency.lease(name)
+        if event in ("lease", "hold") and bench.residency.is_resident(name):
+            getattr(bench.residency, event)(name)
             leases[name] += 1
         elif event == "release" and leases[name]:
             bench.residency.release(name)
@@ -191,6 +300,10 @@ def test_any_order_of_events_leaves_balanced_books(events: list[tuple[str, str]]
             frames = bench.pool.obtain(2, Owner.KV)
             if frames is not None:
                 bench.pool.prefix.release(frames)
+        elif event == "ahead":
+            bench.residency.load(name, ahead=True)
+        elif event == "wanted":
+            bench.residency.prioritize([name])
         elif event in ("load", "pin", "unpin", "evict"):
             getattr(bench.residency, event)(name)
         bench.residency.poll()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from loramux.engine.scheduler import Limits, Scheduler
@@ -23,6 +25,7 @@ class FakeAdapters:
         self.frames: dict[str, list[int]] = {}
         self.leases: dict[str, int] = {}
         self.loads: list[str] = []
+        self.wanted: list[str] = []
 
     def num_frames(self, digest: str) -> int:
         return self.sizes[digest]
@@ -30,10 +33,11 @@ class FakeAdapters:
     def is_resident(self, digest: str) -> bool:
         return digest in self.frames
 
-    def load(self, digest: str) -> bool:
+    def load(self, digest: str, *, ahead: bool = False) -> bool:
         if digest in self.frames or digest in self.loading:
             return True
-        frames = self.pool.obtain(self.sizes[digest], Owner.LOADING)
+        below = self.pool.order.worth(num_frames=1, cost_s=1.0) if ahead else math.inf
+        frames = self.pool.obtain(self.sizes[digest], Owner.LOADING, below)
         if frames is None:
             return False
         self.loading[digest] = frames
@@ -55,7 +59,13 @@ class FakeAdapters:
 
         self.pool.order.offer(digest, num_frames=len(self.frames[digest]), cost_s=1.0, evict=evict)
 
+    def prioritize(self, wanted: Sequence[str]) -> None:
+        self.wanted = list(wanted)
+
     def lease(self, digest: str) -> int:
+        return self.hold(digest)
+
+    def hold(self, digest: str) -> int:
         if self.leases[digest] == 0:
             self.pool.order.withdraw(digest)
         self.leases[digest] += 1

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.fakes import Bench
 
+from loramux.engine.scheduler import LOOKAHEAD
 from loramux.errors import LoramuxError
 from loramux.memory.frames import Owner
 
@@ -170,6 +171,66 @@ def test_a_large_adapter_is_not_passed_over_for_ever() -> None:
         if any(r.id == "big" for r in bench.finished):
             break
     assert any(r.id == "big" for r in bench.finished), "small requests starve the large adapter"
+
+
+def test_adapters_of_those_next_in_line_are_fetched_while_every_seat_is_taken() -> None:
+    bench = Bench(64, {"x": 2, "y": 2, "z": 2}, max_num_seqs=1)
+    bench.add("running", max_tokens=20)
+    bench.step()
+    for name in ("y", "x", "z"):
+        bench.add(f"next {name}", adapter=name)
+    assert bench.step(land=False) == {"running": 1}
+    assert bench.adapters.loads == ["y", "x", "z"] == bench.adapters.wanted
+    bench.step()
+    assert set(bench.adapters.frames) == {"x", "y", "z"}
+
+
+def test_fetching_ahead_goes_no_further_than_the_lookahead() -> None:
+    names = [f"a{i}" for i in range(LOOKAHEAD + 10)]
+    bench = Bench(256, dict.fromkeys(names, 1), max_num_seqs=1)
+    bench.add("running", max_tokens=20)
+    bench.step()
+    for name in names:
+        bench.add(f"next {name}", adapter=name)
+    bench.step()
+    assert bench.adapters.loads == names[:LOOKAHEAD]
+
+
+def test_fetching_ahead_stops_where_frames_do_and_keeps_what_is_wanted_sooner() -> None:
+    bench = Bench(9, {"x": 3, "y": 3, "z": 3, "small": 1}, max_num_seqs=1)
+    bench.add("running", max_tokens=4)
+    bench.step()
+    for name in ("x", "y", "z", "small"):
+        bench.add(f"next {name}", adapter=name)
+    for _ in range(2):
+        bench.step()
+        assert bench.adapters.loads == ["x", "y"], "x is not evicted for z"
+    assert bench.adapters.wanted == ["x", "y"]
+    bench.run()
+    assert len(bench.finished) == 5
+
+
+def test_fetching_ahead_leaves_running_rows_room_to_grow() -> None:
+    bench = Bench(6, {"x": 4}, max_num_seqs=1)
+    bench.add("running", num_prompt=8, max_tokens=6)
+    bench.add("next", adapter="x", num_prompt=1, max_tokens=1)
+    while not bench.finished:
+        bench.step(land=False)
+        assert bench.adapters.loads == []
+    bench.run()
+    assert bench.scheduler.counts.preemptions == 0 and len(bench.finished) == 2
+
+
+def test_what_nobody_waits_for_any_more_is_not_wanted() -> None:
+    bench = Bench(64, {"x": 2, "y": 2})
+    gone = bench.add("gone", adapter="x")
+    bench.add("stays", adapter="y")
+    bench.step(land=False)
+    assert bench.adapters.wanted == ["x", "y"]
+    bench.scheduler.finish(gone)
+    bench.step(land=False)
+    assert bench.adapters.wanted == ["y"]
+    bench.run()
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,28 +1,33 @@
 """Which adapters are in the pool: loading beside the step loop, leased while in use, then warm.
 
-    absent ──request──> loading ──poll──> warm <──release/lease──> leased
-      ^                    │ (read failed)  │ (evicted)
-      └────────────────────┴────────────────┘
+    absent ──load──> loading ──poll──> warm <──release/lease──> leased
+      ^                 │ (failed, dropped)  │ (evicted)
+      └─────────────────┴────────────────────┘
 
-A thread reads the packed file straight into the frames; the step loop never waits for it. All
-methods are called by the engine's own thread.
+Threads bring the packed form into the frames; the step loop never waits for them. From the pinned
+memory beside a GPU an adapter is loaded so fast that rows may run on it while its later layers are
+still arriving. All methods are called by the engine's own thread, and none that a step calls goes
+through all adapters.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from loramux.adapters.arrivals import Arrival, Pace
+from loramux.adapters.loader import Load, Loader
 from loramux.adapters.pack import PackedAdapter
+from loramux.adapters.packed_files import Store
 from loramux.errors import AdapterLoadFailed, LoramuxError
+from loramux.memory.eviction import Frequency
 from loramux.memory.formats import AdapterFormat
 from loramux.memory.frames import Owner
 from loramux.memory.pool import Pool
@@ -30,16 +35,11 @@ from loramux.metrics.stats import AdapterLoad
 
 ASSUMED_LOAD_S_PER_BYTE = 1e-9
 """Until a first load is measured: what bringing one byte back costs (1 GB/s)."""
-
-
-class Store(Protocol):
-    """Where packed adapters come from."""
-
-    def header(self, digest: str) -> PackedAdapter:
-        """What the packed file holds. Raises LoramuxError if it is not there or not ours."""
-
-    def read_into(self, packed: PackedAdapter, frames: Sequence[int]) -> None:
-        """Copy the stream into ``frames``, in order. Raises LoramuxError or OSError."""
+NEWEST_WEIGHT = 0.05
+"""Of the newest load in the estimate of that."""
+LOADING_SHARE = 0.25
+"""Of the pool, at most so much is on its way at a time: frames that nobody computes with yet. One
+adapter larger than that is loaded alone."""
 
 
 class Table(Protocol):
@@ -65,7 +65,7 @@ class _Resident:
     slot: int | None = None
     leases: int = 0
     pinned: bool = False
-    begun: float = field(default_factory=time.monotonic)
+    arrival: Arrival | None = None
 
 
 class Residency:
@@ -86,60 +86,106 @@ class Residency:
         self._store = store
         self._table = table
         self._adapters: dict[str, _Resident] = {}
+        self._frequency = Frequency()
         self._pins: set[str] = set()
+        self._pinned: list[str] = []
         self._errors: dict[str, LoramuxError] = {}
-        self._headers: dict[str, PackedAdapter] = {}
+        self._num_leased_frames = 0
         self._load_s_per_byte = ASSUMED_LOAD_S_PER_BYTE
-        self._jobs: queue.SimpleQueue[tuple[str, _Resident] | None] = queue.SimpleQueue()
-        self._landed: queue.SimpleQueue[tuple[str, Exception | None]] = queue.SimpleQueue()
-        self.on_loaded: Callable[[], None] = lambda: None
+        self._loader = Loader(store)
+        self.pace = Pace()
+        self._num_arriving_frames = 0
+        self._most_loading = LOADING_SHARE * pool.frames.num_frames
+        self._deferred = False
         self.num_loading = 0
         self.version = 0
         self.finished_loads: list[AdapterLoad] = []
         self.num_evicted = 0
-        self._thread = threading.Thread(target=self._load_loop, name="adapter-loader", daemon=True)
-        self._thread.start()
+
+    @property
+    def on_loaded(self) -> Callable[[], None]:
+        return self._loader.on_landed
+
+    @on_loaded.setter
+    def on_loaded(self, call: Callable[[], None]) -> None:
+        self._loader.on_landed = call
 
     # -- asked by the scheduler ------------------------------------------------------------------
 
     def num_frames(self, digest: str) -> int:
         """Frames the adapter needs. Raises LoramuxError if it cannot be served at all."""
-        packed = self._headers.get(digest)
-        if packed is None:
-            packed = self._headers[digest] = self._store.header(digest)
-        return self._layout.num_frames(packed.num_bytes)
+        return self._layout.num_frames(self._store.header(digest).num_bytes)
 
     def is_resident(self, digest: str) -> bool:
-        """True when rows may run on it."""
+        """True when rows may run on it in the step that is being put together."""
         resident = self._adapters.get(digest)
-        return resident is not None and resident.slot is not None
+        if resident is None or resident.slot is None:
+            return False
+        return resident.arrival is None or resident.arrival.keeps_ahead(self.pace)
 
     def is_loading(self, digest: str) -> bool:
         resident = self._adapters.get(digest)
         return resident is not None and resident.slot is None
 
-    def load(self, digest: str) -> bool:
-        """Begin to load ``digest`` unless it is here or on its way; False if no frames are to be
-        had now. A failed load raises its reason, once; asking again tries again."""
+    def load(self, digest: str, *, ahead: bool = False) -> bool:
+        """See that ``digest`` comes in, unless it is here or on its way; False if no frames are to
+        be had for it now. ``ahead``: for a request that could not run yet anyway, so nothing is
+        evicted that is worth more. When other loads have all they may take of the pool, neither
+        this one nor those asked for after it begin before the next ``prioritize``, and the answer
+        is True: ask again. A failed load raises its reason, once; asking again tries again."""
         if (error := self._errors.pop(digest, None)) is not None:
             raise error
-        if digest in self._adapters:
+        if digest in self._adapters or self._deferred:
             return True
-        frames = self._pool.obtain(self.num_frames(digest), Owner.LOADING)
+        loading = self._pool.frames.count(Owner.LOADING) + self._num_arriving_frames
+        if loading and loading + self.num_frames(digest) > self._most_loading:
+            self._deferred = True
+            return True
+        return self._begin(digest, ahead=ahead)
+
+    def _begin(self, digest: str, *, ahead: bool = False) -> bool:
+        packed = self._store.header(digest)
+        num_frames = self._layout.num_frames(packed.num_bytes)
+        below = math.inf
+        if ahead:
+            below = self._pool.order.worth(
+                num_frames=num_frames, cost_s=self._cost_s(packed), uses=self._uses(digest)
+            )
+        frames = self._pool.obtain(num_frames, Owner.LOADING, below)
         if frames is None:
             return False
-        resident = _Resident(self._headers[digest], frames, pinned=digest in self._pins)
+        after = self._store.given()
+        arrival = self._store.begin(packed, frames, after)
+        resident = _Resident(packed, frames, pinned=digest in self._pins, arrival=arrival)
         self._adapters[digest] = resident
         self.num_loading += 1
-        self._jobs.put((digest, resident))
+        if arrival is not None:
+            self._num_arriving_frames += num_frames
+            resident.leases = 1
+            self._enter(resident)
+        self._loader.put(Load(packed, frames, after, arrival))
         return True
+
+    def prioritize(self, wanted: Sequence[str]) -> None:
+        """Loads that have not begun go in this order; those for nobody in it are dropped, unless
+        an operator wants them. To be called once a step, after the loads were asked for."""
+        self._deferred = False
+        for load in self._loader.reorder(wanted, keep=self._pins):
+            del self._adapters[load.packed.digest]
+            self.num_loading -= 1
+            self._pool.frames.give_back(load.frames, Owner.LOADING)
 
     def lease(self, digest: str) -> int:
         """Hold the resident adapter for one row; its slot in the kernels' table."""
+        self._frequency.use(digest)
+        return self.hold(digest)
+
+    def hold(self, digest: str) -> int:
+        """Keep the resident adapter in the pool until ``release``, though no row uses it."""
         resident = self._adapters[digest]
         assert resident.slot is not None
         if resident.leases == 0 and not resident.pinned:
-            self._pool.order.withdraw(digest)
+            self._withdraw(digest, resident)
         resident.leases += 1
         return resident.slot
 
@@ -150,6 +196,24 @@ class Residency:
         if resident.leases == 0 and not resident.pinned:
             self._offer(digest, resident)
 
+    def before_layer(self, digests: Iterable[str]) -> Callable[[int], None]:
+        """To be called by a forward pass that uses ``digests`` before each of its layers, in
+        order: the device waits there for what has not arrived."""
+        arrivals = [self._adapters[digest].arrival for digest in dict.fromkeys(digests)]
+        waits = [arrival.waits() for arrival in arrivals if arrival is not None]
+
+        def wait(layer: int) -> None:
+            if layer == 0:
+                self.pace.starting()
+            for before in waits:
+                before(layer)
+
+        return wait
+
+    def take_waited_s(self) -> float:
+        """Seconds the device stood still for arrivals since the last call, as far as known."""
+        return self._store.waited_s()
+
     def slot(self, digest: str) -> int:
         """The kernels' number of a leased adapter."""
         slot = self._adapters[digest].slot
@@ -159,29 +223,42 @@ class Residency:
     # -- once a step -----------------------------------------------------------------------------
 
     def poll(self) -> None:
-        """Take in what the loader finished since the last call."""
-        while True:
-            try:
-                digest, error = self._landed.get_nowait()
-            except queue.Empty:
-                return
-            self._land(digest, error)
+        """A step begins: take in what the loader finished since the last one."""
+        self.pace.scheduling()
+        for load in self._loader.landed():
+            self.num_loading -= 1
+            if load.error is None:
+                self._land(load)
+            else:
+                self._give_up(load, load.error)
 
-    def _land(self, digest: str, error: Exception | None) -> None:
-        resident = self._adapters[digest]
-        self.num_loading -= 1
-        if error is not None:
-            del self._adapters[digest]
-            self._headers.pop(digest, None)
-            self._pool.frames.give_back(resident.frames, Owner.LOADING)
-            self._errors[digest] = (
-                error
-                if isinstance(error, LoramuxError)
-                else AdapterLoadFailed(f"the adapter's packed file could not be read: {error}")
-            )
+    def _give_up(self, load: Load, error: Exception) -> None:
+        del self._adapters[load.packed.digest]
+        self._pool.frames.give_back(load.frames, Owner.LOADING)
+        if not isinstance(error, LoramuxError):
+            error = AdapterLoadFailed(f"the adapter's packed file could not be read: {error}")
+        self._errors[load.packed.digest] = error
+
+    def _land(self, load: Load) -> None:
+        packed = load.packed
+        resident = self._adapters[packed.digest]
+        newest = load.work_s / packed.num_bytes
+        self._load_s_per_byte += NEWEST_WEIGHT * (newest - self._load_s_per_byte)
+        seconds = time.monotonic() - load.asked
+        self.finished_loads.append(AdapterLoad(packed.digest, seconds, packed.num_bytes))
+        if load.arrival is not None:
+            resident.arrival = None
+            self._num_arriving_frames -= len(resident.frames)
+            self.release(packed.digest)
             return
-        self._pool.frames.transfer(resident.frames, Owner.LOADING, Owner.ADAPTER)
+        self._enter(resident)
+        if not resident.pinned:
+            self._offer(packed.digest, resident)
+
+    def _enter(self, resident: _Resident) -> None:
+        """From now on the kernels know it, and nobody may evict it."""
         packed = resident.packed
+        self._pool.frames.transfer(resident.frames, Owner.LOADING, Owner.ADAPTER)
         resident.slot = self._table.add(
             slices=self._layout.slices(resident.frames),
             a_offset=packed.a_offset,
@@ -191,19 +268,30 @@ class Residency:
             dtype=getattr(torch, packed.dtype),
         )
         self.version += 1
-        seconds = time.monotonic() - resident.begun
-        self._load_s_per_byte += 0.2 * (seconds / packed.num_bytes - self._load_s_per_byte)
-        self.finished_loads.append(AdapterLoad(digest, seconds, packed.num_bytes))
-        if not resident.pinned:
-            self._offer(digest, resident)
+        self._num_leased_frames += len(resident.frames)
+
+    def _withdraw(self, digest: str, resident: _Resident) -> None:
+        """It must not be evicted from now on."""
+        self._num_leased_frames += len(resident.frames)
+        self._pool.order.withdraw(digest)
 
     def _offer(self, digest: str, resident: _Resident) -> None:
+        """It may be evicted from now on."""
+        self._num_leased_frames -= len(resident.frames)
         self._pool.order.offer(
             digest,
             num_frames=len(resident.frames),
-            cost_s=resident.packed.num_bytes * self._load_s_per_byte,
+            cost_s=self._cost_s(resident.packed),
+            uses=self._uses(digest),
             evict=lambda: self._evict(digest),
         )
+
+    def _cost_s(self, packed: PackedAdapter) -> float:
+        return packed.num_bytes * self._load_s_per_byte
+
+    def _uses(self, digest: str) -> float:
+        # One for having been asked for, so that it counts for something before its first row.
+        return self._frequency.of(digest) + 1.0
 
     def _evict(self, digest: str) -> None:
         resident = self._adapters.pop(digest)
@@ -219,18 +307,23 @@ class Residency:
         """Keep ``digest`` in the pool, loading it if need be; False if there is no room for it."""
         if digest in self._pins:
             return True
-        if not self.load(digest):
+        if (error := self._errors.pop(digest, None)) is not None:
+            raise error
+        if digest not in self._adapters and not self._begin(digest):
             return False
         self._pins.add(digest)
+        self._pinned = sorted(self._pins)
         resident = self._adapters[digest]
         if resident.slot is not None and resident.leases == 0:
-            self._pool.order.withdraw(digest)
+            self._withdraw(digest, resident)
         resident.pinned = True
         return True
 
     def unpin(self, digest: str) -> None:
         """Let ``digest`` be evicted again."""
-        self._pins.discard(digest)
+        if digest in self._pins:
+            self._pins.remove(digest)
+            self._pinned = sorted(self._pins)
         resident = self._adapters.get(digest)
         if resident is None or not resident.pinned:
             return
@@ -253,40 +346,31 @@ class Residency:
         return [digest for digest, r in self._adapters.items() if r.slot is not None]
 
     def pinned(self) -> list[str]:
-        return sorted(self._pins)
+        """Digests that stay in the pool; another list object after every change."""
+        return self._pinned
 
     def num_leased_frames(self) -> int:
         """Frames of adapters that cannot be evicted now."""
-        return sum(
-            len(r.frames)
-            for r in self._adapters.values()
-            if r.slot is not None and (r.leases or r.pinned)
-        )
+        return self._num_leased_frames
 
     def close(self) -> None:
-        """Stop the loader thread after the load it is at."""
-        self._jobs.put(None)
-        self._thread.join()
+        """Stop the loader's threads after the loads they are at."""
+        self._loader.close()
 
     def check(self) -> None:
         """Recount; an error here is a bug of ours."""
         held = sum(len(r.frames) for r in self._adapters.values() if r.slot is not None)
         assert self._pool.frames.count(Owner.ADAPTER) == held
+        leased = sum(
+            len(r.frames)
+            for r in self._adapters.values()
+            if r.slot is not None and (r.leases or r.pinned)
+        )
+        assert self._num_leased_frames == leased
+        arriving = sum(len(r.frames) for r in self._adapters.values() if r.arrival is not None)
+        assert self._num_arriving_frames == arriving
         loading = sum(len(r.frames) for r in self._adapters.values() if r.slot is None)
         assert self._pool.frames.count(Owner.LOADING) == loading
         for digest, r in self._adapters.items():
             idle = r.slot is not None and r.leases == 0 and not r.pinned
             assert idle == (digest in self._pool.order), digest
-
-    # -- the loader's thread ---------------------------------------------------------------------
-
-    def _load_loop(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            digest, resident = job
-            error: Exception | None = None
-            try:
-                self._store.read_into(resident.packed, resident.frames)
-            except Exception as problem:  # whatever it is, it is this adapter's and nobody else's
-                error = problem
-            self._landed.put((digest, error))
-            self.on_loaded()

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from loramux.adapters.pack import chunk_elems
-from loramux.adapters.packed_files import PackedFiles
+from loramux.adapters.packed_files import FrameStore, PackedFiles, Store
 from loramux.adapters.residency import Residency
-from loramux.config import ServerConfig, parse_pool_memory
+from loramux.adapters.staging import BLOCK_BYTES, CudaDevice, TieredStore
+from loramux.config import ServerConfig, parse_memory
 from loramux.engine.engine import Engine
 from loramux.engine.scheduler import Limits, Scheduler
 from loramux.errors import ConfigError
@@ -38,6 +39,9 @@ CPU_POOL_SHARE = 0.25
 """Of the free memory, when --pool-memory is auto on CPU: the machine is rarely ours alone."""
 CPU_POOL_MOST = 4 << 30
 CUDA_POOL_SHARE = 0.9
+HOST_SHARE = 0.25
+HOST_MOST = 4 << 30
+"""Pinned memory when --host-memory is auto: pinning takes a second for every few GiB."""
 WIDEST_ADAPTER_BYTES = 4
 """A chunk that fits a slice in fp32 fits it in the narrower dtypes too."""
 
@@ -160,9 +164,8 @@ def _connect(
     base: str,
 ) -> Engine:
     pool = Pool(arena.num_frames, arena.freed)
-    residency = Residency(
-        pool, AdapterFormat(kv.frame), PackedFiles(config.data_dir, base, arena), table
-    )
+    store = _store(config, PackedFiles(config.data_dir, base), arena)
+    residency = Residency(pool, AdapterFormat(kv.frame), store, table)
     scheduler = Scheduler(
         pool=pool,
         kv=kv,
@@ -179,10 +182,28 @@ def _connect(
         pool=pool,
         residency=residency,
         scheduler=scheduler,
-        runner=ModelRunner(decoder, kv, residency.slot),
+        runner=ModelRunner(decoder, kv, residency),
         sampler=sampler,
         epoch=epoch,
     )
+
+
+def _store(config: ServerConfig, files: PackedFiles, arena: Arena) -> Store:
+    asked = parse_memory(config.host_memory)
+    device = arena.data.device
+    if device.type == "cpu":
+        if asked is not None:
+            raise ConfigError("--host-memory is for a GPU", param="host_memory")
+        return FrameStore(files, arena)
+    size = _part(asked, _free_memory(), HOST_SHARE, HOST_MOST)
+    if size < BLOCK_BYTES:
+        raise ConfigError(
+            f"--host-memory: {size} bytes are less than one transfer of {BLOCK_BYTES}",
+            param="host_memory",
+        )
+    store = TieredStore(files, arena, CudaDevice(device), size)
+    store.warm_up()
+    return store
 
 
 def _compile_kernels(decoder: Decoder, kv: KvFormat, table: AdapterTable) -> None:
@@ -252,17 +273,12 @@ def _max_model_len(config: ServerConfig, architecture: Architecture) -> int:
 
 
 def _num_frames(config: ServerConfig, kv: KvFormat, device: torch.device) -> int:
-    asked = parse_pool_memory(config.pool_memory)
+    asked = parse_memory(config.pool_memory)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-        share, most = CUDA_POOL_SHARE, free
+        size = _part(asked, free, CUDA_POOL_SHARE, free)
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        share, most = CPU_POOL_SHARE, CPU_POOL_MOST
-    if asked is None:
-        size = min(int(free * share), most)
-    else:
-        size = int(free * asked) if isinstance(asked, float) else asked
+        size = _part(asked, _free_memory(), CPU_POOL_SHARE, CPU_POOL_MOST)
     frames = size // kv.frame.frame_bytes
     if frames < 2:
         raise ConfigError(
@@ -270,6 +286,18 @@ def _num_frames(config: ServerConfig, kv: KvFormat, device: torch.device) -> int
             param="pool_memory",
         )
     return frames
+
+
+def _part(asked: int | float | None, free: int, share: float, most: int) -> int:
+    """Bytes of ``free`` ones: as many as asked for, or that fraction; by default ``share`` of them
+    and at most ``most``."""
+    if asked is None:
+        return min(int(free * share), most)
+    return int(free * asked) if isinstance(asked, float) else asked
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class _Stopwatch:

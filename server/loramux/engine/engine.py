@@ -24,7 +24,8 @@ from loramux.sampling.sampler import Sampler
 from loramux.wire import Command, Failed, StepDone, Submit
 
 STATS_EVERY_S = 1.0
-"""Idle or loading, the front still hears this often how the pool stands."""
+"""Idle or loading, the front still hears this often how the pool stands; busy, which adapters are
+in it."""
 
 
 class Engine:
@@ -52,7 +53,9 @@ class Engine:
         self._refused: list[Failed] = []
         self._num_steps = 0
         self._told_version = -1
+        self._told_waiting = 0
         self._told_pins: list[str] = []
+        self._told_lists = float("-inf")
 
     @property
     def has_work(self) -> bool:
@@ -150,13 +153,23 @@ class Engine:
         stats.num_waiting = len(self.scheduler.waiting)
         stats.num_loading = self.residency.num_loading
         stats.loads, self.residency.finished_loads = self.residency.finished_loads, []
+        stats.arrival_wait_s = self.residency.take_waited_s()
         evicted_adapters, self.residency.num_evicted = self.residency.num_evicted, 0
         evicted_pages, self.pool.prefix.num_evicted = self.pool.prefix.num_evicted, 0
         stats.evictions = {"adapter": evicted_adapters, "prefix": evicted_pages}
-        if len(self.scheduler.waiting):
+        self._list_adapters(stats)
+
+    def _list_adapters(self, stats: StepStats) -> None:
+        """Lists are as long as there are adapters: a busy engine tells them now and then only."""
+        now = self._clock()
+        if stats.batch_rows and now < self._told_lists + STATS_EVERY_S:
+            return
+        self._told_lists = now
+        if self.scheduler.waiting.version != self._told_waiting:
+            self._told_waiting = self.scheduler.waiting.version
             stats.waiting_adapters = self.scheduler.waiting.digests()
         if self.residency.version != self._told_version:
             self._told_version = self.residency.version
             stats.resident = self.residency.resident()
-        if self.residency.pinned() != self._told_pins:
+        if self.residency.pinned() is not self._told_pins:
             stats.pinned = self._told_pins = self.residency.pinned()

@@ -62,7 +62,8 @@ class EngineProcess:
 
     def _tell(self, done: StepDone, busy: bool) -> None:
         now = time.monotonic()
-        news = busy or done.failed or "resident" in done.stats or "pinned" in done.stats
+        lists = {"resident", "pinned", "waiting_adapters"}
+        news = busy or done.failed or lists & done.stats.keys()
         if news or now - self._told >= STATS_EVERY_S:
             self._told = now
             self._inbox.send(encode(done))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Generator, Hashable
 
 from loramux.request import Request
 
@@ -19,13 +19,23 @@ OUTPUT_COST = 2
 
 
 class FairOrder:
-    """The waiting requests, first come first served within a key, fair between keys."""
+    """The waiting requests, first come first served within a key, fair between keys.
+
+    ``version`` changes whenever ``digests()`` does. Looking at the head costs the logarithm of the
+    number of waiting keys, and walking on as much for every request walked over.
+    """
 
     def __init__(self) -> None:
         self.served: dict[Hashable, float] = {}
+        self.version = 0
         self._waiting: dict[Hashable, deque[Request]] = {}
         self._active: dict[Hashable, int] = {}
         self._num_waiting = 0
+        # A waiting key has one entry (served once, its number in _turn, key). Counters only rise,
+        # so an entry that is out of date comes up too early, never too late.
+        self._heap: list[tuple[float, int, Hashable]] = []
+        self._turn: dict[Hashable, int] = {}
+        self._turns = 0
 
     def __len__(self) -> int:
         return self._num_waiting
@@ -38,34 +48,70 @@ class FairOrder:
             self.served[key] = max(self.served.get(key, 0.0), floor)
             self._active[key] = 0
         self._active[key] += 1
-        self._waiting.setdefault(key, deque()).append(request)
+        self._line(key).append(request)
         self._num_waiting += 1
 
     def push_back(self, request: Request) -> None:
         """A preempted request goes to the front of its line; its key never stopped being active."""
-        self._waiting.setdefault(request.fair_key, deque()).appendleft(request)
+        self._line(request.fair_key).appendleft(request)
         self._num_waiting += 1
+
+    def _line(self, key: Hashable) -> deque[Request]:
+        line = self._waiting.get(key)
+        if line is None:
+            line = self._waiting[key] = deque()
+            self._turns += 1
+            self._turn[key] = self._turns
+            heapq.heappush(self._heap, (self.served[key], self._turns, key))
+            self.version += 1
+        return line
+
+    def _settle_top(self) -> Hashable | None:
+        """Bring the key that is next to the top of the heap; None when nobody waits."""
+        while self._heap:
+            served, turn, key = self._heap[0]
+            if self._turn.get(key) != turn:
+                heapq.heappop(self._heap)
+            elif served < self.served[key]:
+                heapq.heapreplace(self._heap, (self.served[key], turn, key))
+            else:
+                return key
+        return None
 
     def head(self) -> Request | None:
         """The first request of the least served key, if any waits."""
-        key = min(self._waiting, key=lambda key: self.served[key], default=None)
+        key = self._settle_top()
         return None if key is None else self._waiting[key][0]
 
-    def walk(self) -> Iterator[Request]:
-        """Waiting requests in fair order, to be admitted or not.
+    def walk(self) -> Generator[Request]:
+        """Waiting requests in fair order, to be admitted or not. To be closed when the caller is
+        done; until then nobody else asks for the order.
 
         When the caller removes the one just yielded, its key comes again with what admitting it
         will cost; otherwise the rest of its line waits behind it.
         """
-        heap = [(self.served[key], order, key) for order, key in enumerate(self._waiting)]
-        heapq.heapify(heap)
-        while heap:
-            served, order, key = heapq.heappop(heap)
-            request = self._waiting[key][0]
-            yield request
-            line = self._waiting.get(key)
-            if line and line[0] is not request:
-                heapq.heappush(heap, (served + INPUT_COST * request.num_prompt, order, key))
+        again: list[tuple[float, int, Hashable]] = []
+        seen: dict[Hashable, int] = {}
+        try:
+            while True:
+                key = self._settle_top()
+                if again and (key is None or again[0] < self._heap[0]):
+                    served, turn, key = heapq.heappop(again)
+                elif key is not None:
+                    served, turn, key = heapq.heappop(self._heap)
+                    seen[key] = turn
+                else:
+                    return
+                request = self._waiting[key][0]
+                yield request
+                line = self._waiting.get(key)
+                if line and line[0] is not request:
+                    cost = INPUT_COST * request.num_prompt
+                    heapq.heappush(again, (served + cost, turn, key))
+        finally:
+            for key, turn in seen.items():
+                if self._turn.get(key) == turn:
+                    heapq.heappush(self._heap, (self.served[key], turn, key))
 
     def digests(self) -> list[str]:
         """Adapters that waiting requests need."""
@@ -74,11 +120,19 @@ class FairOrder:
 
     def remove(self, request: Request) -> None:
         """``request`` stops waiting: it was admitted, or is done."""
-        line = self._waiting[request.fair_key]
+        key = request.fair_key
+        line = self._waiting[key]
         line.remove(request)
         if not line:
-            del self._waiting[request.fair_key]
+            del self._waiting[key], self._turn[key]
+            self.version += 1
+            self._forget_stale()
         self._num_waiting -= 1
+
+    def _forget_stale(self) -> None:
+        if len(self._heap) > 64 + 4 * len(self._waiting):
+            self._heap = [entry for entry in self._heap if self._turn.get(entry[2]) == entry[1]]
+            heapq.heapify(self._heap)
 
     def charge(self, request: Request, *, inputs: int, outputs: int) -> None:
         """``request`` was served so many tokens."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import islice
 from typing import Protocol
 
 from loramux.batch import Batch, Row
@@ -25,6 +27,9 @@ from loramux.request import BASE_MODEL_ID, Request, Status
 PATIENCE_STEPS = 64
 """How often the least served waiting request may be passed over for lack of frames before nobody
 behind it is admitted any more: from then on freed frames gather for it."""
+LOOKAHEAD = 32
+"""Waiting requests, one of each key, that a step looks at beyond those it admits: they may overtake
+one that waits for its adapter, and their own adapters are fetched before it is their turn."""
 
 
 class Wait(Enum):
@@ -39,7 +44,9 @@ class Adapters(Protocol):
 
     def num_frames(self, digest: str) -> int: ...
     def is_resident(self, digest: str) -> bool: ...
-    def load(self, digest: str) -> bool: ...
+    def load(self, digest: str, *, ahead: bool = False) -> bool: ...
+    def prioritize(self, wanted: Sequence[str]) -> None: ...
+    def hold(self, digest: str) -> int: ...
     def lease(self, digest: str) -> int: ...
     def release(self, digest: str) -> None: ...
 
@@ -162,27 +169,57 @@ class Scheduler:
 
     def _admit(self, budget: int) -> list[Row]:
         """Let waiting requests in, the least served adapter's first, as far as seats, tokens and
-        frames go. One whose adapter is not here yet starts its load and is passed over."""
+        frames go. One whose adapter is not here yet starts its load and is passed over; for those
+        next in line the adapters are fetched ahead."""
         admitted: list[Row] = []
         held: list[str] = []  # what those ahead in line wait for must not be evicted by the rest
+        passed: list[Request] = []
         self._settle_debt()
-        line = self.waiting.walk() if self._has_room(budget) else ()
-        for request in line:
-            try:
-                outcome = self._admit_one(request, budget, held)
-            except LoramuxError as error:
-                self.counts.failed.append((request, error))
-                continue
-            if isinstance(outcome, Row):
-                admitted.append(outcome)
-                budget -= outcome.num_tokens
-                if not self._has_room(budget):
+        with closing(self.waiting.walk()) as line:
+            while self._has_room(budget) and len(passed) < LOOKAHEAD:
+                if (request := next(line, None)) is None:
                     break
-            elif self._out_of_patience(request, outcome):
-                break
+                try:
+                    outcome = self._admit_one(request, budget, held)
+                except LoramuxError as error:
+                    self.counts.failed.append((request, error))
+                    continue
+                if isinstance(outcome, Row):
+                    admitted.append(outcome)
+                    budget -= outcome.num_tokens
+                    continue
+                passed.append(request)
+                if self._out_of_patience(request, outcome):
+                    break
+            else:
+                passed += self._fetch_ahead(list(islice(line, LOOKAHEAD - len(passed))), held)
+        self._adapters.prioritize([ref.digest for request in passed for ref in request.adapters])
         for digest in held:
             self._adapters.release(digest)
         return admitted
+
+    def _fetch_ahead(self, line: list[Request], held: list[str]) -> list[Request]:
+        """Load the adapters of those in ``line`` as far as frames go, leaving one to every row that
+        runs; whom that was tried for."""
+        is_resident = self._adapters.is_resident
+        if all(is_resident(ref.digest) for request in line for ref in request.adapters):
+            return line
+        for index, request in enumerate(line):
+            for ref in request.adapters:
+                if is_resident(ref.digest):
+                    self._adapters.hold(ref.digest)
+                    held.append(ref.digest)
+                    continue
+                try:
+                    need = self._adapters.num_frames(ref.digest) + len(self.running)
+                    if need > self._pool.num_available:
+                        return line[:index]
+                    if not self._adapters.load(ref.digest, ahead=True):
+                        return line[:index]
+                except LoramuxError as error:
+                    self.counts.failed.append((request, error))
+                    break
+        return line
 
     def _has_room(self, budget: int) -> bool:
         return budget > 0 and len(self.running) < self._limits.max_num_seqs
@@ -190,7 +227,7 @@ class Scheduler:
     def _admit_one(self, request: Request, budget: int, held: list[str]) -> Row | Wait:
         for ref in request.adapters:
             if self._adapters.is_resident(ref.digest):
-                self._adapters.lease(ref.digest)
+                self._adapters.hold(ref.digest)
                 held.append(ref.digest)
         loads = [self._adapters.load(ref.digest) for ref in request.adapters]
         if not all(loads):

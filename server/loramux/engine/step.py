@@ -61,6 +61,7 @@ class StepLoop:
             timer.done("forward")
             result = self._sample(batch, scored)
             timer.done("sample")
+            self._residency.pace.took(timer.phase_s["forward"] + timer.phase_s["sample"])
             self._commit(batch, result, report)
             timer.done("commit")
         self._report_failures(report)

@@ -23,6 +23,7 @@ class Arena:
         self.frame = frame
         # Cache lines: no slice shares one with a neighbour when slice_bytes is a multiple of 64.
         self.data = torch.empty(num_frames * frame.frame_bytes, dtype=torch.uint8, device=device)
+        self._bytes = memoryview(self.data.numpy().data) if device.type == "cpu" else None
         self._poison = poison
         if poison:
             self.data.fill_(0xFF)
@@ -37,3 +38,16 @@ class Arena:
         """The bytes of one frame: uint8 [frame_bytes], a view."""
         size = self.frame.frame_bytes
         return self.data[frame * size : (frame + 1) * size]
+
+    def views(self, frames: Sequence[int], num_bytes: int) -> list[memoryview]:
+        """The first ``num_bytes`` of ``frames``, frame by frame, to be written by the host. Only
+        on a CPU."""
+        assert self._bytes is not None
+        size = self.frame.frame_bytes
+        starts = [frame * size for frame in frames]
+        left = [num_bytes - index * size for index in range(len(frames))]
+        return [
+            self._bytes[start : start + min(size, rest)]
+            for start, rest in zip(starts, left, strict=True)
+            if rest > 0
+        ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from loramux.memory.eviction import EvictionOrder
@@ -22,13 +23,12 @@ class Pool:
         """Frames that are free or can be freed without touching anything in use."""
         return self.frames.num_free + self.order.num_frames
 
-    def obtain(self, num: int, owner: Owner) -> list[int] | None:
-        """``num`` frames for ``owner``, evicting idle things if needed; None if that cannot do."""
-        if num > self.num_available:
+    def obtain(self, num: int, owner: Owner, below: float = math.inf) -> list[int] | None:
+        """``num`` frames for ``owner``, evicting idle things worth less than ``below`` if needed;
+        None, and nothing is evicted, if that cannot do."""
+        missing = num - self.frames.num_free
+        if missing > 0 and not self.order.evict(missing, below):
             return None
-        while self.frames.num_free < num:
-            evicted = self.order.evict_one()
-            assert evicted
         return self.frames.take(num, owner)
 
     def check(self) -> None:

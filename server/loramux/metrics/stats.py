@@ -32,9 +32,11 @@ class StepStats(msgspec.Struct, omit_defaults=True):
     """One step of the engine. Counters are *increments since the last StepStats*.
 
     ``batch_adapters`` is the number of distinct adapter lists in the step's batch;
-    ``resident`` lists the digests now in the pool, or None when unchanged since the last message.
-    ``waiting_adapters`` are the digests that waiting requests need (None: nobody waits).
-    Times: seconds of wall clock in this step by phase (schedule, forward, sample, commit).
+    ``resident`` lists the digests now in the pool, ``pinned`` those that stay there and
+    ``waiting_adapters`` those that waiting requests need; None: as told before. While rows run
+    they are told no more than once a second.
+    Times: seconds of wall clock in this step by phase (schedule, forward, sample, commit);
+    ``arrival_wait_s`` of that a device stood still for adapters that were still arriving.
     """
 
     num_running: int = 0
@@ -55,3 +57,4 @@ class StepStats(msgspec.Struct, omit_defaults=True):
     pinned: list[str] | None = None
     waiting_adapters: list[str] | None = None
     phase_s: dict[str, float] = {}
+    arrival_wait_s: float = 0.0

@@ -79,6 +79,7 @@ class Decoder:
             )
         else:
             for index, layer in enumerate(self.weights.layers):
+                inputs.before_layer(index)
                 self._attend(index, layer, inputs, work)
                 self._feed_forward(index, layer, inputs, work)
         eps = self.architecture.rms_eps

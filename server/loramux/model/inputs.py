@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ class ModelInputs:
     ``token_ids`` and ``positions`` are int64 ``[T]``. ``pages`` says where each request's KV lies,
     ``runs`` which rows wear which adapters; both count the same T rows. ``scored`` is int64
     ``[S]``: the rows whose logits are wanted, in the order they are wanted. All tensors are on the
-    model's device.
+    model's device. ``before_layer`` is told each layer of a device before it is launched: there the
+    device waits for adapters that are still arriving.
     """
 
     token_ids: torch.Tensor
@@ -25,3 +27,4 @@ class ModelInputs:
     pages: Pages
     runs: Runs
     scored: torch.Tensor
+    before_layer: Callable[[int], None] = lambda layer: None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,13 +31,21 @@ class Scored:
     prompt: list[tuple[int, int]]
 
 
-class ModelRunner:
-    """Builds the inputs of ``decoder`` from batches whose KV lives where ``kv`` says."""
+class Adapters(Protocol):
+    """What a forward pass needs of residency."""
 
-    def __init__(self, decoder: Decoder, kv: KvFormat, slot: Callable[[str], int]) -> None:
+    def slot(self, digest: str) -> int: ...
+    def before_layer(self, digests: Iterable[str]) -> Callable[[int], None]: ...
+
+
+class ModelRunner:
+    """Builds the inputs of ``decoder`` from batches whose KV lives where ``kv`` says and whose
+    adapters lie where ``adapters`` does."""
+
+    def __init__(self, decoder: Decoder, kv: KvFormat, adapters: Adapters) -> None:
         self._decoder = decoder
         self._kv = kv
-        self._slot = slot
+        self._adapters = adapters
         self._dtype = decoder.weights.norm.dtype
         self._device = decoder.weights.norm.device
 
@@ -54,8 +63,11 @@ class ModelRunner:
                 token_ids=self._tensor(np.concatenate([_ids(row) for row in rows])),
                 positions=self._tensor(positions),
                 pages=self._pages(rows, row_start, starts + counts),
-                runs=build_runs(rows, self._slot),
+                runs=build_runs(rows, self._adapters.slot),
                 scored=self._tensor(scored),
+                before_layer=self._adapters.before_layer(
+                    ref.digest for row in rows for ref in row.request.adapters
+                ),
             )
         )
         return Scored(logits, sampling, prompt)
