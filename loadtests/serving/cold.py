@@ -84,7 +84,7 @@ class Bench:
         frames = pool.obtain(self.residency.num_frames(digest), Owner.LOADING)
         assert frames is not None
         start = time.perf_counter()
-        self.residency._store.read_into(packed, frames)
+        self.residency._store.read_into(packed, frames, None)
         seconds = time.perf_counter() - start
         pool.frames.give_back(frames, Owner.LOADING)
         return seconds
@@ -101,12 +101,14 @@ class Bench:
             if asked < loads and self.residency.num_loading < 2:
                 digests.rotate()
                 assert self.residency.evict(digests[0])
-                assert self.residency.load(digests[0])
+                assert self.residency.pin(digests[0])  # what nobody waits for is not begun
                 asked += 1
             start = time.perf_counter()
             done = self.served.step()
             seconds.append(time.perf_counter() - start)
-            landed += len(done.stats.get("loads", ()))
+            for load in done.stats.get("loads", ()):
+                self.residency.unpin(load[0])
+                landed += 1
         return seconds
 
 

@@ -201,8 +201,10 @@ class Served:
         residency = self.engine.residency
         for digest in digests:
             assert residency.load(digest), "the pool is full of adapters in use"
-            while residency.is_loading(digest):
-                self.step()
+            while not residency.is_resident(digest):
+                self._loaded.wait(timeout=10)
+                self._loaded.clear()
+                residency.poll()
 
     def hold_only(self, digests: Iterable[str]) -> None:
         """These adapters are in the pool, if they fit, and no others."""
