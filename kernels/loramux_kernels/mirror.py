@@ -13,11 +13,6 @@ import torch
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
-def _padded(size: int) -> int:
-    """Every array starts at a multiple of 16 bytes, which the kernels are compiled for."""
-    return -(-size // 16) * 16
-
-
 def mirror(arrays: Arrays, device: torch.device) -> dict[str, torch.Tensor]:
     """One step's small arrays on ``device``: a single copy from pinned memory, never a sync.
 
@@ -25,29 +20,43 @@ def mirror(arrays: Arrays, device: torch.device) -> dict[str, torch.Tensor]:
     """
     if device.type == "cpu":
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
-    place = StandingMirror(device, {name: array.nbytes for name, array in arrays.items()})
+    place = StandingMirror(device, {name: (a.dtype.type, a.size) for name, a in arrays.items()})
     place.write(arrays)
-    return place.views(arrays)
+    return {
+        name: place.tensors[name][: array.size].view(array.shape) for name, array in arrays.items()
+    }
 
 
 class StandingMirror:
     """Named arrays at addresses of a device that stay, so that a CUDA graph can read them.
 
-    ``room`` gives the bytes each name may take, in order. One that outgrows its room gets twice
-    what it needs, and everything moves: ``address`` tells. The last name's unused room is not
-    copied, so the array that varies most belongs there.
+    ``room`` gives each name's dtype and most elements, in order. An array that outgrows its room
+    gets twice what it needs, and everything moves: ``address`` tells. The unused room of the last
+    name is not copied, so the array that varies most belongs there.
+
+    ``tensors`` are the arrays on the device: flat, with all of their room.
     """
 
-    def __init__(self, device: torch.device, room: Mapping[str, int]) -> None:
+    tensors: dict[str, torch.Tensor]
+
+    def __init__(
+        self, device: torch.device, room: Mapping[str, tuple[type[np.generic], int]]
+    ) -> None:
         self._device = device
-        self._room = dict(room)
+        self._dtype = {name: np.dtype(dtype) for name, (dtype, _) in room.items()}
+        self._room = {name: self._dtype[name].itemsize * n for name, (_, n) in room.items()}
         self._allocate()
 
     def _allocate(self) -> None:
-        starts = accumulate((_padded(size) for size in self._room.values()), initial=0)
+        # The kernels are compiled for arrays that start at multiples of 16 bytes.
+        starts = accumulate((-(-size // 16) * 16 for size in self._room.values()), initial=0)
         *begin, end = starts
         self._start = dict(zip(self._room, begin, strict=True))
         self._there = torch.zeros(end, dtype=torch.uint8, device=self._device)
+        self.tensors = {}
+        for name, start in self._start.items():
+            dtype = torch.from_numpy(np.empty(0, self._dtype[name])).dtype
+            self.tensors[name] = self._there[start : start + self._room[name]].view(dtype)
 
     @property
     def address(self) -> int:
@@ -55,7 +64,7 @@ class StandingMirror:
         return self._there.data_ptr()
 
     def write(self, arrays: Arrays) -> None:
-        """Replace the arrays named, in one copy. Work already queued reads what was there before.
+        """Replace all the arrays, in one copy. Work already queued reads what was there before.
 
         The pinned memory is a fresh piece of torch's cache each time, which waits for the copy
         before it gives a piece out again: the host may go on at once.
@@ -67,20 +76,12 @@ class StandingMirror:
         end = max(self._start[name] + array.nbytes for name, array in arrays.items())
         host = torch.empty(end, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         target = host.numpy()
-        for name, array in arrays.items():
-            start = self._start[name]
+        for name, start in self._start.items():
+            array = arrays[name]
+            if array.dtype != self._dtype[name]:
+                raise TypeError(f"{name}: {array.dtype} is not {self._dtype[name]}")
             target[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
         self._there[:end].copy_(host, non_blocking=True)
-
-    def views(self, arrays: Arrays) -> dict[str, torch.Tensor]:
-        """The device's copies, in the shapes of ``arrays``."""
-        views = {}
-        for name, array in arrays.items():
-            start = self._start[name]
-            dtype = torch.from_numpy(array).dtype
-            flat = self._there[start : start + array.nbytes].view(dtype)
-            views[name] = flat.view(array.shape)
-        return views
 
 
 _scratch: dict[tuple[torch.device, str], torch.Tensor] = {}

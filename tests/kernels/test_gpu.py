@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 
@@ -150,6 +151,10 @@ class Paged:
         angles = torch.outer(torch.arange(float(max(context))), torch.rand(dim // 2, generator=rng))
         self.cos, self.sin = angles.cos().to(DEVICE), angles.sin().to(DEVICE)
 
+    def renew(self) -> None:
+        """Forget what was brought to the device."""
+        self.pages = dataclasses.replace(self.pages)
+
     def run(self, backend: dispatch.Backend, window: int) -> tuple[torch.Tensor, ...]:
         arena, qkv = self.arena.clone(), self.qkv.clone()
         out = torch.full(
@@ -196,18 +201,19 @@ def test_attention_agrees_with_the_reference(dtype: torch.dtype, case: int, wind
 
 def test_splits_show_in_no_row() -> None:
     """A long neighbour makes every row go through parts; the short row's bits stay."""
-    from loramux_kernels.attention import gpu
+    from loramux_kernels.attention import pages as layout
 
     paged = Paged([30, 70], [1, 1], dtype=torch.float32, heads=2, kv_heads=1, dim=8)
-    before = gpu.SPLIT
+    before = layout.SPLIT
     try:
         whole, _, _ = paged.run("gpu", 0)
-        gpu.SPLIT = 32
+        layout.SPLIT = 32
+        paged.renew()
         with counting() as calls:
             parts, _, _ = paged.run("gpu", 0)
         windowed, _, _ = paged.run("gpu", 5)
     finally:
-        gpu.SPLIT = before
+        layout.SPLIT = before
     assert calls["gpu:fold_attention"] == 1
     assert_same(parts[0], whole[0])
     expected, _, _ = paged.run("reference", 0)

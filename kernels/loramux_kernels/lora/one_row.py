@@ -91,7 +91,7 @@ def shrink_rows_kernel(
         factor = tl.load(request_scale + entry) * tl.load(scale + place)
         to = h + tl.load(h_start + entry) + which * tl.load(pitch + entry) + ranks
         stride = MODULES * tl.load(pitch + entry)
-        for nth in range(0, rows):
+        for nth in range(rows):
             row = first + nth
             xs = x + row.to(tl.int64) * WIDTH
             if code == 2:
@@ -176,7 +176,7 @@ def expand_rows_kernel(
         padded = (width + CHUNK - 1) // CHUNK * CHUNK
         columns = tile * CHUNK + tl.arange(0, CHUNK)
         run, first = tl.load(item), tl.load(item + 1)
-        for nth in range(0, tl.load(item + 2)):
+        for nth in range(tl.load(item + 2)):
             row = first + nth
             acc = tl.zeros((RANKS, CHUNK), dtype=tl.float32)
             for entry in range(tl.load(entry_start + run), tl.load(entry_start + run + 1)):
