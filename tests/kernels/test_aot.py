@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 """What the blocks of one multiprocessor may use together, by compute capability."""
 REGISTERS = 64 * 1024
 LEAST_BLOCKS = 2
-CUOBJDUMP = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
+PTXAS = Path(triton.__path__[0]) / "backends/nvidia/bin/ptxas"
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,13 @@ ROWS = ("x", "y", "qkv", "out", "residual", "weight", "late_weight", "gate_up", 
 
 @dataclass(frozen=True)
 class Built:
-    """What a block of a compiled kernel takes: ``cuobjdump -res-usage``, and Triton's metadata for
-    the shared memory a launch adds."""
+    """What a block of a compiled kernel takes: what ``ptxas -v`` says of it, and the shared memory
+    its launch asks for. ``spilled`` counts bytes stored and bytes loaded again."""
 
     name: str
     warps: int
     registers: int
-    stack: int
+    spilled: int
     shared: int
 
     @property
@@ -89,7 +90,7 @@ class Built:
         return REGISTERS // (a_warp * self.warps)
 
     def check(self, capability: int) -> None:
-        assert self.stack == 0, f"{self} spills {self.stack} bytes"
+        assert self.spilled == 0, f"{self} spills"
         assert self.blocks >= LEAST_BLOCKS, f"{self}: registers for {self.blocks} blocks"
         assert LEAST_BLOCKS * self.shared <= SHARED_MEMORY[capability], f"{self}: shared memory"
 
@@ -116,18 +117,25 @@ def compile_for(
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+    target = re.search(r"\.target (\w+)", compiled.asm["ptx"])
+    assert target is not None
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"].encode())
         file.flush()
-        usage = subprocess.run(
-            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        said = subprocess.run(
+            [PTXAS, "-v", f"--gpu-name={target[1]}", file.name, "-o", "/dev/null"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    used = re.search(r"Used (\d+) registers", said)
+    spilled = re.findall(r"(\d+) bytes spill", said)
+    assert used is not None and spilled, said
     return Built(
         f"{kernel.__name__}.sm_{capability}.{dtype}",
         launch.warps,
-        found["REG"],
-        found["STACK"] + found["LOCAL"],
+        int(used[1]),
+        sum(map(int, spilled)),
         compiled.metadata.shared,
     )
 
@@ -227,10 +235,10 @@ def check(built: Iterator[Built], capability: int) -> None:
     """Every kernel within its budget; the table of what they take is part of a failure."""
     found = list(built)
     for kernel in found:
-        print(
+        sys.stdout.write(
             f"{kernel.name:40} {kernel.warps} warps {kernel.registers:4} registers "
-            f"{kernel.stack:4} bytes spilled {kernel.shared:6} bytes shared "
-            f"{kernel.blocks:3} blocks"
+            f"{kernel.spilled:4} bytes spilled {kernel.shared:6} bytes shared "
+            f"{kernel.blocks:3} blocks\n"
         )
     for kernel in found:
         kernel.check(capability)

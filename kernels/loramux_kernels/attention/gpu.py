@@ -66,11 +66,6 @@ def rope_store(
     )
 
 
-def parts_elements(num_parts: int, rows: int, num_heads: int, head_dim: int) -> int:
-    """Scratch that ``num_parts`` parts of ``rows`` rows take: a sum, a maximum and a mass each."""
-    return num_parts * rows * num_heads * (head_dim + 2)
-
-
 def paged_attention(
     out: torch.Tensor,
     qkv: torch.Tensor,
@@ -87,7 +82,7 @@ def paged_attention(
     step, num_parts = pages.on_device(qkv.device)
     group = num_heads // pages.num_kv_heads
     rows = 1 if pages.alone else ROW_BLOCK
-    elements = parts_elements(num_parts, rows, num_heads, pages.head_dim)
+    elements = layout.parts_elements(num_parts, rows, num_heads, pages.head_dim)
     parts = scratch("attention_parts", qkv.device, elements)
     tuned = table_of(qkv.device)
     launch = tuned.launch("attention", pages.head_dim)

@@ -139,3 +139,8 @@ class Pages:
     @property
     def num_rows(self) -> int:
         return int(self.row_start[-1])
+
+
+def parts_elements(num_parts: int, rows: int, num_heads: int, head_dim: int) -> int:
+    """Scratch that ``num_parts`` parts of ``rows`` rows take: a sum, a maximum and a mass each."""
+    return num_parts * rows * num_heads * (head_dim + 2)

@@ -84,6 +84,12 @@ class Runs:
     def top_rank(self, table: AdapterTable, layer: int, site: str) -> int:
         return int(self.top_ranks(table)[layer, list(SITES).index(site)])
 
+    def reaches(self, table: AdapterTable, layer: int, site: str) -> bool:
+        """False when no entry changes the site and nothing need be launched for it. A recorded
+        launch (``bind`` without arrays) reaches every site: its replays may."""
+        recorded = self._on_device and not self._on_device[0][0].arrays
+        return bool(recorded) or self.top_rank(table, layer, site) > 0
+
     def bind(self, work: LoraWork, tensors: dict[str, torch.Tensor]) -> None:
         """``tensors`` are the arrays of ``work``, this step's, as a device sees them."""
         self._on_device[:] = [(work, tensors)]

@@ -38,14 +38,12 @@ class LoraWork:
 
     arrays: Arrays
     h_elements: int
+    any_rows: bool
+    any_tiles: bool
 
-    @property
-    def any_rows(self) -> bool:
-        return len(self.arrays["expand_rows"]) > 0
 
-    @property
-    def any_tiles(self) -> bool:
-        return len(self.arrays["expand_tiles"]) > 0
+RECORDED = LoraWork({}, 0, any_rows=True, any_tiles=False)
+"""Of a step recorded in a CUDA graph: lone rows, wearing whatever the lists of a replay say."""
 
 
 def lora_work(
@@ -63,7 +61,7 @@ def lora_work(
     if alone is None:
         alone = rows[run_of_row] == 1
     run_of_entry, _ = spread(entries)
-    ranks = table.rank[runs.slot].reshape(len(runs.slot), -1).max(axis=1, initial=0)
+    ranks = table.rank[runs.slot].max(axis=(1, 2), initial=0)
     pitch = -(-ranks // RANK_TILE) * RANK_TILE
     h_sizes = rows[run_of_entry].astype(np.int64) * MOST_MODULES * pitch
     h_ends = np.cumsum(h_sizes)
@@ -89,7 +87,7 @@ def lora_work(
         "lora_entry_start": runs.entry_start,
         **lists,
     }
-    return LoraWork(arrays, int(h_sizes.sum()))
+    return LoraWork(arrays, int(h_sizes.sum()), len(expand_rows) > 0, len(expand_tiles) > 0)
 
 
 def _stretches(

@@ -1,9 +1,11 @@
-"""What one forward pass is given."""
+"""What one forward pass is given: on the host, and as the kernels take it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from loramux_kernels.attention import Pages
@@ -25,3 +27,26 @@ class ModelInputs:
     pages: Pages
     runs: Runs
     scored: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepArrays:
+    """The same batch as the host builds it. ``alone[t]``: token row t is the only one of its
+    request in this step."""
+
+    token_ids: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    pages: Pages
+    runs: Runs
+    scored: npt.NDArray[np.int64]
+    alone: npt.NDArray[np.bool_]
+
+    def on_cpu(self) -> ModelInputs:
+        """The batch for kernels that read the host's memory."""
+        return ModelInputs(
+            token_ids=torch.from_numpy(self.token_ids),
+            positions=torch.from_numpy(self.positions),
+            pages=self.pages,
+            runs=self.runs,
+            scored=torch.from_numpy(self.scored),
+        )
