@@ -29,7 +29,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 """What the blocks of one multiprocessor may use together, by compute capability."""
 REGISTERS = 64 * 1024
 LEAST_BLOCKS = 2
-PTXAS = Path(triton.__path__[0]) / "backends/nvidia/bin/ptxas"
+CUOBJDUMP = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ ROWS = ("x", "y", "qkv", "out", "residual", "weight", "late_weight", "gate_up", 
 
 @dataclass(frozen=True)
 class Built:
-    """What a block of a compiled kernel takes: what ``ptxas -v`` says of it, and the shared memory
-    its launch asks for. ``spilled`` counts bytes stored and bytes loaded again."""
+    """What a block of a compiled kernel takes: what its cubin says, and the shared memory its
+    launch asks for. ``spilled`` is a thread's stack in bytes: nothing else in here needs one."""
 
     name: str
     warps: int
@@ -115,27 +115,21 @@ def compile_for(
         if signature[name].startswith("*")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    target = re.search(r"\.target (\w+)", compiled.asm["ptx"])
-    assert target is not None
-    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"].encode())
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options=launch.options
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
         file.flush()
         said = subprocess.run(
-            [PTXAS, "-v", f"--gpu-name={target[1]}", file.name, "-o", "/dev/null"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-    used = re.search(r"Used (\d+) registers", said)
-    spilled = re.findall(r"(\d+) bytes spill", said)
-    assert used is not None and spilled, said
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
     return Built(
         f"{kernel.__name__}.sm_{capability}.{dtype}",
         launch.warps,
-        int(used[1]),
-        sum(map(int, spilled)),
+        used["REG"],
+        used["STACK"] + used["LOCAL"],
         compiled.metadata.shared,
     )
 

@@ -82,7 +82,7 @@ Make = Callable[[Recorder | None], tuple[Harness, Spied]]
 @pytest.fixture
 def make(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     made: list[Harness] = []
-    monkeypatch.setattr(graphs, "BUCKETS", (1, 2, 4, 8))
+    monkeypatch.setattr(graphs, "BUCKETS", (2, 4))
 
     def engine(recorder: Recorder | None) -> tuple[Harness, Spied]:
         harness = Harness(model, page_tokens=4, max_batch_tokens=24)
@@ -102,40 +102,33 @@ def same(launch: Launch) -> Launch:
 
 
 def submit(harness: Harness, adapters: list[Path]) -> None:
-    """Decodes of 3, then 5, then fewer rows, with prompts in between; no two steps alike."""
+    """Decodes of 3 rows, then a prompt among them, then fewer rows with other adapters."""
     a, b, c = adapters
-    harness.submit([7, 8, 9], [(a, 1.0)], max_tokens=6)
-    harness.submit([5], None, max_tokens=5)
-    harness.submit([40, 41], [(b, 0.5), (a, -1.0)], max_tokens=6)
+    harness.submit([7, 8, 9], [(a, 1.0)], max_tokens=4)
+    harness.submit([5], None, max_tokens=3)
+    harness.submit([40, 41], [(b, 0.5), (a, -1.0)], max_tokens=4)
     for _ in range(2):
         harness.step()
-    harness.submit([3] * 7, [(c, 1.0)], max_tokens=3)
-    harness.submit([60, 61], [(a, 1.0)], max_tokens=2)
-    harness.run()
-    harness.submit([11], [(b, 1.0)], max_tokens=3)
+    harness.submit([60, 61, 62], [(c, 1.0)], max_tokens=3)
     harness.run()
 
 
-def test_replays_give_the_bits_of_plain_launches(make: Make, adapters: list[Path]) -> None:
+def test_replays_give_the_bits_of_plain_launches(
+    make: Make, adapters: list[Path], model: Path
+) -> None:
     graphed, with_graphs = make(same)
     eager, without = make(None)
     for harness in (graphed, eager):
         submit(harness, adapters)
-    assert with_graphs.num_replays > 3 and without.num_replays == 0
-    assert with_graphs.num_recorded == 8
+    assert with_graphs.num_replays >= 3 and without.num_replays == 0
+    assert with_graphs.num_recorded == 4
     assert len(with_graphs.logits) == len(without.logits)
     for ours, theirs in zip(with_graphs.logits, without.logits, strict=True):
         assert ours.isfinite().all() and torch.equal(ours, theirs)
-
-
-def test_replays_give_the_ids_of_a_cpu(make: Make, adapters: list[Path], model: Path) -> None:
-    graphed, with_graphs = make(same)
-    submit(graphed, adapters)
     with dispatch.using("cpu"):
         plain = Harness(model, page_tokens=4, max_batch_tokens=24)
         submit(plain, adapters)
         plain.close()
-    assert with_graphs.num_replays > 3
     assert graphed.outputs == plain.outputs
 
 
@@ -147,9 +140,9 @@ def test_graphs_are_recorded_again_when_arrays_move(
     eager, without = make(None)
     prepared = with_graphs.num_recorded
     for harness in (graphed, eager):
-        harness.submit([9, 8, 7], [(adapters[1], 1.0)], max_tokens=5)
+        harness.submit([9, 8, 7], [(adapters[1], 1.0)], max_tokens=3)
         harness.run()
-    assert with_graphs.num_recorded == prepared + 1 and with_graphs.num_replays == 4
+    assert with_graphs.num_recorded == prepared + 1 and with_graphs.num_replays == 2
     for ours, theirs in zip(with_graphs.logits, without.logits, strict=True):
         assert torch.equal(ours, theirs)
     scratch("lora_h", torch.device("cpu"), 1 << 20)
@@ -166,20 +159,3 @@ def test_steps_run_without_graphs_when_recording_fails(make: Make) -> None:
     graphed.submit([7, 8, 9], max_tokens=3)
     graphed.run()
     assert with_graphs.num_recorded == 1 and with_graphs.num_replays == 0
-
-
-def test_only_decodes_that_are_all_scored_take_a_graph(make: Make) -> None:
-    harness, spied = make(same)
-    seen: list[tuple[int, int | None]] = []
-    bucket = spied.bucket
-
-    def noted(step: StepArrays) -> int | None:
-        seen.append((len(step.token_ids), bucket(step)))
-        return seen[-1][1]
-
-    spied.bucket = noted  # type: ignore[method-assign]
-    harness.submit([4, 5], max_tokens=3)
-    for _ in range(8):
-        harness.submit([6], max_tokens=4)
-    harness.run()
-    assert seen == [(10, None), (9, None), (9, None), (8, 8)]

@@ -60,9 +60,7 @@ def rope_store(
         PAGE_TOKENS=pages.page_tokens,
         HALF=half,
         BLOCK=triton.next_power_of_2(half),
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-        enable_fp_fusion=True,
+        **launch.options,
     )
 
 
@@ -114,9 +112,7 @@ def paged_attention(
         KEYS=launch.block,
         SPLIT=layout.SPLIT,
         PRECISION="tf32" if qkv.dtype != torch.float32 else "tf32x3",
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-        enable_fp_fusion=True,
+        **launch.options,
     )
     if not num_parts:
         return
@@ -136,9 +132,7 @@ def paged_attention(
         BLOCK_D=triton.next_power_of_2(pages.head_dim),
         ROWS=rows,
         SPLIT=layout.SPLIT,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-        enable_fp_fusion=True,
+        **launch.options,
     )
 
 

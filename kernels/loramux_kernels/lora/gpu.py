@@ -59,7 +59,7 @@ def add_lora(
             h, x, *weights, where["a_offset"], where["rank"], where["scale"], *entries,
             step["lora_scale"], step[name], step["lora_counts"], layer,
             WIDTH=in_width, **shape, **constants,
-            num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True,
+            **launch.options,
         )  # fmt: skip
 
     def expand(kernel: Any, name: str, launch: Launch, **constants: Any) -> None:
@@ -68,7 +68,7 @@ def add_lora(
             y, h, *weights, where["b_offset"], where["rank"], *entries,
             step["lora_entry_start"], step[name], step["lora_counts"], layer,
             **columns, **shape, RANKS=RANK_TILE, **constants,
-            num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True,
+            **launch.options,
         )  # fmt: skip
 
     if work.any_rows:

@@ -23,7 +23,7 @@ def rms_norm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: floa
         norm_kernel[(rows, 1)](
             out, x, x, weight, weight, eps, width, 1,
             WIDTH=width, BLOCK=triton.next_power_of_2(width), ADD=False,
-            num_warps=launch.warps, enable_fp_fusion=True,
+            **launch.options,
         )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def add_rms_norm(
         norm_kernel[(rows, 1)](
             out, residual, x, weight, weight, eps, width, 1,
             WIDTH=width, BLOCK=triton.next_power_of_2(width), ADD=True,
-            num_warps=launch.warps, enable_fp_fusion=True,
+            **launch.options,
         )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def head_rms_norm(
         norm_kernel[(rows, num_heads + num_kv_heads)](
             qkv, qkv, qkv, q_weight, k_weight, eps, width, num_heads,
             WIDTH=head_dim, BLOCK=triton.next_power_of_2(head_dim), ADD=False,
-            num_warps=launch.warps, enable_fp_fusion=True,
+            **launch.options,
         )  # fmt: skip
 
 
@@ -70,7 +70,11 @@ def silu_mul(out: torch.Tensor, gate_up: torch.Tensor) -> None:
     if rows:
         launch = table_of(out.device).launch("silu_mul")
         silu_mul_kernel[(rows, triton.cdiv(width, launch.block))](
-            out, gate_up, width, BLOCK=launch.block, num_warps=launch.warps, enable_fp_fusion=True
+            out,
+            gate_up,
+            width,
+            BLOCK=launch.block,
+            **launch.options,
         )
 
 

@@ -25,12 +25,24 @@ INTERPRETED_PROGRAMS = 1
 
 @dataclass(frozen=True)
 class Launch:
-    """``block``: see the kernel; 0 where it has no such choice."""
+    """``block``: see the kernel; 0 where it has no such choice. ``registers`` is the most a thread
+    may take: without it ptxas may rather spill a little than have one block less at a time."""
 
     warps: int
     stages: int
     programs_per_sm: int = 1
     block: int = 0
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told, as keywords of a launch."""
+        return {
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "maxnreg": self.registers,
+            "enable_fp_fusion": True,
+        }
 
 
 @dataclass(frozen=True)
