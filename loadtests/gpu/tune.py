@@ -33,12 +33,12 @@ DECODES = [(1, 1, 1024), (32, 1, 1024), (8, 1, 8192), (1, 512, 512)]
 
 CANDIDATES: dict[str, list[Launch]] = {
     "shrink_rows": [
-        Launch(w, 1, p, b, 80)
+        Launch(w, 1, p, b, 128)
         for w, p, b in itertools.product((2, 4, 8), (4, 6, 8, 12), (4, 8, 16))
         if w * p <= 32
     ],
     "expand_rows": [
-        Launch(w, 1, p, 0, 64) for w, p in itertools.product((2, 4, 8), (4, 8, 16)) if w * p <= 32
+        Launch(w, 1, p, 0, 128) for w, p in itertools.product((2, 4, 8), (4, 8, 16)) if w * p <= 32
     ],
     "shrink_tiles": [
         Launch(4, s, p, b, 168) for s, p, b in itertools.product((2, 3, 4), (2, 3), (32, 64))
