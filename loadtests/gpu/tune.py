@@ -89,8 +89,10 @@ def use(table: Table) -> None:
 
 
 def with_launch(table: Table, kernel: str, launch: Launch) -> Table:
-    """``table`` with one class for all widths of ``kernel``."""
-    return dataclasses.replace(table, kernels=table.kernels | {kernel: ((None, launch),)})
+    """``table`` with other settings for the narrowest class of ``kernel``."""
+    (most, _), *wider = table.kernels[kernel]
+    kernels_ = table.kernels | {kernel: ((most, launch), *wider)}
+    return dataclasses.replace(table, kernels=kernels_)
 
 
 def write(table: Table, device: str) -> None:

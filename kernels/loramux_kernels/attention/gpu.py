@@ -83,7 +83,9 @@ def paged_attention(
     elements = layout.parts_elements(num_parts, rows, num_heads, pages.head_dim)
     parts = scratch("attention_parts", qkv.device, elements)
     tuned = table_of(qkv.device)
-    launch = tuned.launch("attention", pages.head_dim)
+    # What weighs on registers is how many queries share a block, so that is this kernel's width.
+    block_m = max(16, triton.next_power_of_2(rows * group))
+    launch = tuned.launch("attention", block_m)
     dispatch.calls["gpu:paged_attention"] += 1
     attention_kernel[(num_programs(launch, qkv.device),)](
         out,
@@ -108,7 +110,7 @@ def paged_attention(
         BLOCK_D=max(16, triton.next_power_of_2(pages.head_dim)),
         ROWS=rows,
         GROUP=group,
-        BLOCK_M=max(16, triton.next_power_of_2(rows * group)),
+        BLOCK_M=block_m,
         KEYS=launch.block,
         SPLIT=layout.SPLIT,
         PRECISION="tf32" if qkv.dtype != torch.float32 else "tf32x3",
