@@ -14,6 +14,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "server"), str(ROOT / "kernels"), str(Path(__file__).parent)]
@@ -84,7 +85,6 @@ def facts(device: torch.cuda._CudaDeviceProperties) -> list[tuple[str, str]]:
 def measure(page: Document, args: argparse.Namespace) -> None:
     """All parts, the quickest answers first."""
     import kernels
-    import serving
     from timing import Ceilings, ceilings
 
     found: dict[str, Ceilings] = {}
@@ -98,17 +98,30 @@ def measure(page: Document, args: argparse.Namespace) -> None:
         ]
         return table(["what", "measured"], rows)
 
-    started: list[serving.Served] = []
+    started: list[Any] = []
 
     def start() -> str:
+        # The server needs more packages than the kernels do: without them, only its parts fail.
+        import serving
+
         started.append(serving.Served(args.adapters, int(args.pool_gib * GIB)))
         return serving.start(started[0])
+
+    def throughput() -> str:
+        import serving
+
+        return serving.throughput(started[0], found["ceiling"])
+
+    def syncs() -> str:
+        import serving
+
+        return serving.syncs(started[0])
 
     page.section("The device", machine)
     page.section("Correctness", correctness)
     page.section("Start of an 8B-shaped model", start)
-    page.section("Served end to end", lambda: serving.throughput(started[0], found["ceiling"]))
-    page.section("Synchronisations", lambda: serving.syncs(started[0]))
+    page.section("Served end to end", throughput)
+    page.section("Synchronisations", syncs)
     started.clear()
     torch.cuda.empty_cache()
     page.section("LoRA kernels", lambda: kernels.lora(found["ceiling"], page.left_s))
