@@ -72,7 +72,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python loadtests/serving/throughput.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python loadtests/gpu/check.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) data

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 Int32 = npt.NDArray[np.int32]
 
 
+def spread(counts: npt.NDArray[Any]) -> tuple[Int32, npt.NDArray[np.int64]]:
+    """``counts[i]`` items of each owner i: every item's owner, and its number within the owner."""
+    owner = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
 def row_blocks(rows: Int32, first_row: Int32, size: int) -> tuple[Int32, Int32]:
     """Cut each owner's ``rows`` consecutive rows into blocks of at most ``size``: the owner and
     the first row of every block."""
-    counts = -(-rows // size)
-    owner = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
-    within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    owner, within = spread(-(-rows // size))
     return owner, (first_row[owner] + within * size).astype(np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 
@@ -12,6 +13,8 @@ import torch
 from loramux_kernels import dispatch, norm
 from loramux_kernels.attention import Pages, paged_attention, rope_store
 from loramux_kernels.lora import MODULES, SITES, Runs, add_lora
+from loramux_kernels.lora.work import lora_work
+from loramux_kernels.mirror import mirror
 from loramux_kernels.testing import (
     assert_close,
     assert_same,
@@ -84,7 +87,30 @@ def test_lora_equals_the_reference_exactly(batch: int, site: str) -> None:
     with dispatch.using("gpu"), counting() as calls:
         add_lora(y, x, **args)
     assert_same(y, expected)
-    assert calls == {"gpu:shrink": 1, "gpu:expand": 1}
+    assert set(calls.values()) == {1}
+
+
+def test_a_lone_row_keeps_its_bits_whoever_wears_its_adapter() -> None:
+    """Decodes and a prompt's chunk side by side in one run: each row as it would be alone."""
+    arena, table, slots = resident()
+    x = torch.randn(6, 24, generator=generator(1)).to(DEVICE)
+    y = torch.randn(6, 40, generator=generator(2)).to(DEVICE)
+    args = {"arena": arena, "table": table, "layer": 1, "site": "qkv"}
+    alone = np.array([True, True, False, False, False, True])
+
+    def run(rows: slice, alone: np.ndarray) -> torch.Tensor:
+        runs = Runs.build([rows.stop - rows.start], [[(slots[0], 2.0), (slots[2], 0.5)]])
+        work = lora_work(runs, table, lone_rows=4, lone_ranks=2, alone=alone)
+        runs.bind(work, mirror(work.arrays, torch.device(DEVICE)))
+        mine = y[rows].clone()
+        with dispatch.using("gpu"):
+            add_lora(mine, x[rows].contiguous(), runs=runs, **args)
+        return mine
+
+    together = run(slice(0, 6), alone)
+    for row in (0, 1, 5):
+        assert_same(together[row : row + 1], run(slice(row, row + 1), np.array([True])))
+    assert_same(together[2:5], run(slice(2, 5), np.zeros(3, np.bool_)))
 
 
 def test_lora_in_bfloat16() -> None:
@@ -150,6 +176,10 @@ class Paged:
         angles = torch.outer(torch.arange(float(max(context))), torch.rand(dim // 2, generator=rng))
         self.cos, self.sin = angles.cos().to(DEVICE), angles.sin().to(DEVICE)
 
+    def renew(self) -> None:
+        """Forget what was brought to the device."""
+        self.pages = dataclasses.replace(self.pages)
+
     def run(self, backend: dispatch.Backend, window: int) -> tuple[torch.Tensor, ...]:
         arena, qkv = self.arena.clone(), self.qkv.clone()
         out = torch.full(
@@ -196,18 +226,19 @@ def test_attention_agrees_with_the_reference(dtype: torch.dtype, case: int, wind
 
 def test_splits_show_in_no_row() -> None:
     """A long neighbour makes every row go through parts; the short row's bits stay."""
-    from loramux_kernels.attention import gpu
+    from loramux_kernels.attention import pages as layout
 
     paged = Paged([30, 70], [1, 1], dtype=torch.float32, heads=2, kv_heads=1, dim=8)
-    before = gpu.SPLIT
+    before = layout.SPLIT
     try:
         whole, _, _ = paged.run("gpu", 0)
-        gpu.SPLIT = 32
+        layout.SPLIT = 32
+        paged.renew()
         with counting() as calls:
             parts, _, _ = paged.run("gpu", 0)
         windowed, _, _ = paged.run("gpu", 5)
     finally:
-        gpu.SPLIT = before
+        layout.SPLIT = before
     assert calls["gpu:fold_attention"] == 1
     assert_same(parts[0], whole[0])
     expected, _, _ = paged.run("reference", 0)

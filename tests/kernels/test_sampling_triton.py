@@ -120,6 +120,7 @@ def test_compiles_for_gpus(capability: int) -> None:
         "best_id": "*i32",
         "stride": "i32",
         "vocab_size": "i32",
+        "FILTERED": "constexpr",
         "BLOCK": "constexpr",
     }
     finish = {
@@ -132,7 +133,7 @@ def test_compiles_for_gpus(capability: int) -> None:
         "WIDTH": "constexpr",
     }
     for kernel, signature, constants in [
-        (triton_draw.race_kernel, race, {"BLOCK": triton_draw.BLOCK}),
+        (triton_draw.race_kernel, race, {"FILTERED": True, "BLOCK": triton_draw.BLOCK}),
         (triton_draw.finish_kernel, finish, {"WIDTH": 256}),
     ]:
         compiled = triton.compile(

@@ -1,9 +1,10 @@
 """RoPE, the KV store and paged attention in Triton.
 
-Attention splits every context at multiples of SPLIT keys and walks a split in blocks of KEYS, so
-a row meets its keys in one order whatever else is in the batch. When any context is longer than
-a split, each split is a program of its own (Flash-Decoding) and a second kernel folds the parts
-in order; a row with one part gets the same bits as without folding.
+Attention splits every context at multiples of SPLIT keys and walks a split in blocks of keys, so
+a row meets its keys in one order whatever else is in the batch. Each split of a longer context is
+an item of its own (Flash-Decoding) and a second kernel folds the parts in order; a row with one
+part gets the same bits as without folding. The grids are fixed and the lists of items lie on the
+device (``Pages.arrays``), so that a CUDA graph replays with any contexts.
 """
 
 # Triton reads the kernels' annotations as code: only constexpr may stand there.
@@ -16,10 +17,10 @@ import triton
 import triton.language as tl
 
 from loramux_kernels import dispatch
+from loramux_kernels.attention import pages as layout
 from loramux_kernels.attention.pages import ROW_BLOCK, Pages
-
-KEYS = 32
-SPLIT = 1024
+from loramux_kernels.mirror import scratch
+from loramux_kernels.tuning import num_programs, table_of
 
 
 def rope_store(
@@ -36,26 +37,30 @@ def rope_store(
     dispatch.calls["gpu:rope_store"] += 1
     if not pages.num_rows:
         return
-    step = pages.tensors(qkv.device)
+    step, _ = pages.on_device(qkv.device)
     half = pages.head_dim // 2
+    launch = table_of(qkv.device).launch("rope_store")
     rope_store_kernel[(pages.num_rows, num_heads + 2 * pages.num_kv_heads)](
         qkv,
         cos,
         sin,
         positions,
         arena.view(pages.dtype),
-        step["offsets"][layer],
+        step["pages"],
+        step["page_start"],
+        step["layer_start"],
         step["request_of_row"],
         step["row_start"],
         step["context"],
-        pages.offsets.shape[2],
+        step["attention_counts"],
+        layer,
+        pages.pages_per_layer,
         HEADS=num_heads,
         KV_HEADS=pages.num_kv_heads,
         PAGE_TOKENS=pages.page_tokens,
         HALF=half,
         BLOCK=triton.next_power_of_2(half),
-        num_warps=1,
-        enable_fp_fusion=True,
+        **launch.options,
     )
 
 
@@ -72,31 +77,30 @@ def paged_attention(
     """See :func:`loramux_kernels.attention.paged_attention`."""
     if not pages.num_rows:
         return
-    step = pages.tensors(qkv.device)
+    step, num_parts = pages.on_device(qkv.device)
     group = num_heads // pages.num_kv_heads
-    rows = 1 if pages.num_rows == len(pages.block_row) else ROW_BLOCK
-    splits = triton.cdiv(int(pages.context.max()), SPLIT)
-    head_rows = pages.num_rows * num_heads
-    parts = out
-    bounds = out
-    if splits > 1:
-        shape = (splits, head_rows, pages.head_dim)
-        parts = torch.empty(shape, dtype=torch.float32, device=out.device)
-        bounds = torch.empty((splits, head_rows, 2), dtype=torch.float32, device=out.device)
+    rows = 1 if pages.alone else ROW_BLOCK
+    elements = layout.parts_elements(num_parts, rows, num_heads, pages.head_dim)
+    parts = scratch("attention_parts", qkv.device, elements)
+    tuned = table_of(qkv.device)
+    # What weighs on registers is how many queries share a block, so that is this kernel's width.
+    block_m = max(16, triton.next_power_of_2(rows * group))
+    launch = tuned.launch("attention", block_m)
     dispatch.calls["gpu:paged_attention"] += 1
-    attention_kernel[(len(pages.block_row), pages.num_kv_heads, splits)](
+    attention_kernel[(num_programs(launch, qkv.device),)](
         out,
         parts,
-        bounds,
         qkv,
         arena.view(pages.dtype),
-        step["offsets"][layer],
-        step["block_request"],
-        step["block_row"],
+        step["pages"],
+        step["page_start"],
+        step["layer_start"],
+        step["attention_items"],
         step["row_start"],
         step["context"],
-        pages.offsets.shape[2],
-        head_rows,
+        step["attention_counts"],
+        layer,
+        pages.pages_per_layer,
         scale,
         window,
         HEADS=num_heads,
@@ -106,56 +110,60 @@ def paged_attention(
         BLOCK_D=max(16, triton.next_power_of_2(pages.head_dim)),
         ROWS=rows,
         GROUP=group,
-        BLOCK_M=max(16, triton.next_power_of_2(rows * group)),
-        KEYS=KEYS,
-        SPLIT=SPLIT,
-        ALONE=splits == 1,
+        BLOCK_M=block_m,
+        KEYS=launch.block,
+        SPLIT=layout.SPLIT,
         PRECISION="tf32" if qkv.dtype != torch.float32 else "tf32x3",
-        num_warps=4,
-        enable_fp_fusion=True,
-        num_stages=2,
+        **launch.options,
     )
-    if splits == 1:
+    if not num_parts:
         return
     dispatch.calls["gpu:fold_attention"] += 1
-    fold_kernel[(pages.num_rows, num_heads)](
+    launch = tuned.launch("fold_attention", pages.head_dim)
+    fold_kernel[(num_programs(launch, qkv.device),)](
         out,
         parts,
-        bounds,
         step["request_of_row"],
+        step["fold_rows"],
         step["row_start"],
         step["context"],
-        head_rows,
+        step["attention_counts"],
         window,
         HEADS=num_heads,
         DIM=pages.head_dim,
         BLOCK_D=triton.next_power_of_2(pages.head_dim),
-        SPLIT=SPLIT,
-        num_warps=1,
-        enable_fp_fusion=True,
+        ROWS=rows,
+        SPLIT=layout.SPLIT,
+        **launch.options,
     )
 
 
-@triton.jit(do_not_specialize=["max_pages"])
+@triton.jit(do_not_specialize=["layer", "pages_per_layer"])
 def rope_store_kernel(
     qkv,
     cos,
     sin,
     positions,
     pool,
-    offsets,
+    pages,
+    page_start,
+    layer_start,
     request_of_row,
     row_start,
     context,
-    max_pages,
+    counts,
+    layer,
+    pages_per_layer,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program per (row, head of q, k or v)."""
+    """A program per (row, head of q, k or v); rows past the count are a graph's padding."""
     row, head = tl.program_id(0), tl.program_id(1)
+    if row >= tl.load(counts):
+        return
     lanes = tl.arange(0, BLOCK)
     inside = lanes < HALF
     at = qkv + (row.to(tl.int64) * (HEADS + 2 * KV_HEADS) + head) * 2 * HALF + lanes
@@ -173,7 +181,8 @@ def rope_store_kernel(
     if head >= HEADS:
         request = tl.load(request_of_row + row)
         token = tl.load(context + request) - (tl.load(row_start + request + 1) - row)
-        page = tl.load(offsets + request.to(tl.int64) * max_pages + token // PAGE_TOKENS)
+        table = pages + layer.to(tl.int64) * pages_per_layer + tl.load(page_start + request)
+        page = tl.load(table + token // PAGE_TOKENS) + tl.load(layer_start + layer)
         within = (head - HEADS) * PAGE_TOKENS + token % PAGE_TOKENS
         ITEMSIZE: tl.constexpr = pool.dtype.element_ty.primitive_bitwidth // 8
         to = pool + page // ITEMSIZE + within * 2 * HALF + lanes
@@ -184,20 +193,21 @@ def rope_store_kernel(
         tl.store(to + HALF, second.to(pool.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["max_pages", "head_rows", "window"])
+@triton.jit(do_not_specialize=["layer", "pages_per_layer", "window"])
 def attention_kernel(
     out,
     parts,
-    bounds,
     qkv,
     pool,
-    offsets,
-    block_request,
-    block_row,
+    pages,
+    page_start,
+    layer_start,
+    items,
     row_start,
     context,
-    max_pages,
-    head_rows,
+    counts,
+    layer,
+    pages_per_layer,
     scale,
     window,
     HEADS: tl.constexpr,
@@ -210,107 +220,118 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
-    ALONE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program per (block of a request's rows, KV head, split of the context)."""
-    block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    request = tl.load(block_request + block)
-    first_row = tl.load(block_row + block)
-    last_row = tl.load(row_start + request + 1)
-    # Query m is row m // GROUP and query head m % GROUP of this KV head.
+    """An item is (block of a request's rows, split of the context), taken once per KV head."""
+    ITEMSIZE: tl.constexpr = pool.dtype.element_ty.primitive_bitwidth // 8
+    columns: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM
+    # Query m is row m // GROUP of the block and query head m % GROUP of this KV head.
     m = tl.arange(0, BLOCK_M)
-    row = first_row + m // GROUP
-    real = (m < ROWS * GROUP) & (row < last_row)
-    held = tl.load(context + request)
-    token = held - (last_row - row)
-    first_token = held - (last_row - first_row)
-    end = tl.minimum(first_token + ROWS, held)
-    low = tl.where(window > 0, tl.maximum(first_token + 1 - window, 0), 0)
-    stop = tl.minimum((split + 1) * SPLIT, end)
-    start = tl.maximum(split * SPLIT, low // KEYS * KEYS)
-    if start >= stop:
-        return
     dims = tl.arange(0, BLOCK_D)
     wide = dims < DIM
-    columns: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM
-    head = kv_head * GROUP + m % GROUP
-    at = qkv + row.to(tl.int64) * columns + head * DIM
-    q = tl.load(at[:, None] + dims[None, :], mask=real[:, None] & wide[None, :], other=0)
-    q = q.to(tl.float32)
-    ITEMSIZE: tl.constexpr = pool.dtype.element_ty.primitive_bitwidth // 8
-    table = offsets + request.to(tl.int64) * max_pages
-    top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-    mass = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    for base in range(start, stop, KEYS):
-        key = base + tl.arange(0, KEYS)
-        held_key = (key < stop) & (key >= low)
-        page = tl.load(table + key // PAGE_TOKENS, mask=held_key, other=0) // ITEMSIZE
-        from_ = page + (kv_head * PAGE_TOKENS + key % PAGE_TOKENS) * DIM
-        mask = held_key[:, None] & wide[None, :]
-        k = tl.load(pool + from_[:, None] + dims[None, :], mask=mask, other=0).to(tl.float32)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        seen = held_key[None, :] & (key[None, :] <= token[:, None])
-        seen = seen & ((window <= 0) | (key[None, :] > token[:, None] - window))
-        scores = tl.where(seen, scores, float("-inf"))
-        above = tl.maximum(top, tl.max(scores, 1))
-        # A row that has seen no key yet has no maximum to subtract.
-        shift = tl.where(above == float("-inf"), 0.0, above)
-        weights = tl.exp(scores - shift[:, None])
-        keep = tl.exp(top - shift)
-        mass = mass * keep + tl.sum(weights, 1)
-        v_at = pool + from_[:, None] + KV_HEADS * PAGE_TOKENS * DIM + dims[None, :]
-        v = tl.load(v_at, mask=mask, other=0).to(tl.float32)
-        acc = tl.dot(weights, v, acc * keep[:, None], input_precision="tf32x3")
-        top = above
-    lane = row.to(tl.int64) * HEADS + head
-    if ALONE:
-        to = out + lane[:, None] * DIM + dims[None, :]
-        result = (acc / tl.where(real, mass, 1.0)[:, None]).to(out.dtype.element_ty)
-        tl.store(to, result, mask=real[:, None] & wide[None, :])
-    else:
-        lane += split.to(tl.int64) * head_rows
-        to = parts + lane[:, None] * DIM + dims[None, :]
-        tl.store(to, acc, mask=real[:, None] & wide[None, :])
-        tl.store(bounds + lane * 2, top, mask=real)
-        tl.store(bounds + lane * 2 + 1, mass, mask=real)
+    below = tl.load(layer_start + layer)
+    for index in range(tl.program_id(0), tl.load(counts + 1) * KV_HEADS, tl.num_programs(0)):
+        item = items + index // KV_HEADS * 4
+        kv_head = index % KV_HEADS
+        request = tl.load(item)
+        first_row = tl.load(item + 1)
+        split = tl.load(item + 2)
+        part = tl.load(item + 3)
+        last_row = tl.load(row_start + request + 1)
+        row = first_row + m // GROUP
+        real = (m < ROWS * GROUP) & (row < last_row)
+        held = tl.load(context + request)
+        token = held - (last_row - row)
+        first_token = held - (last_row - first_row)
+        end = tl.minimum(first_token + ROWS, held)
+        low = tl.where(window > 0, tl.maximum(first_token + 1 - window, 0), 0)
+        stop = tl.minimum((split + 1) * SPLIT, end)
+        start = tl.maximum(split * SPLIT, low // KEYS * KEYS)
+        head = kv_head * GROUP + m % GROUP
+        at = qkv + row.to(tl.int64) * columns + head * DIM
+        q = tl.load(at[:, None] + dims[None, :], mask=real[:, None] & wide[None, :], other=0)
+        q = q.to(tl.float32)
+        table = pages + layer.to(tl.int64) * pages_per_layer + tl.load(page_start + request)
+        top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+        mass = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+        # Of a split that lies before the window, start is behind stop and nothing is walked.
+        for base in range(start, stop, KEYS):
+            key = base + tl.arange(0, KEYS)
+            held_key = (key < stop) & (key >= low)
+            page = tl.load(table + key // PAGE_TOKENS, mask=held_key, other=0) + below
+            from_ = page // ITEMSIZE + (kv_head * PAGE_TOKENS + key % PAGE_TOKENS) * DIM
+            mask = held_key[:, None] & wide[None, :]
+            k = tl.load(pool + from_[:, None] + dims[None, :], mask=mask, other=0).to(tl.float32)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            seen = held_key[None, :] & (key[None, :] <= token[:, None])
+            seen = seen & ((window <= 0) | (key[None, :] > token[:, None] - window))
+            scores = tl.where(seen, scores, float("-inf"))
+            above = tl.maximum(top, tl.max(scores, 1))
+            # A row that has seen no key yet has no maximum to subtract.
+            shift = tl.where(above == float("-inf"), 0.0, above)
+            weights = tl.exp(scores - shift[:, None])
+            keep = tl.exp(top - shift)
+            mass = mass * keep + tl.sum(weights, 1)
+            v_at = pool + from_[:, None] + KV_HEADS * PAGE_TOKENS * DIM + dims[None, :]
+            v = tl.load(v_at, mask=mask, other=0).to(tl.float32)
+            acc = tl.dot(weights, v, acc * keep[:, None], input_precision="tf32x3")
+            top = above
+        inside = real[:, None] & wide[None, :]
+        if part < 0:
+            lane = row.to(tl.int64) * HEADS + head
+            result = (acc / tl.where(real, mass, 1.0)[:, None]).to(out.dtype.element_ty)
+            tl.store(out + lane[:, None] * DIM + dims[None, :], result, mask=inside)
+        else:
+            lane = (part.to(tl.int64) * ROWS + row - first_row) * HEADS + head
+            to = parts + lane * (DIM + 2)
+            tl.store(to[:, None] + dims[None, :], acc, mask=inside)
+            tl.store(to + DIM, top, mask=real)
+            tl.store(to + DIM + 1, mass, mask=real)
 
 
-@triton.jit(do_not_specialize=["head_rows", "window"])
+@triton.jit(do_not_specialize=["window"])
 def fold_kernel(
     out,
     parts,
-    bounds,
     request_of_row,
+    rows,
     row_start,
     context,
-    head_rows,
+    counts,
     window,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """A program per (row, head): the row's own splits in order."""
-    row, head = tl.program_id(0), tl.program_id(1)
-    request = tl.load(request_of_row + row)
-    token = tl.load(context + request) - (tl.load(row_start + request + 1) - row)
-    low = tl.where(window > 0, tl.maximum(token + 1 - window, 0), 0)
+    """An item is a row in parts, taken once per head: its own splits in order."""
     dims = tl.arange(0, BLOCK_D)
     wide = dims < DIM
-    lane = row.to(tl.int64) * HEADS + head
-    top = tl.full((), float("-inf"), dtype=tl.float32)
-    mass = tl.zeros((), dtype=tl.float32)
-    acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for split in range(low // SPLIT, token // SPLIT + 1):
-        at = lane + split * head_rows
-        part = tl.load(parts + at * DIM + dims, mask=wide, other=0)
-        part_top = tl.load(bounds + at * 2)
-        part_mass = tl.load(bounds + at * 2 + 1)
-        above = tl.maximum(top, part_top)
-        keep, take = tl.exp(top - above), tl.exp(part_top - above)
-        acc = acc * keep + part * take
-        mass = mass * keep + part_mass * take
-        top = above
-    tl.store(out + lane * DIM + dims, (acc / mass).to(out.dtype.element_ty), mask=wide)
+    for index in range(tl.program_id(0), tl.load(counts + 2) * HEADS, tl.num_programs(0)):
+        item = rows + index // HEADS * 4
+        head = index % HEADS
+        row = tl.load(item)
+        request = tl.load(request_of_row + row)
+        token = tl.load(context + request) - (tl.load(row_start + request + 1) - row)
+        low = tl.where(window > 0, tl.maximum(token + 1 - window, 0), 0)
+        # Part p of the block holds row r of it at p * ROWS + r.
+        within = row - tl.load(item + 1)
+        first_part = tl.load(item + 2)
+        top = tl.full((), float("-inf"), dtype=tl.float32)
+        mass = tl.zeros((), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        for split in range(low // SPLIT, token // SPLIT + 1):
+            lane = ((first_part + split).to(tl.int64) * ROWS + within) * HEADS + head
+            at = parts + lane * (DIM + 2)
+            part = tl.load(at + dims, mask=wide, other=0)
+            part_top = tl.load(at + DIM)
+            part_mass = tl.load(at + DIM + 1)
+            above = tl.maximum(top, part_top)
+            keep, take = tl.exp(top - above), tl.exp(part_top - above)
+            acc = acc * keep + part * take
+            mass = mass * keep + part_mass * take
+            top = above
+        to = out + (row.to(tl.int64) * HEADS + head) * DIM + dims
+        tl.store(to, (acc / mass).to(out.dtype.element_ty), mask=wide)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from loramux_kernels.blocks import row_blocks
+from loramux_kernels.blocks import row_blocks, spread
 from loramux_kernels.mirror import mirror
 
 ROW_BLOCK = 8
 """Rows of one request that a work item takes together, so that they read each key once."""
+
+SPLIT = 512
+"""Keys that one program of a GPU walks; a longer context is folded from parts of so many."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,9 @@ class Pages:
 
     Derived, once a step: ``request_of_row`` [rows], and the blocks of at most ROW_BLOCK rows of
     every request, ``block_request`` and ``block_row`` (its first row).
+
+    ``layer_start`` [layers], where given, is added to ``offsets``, which then has one layer that
+    stands for all: what a GPU takes, so that a step need not write out the table of every layer.
     """
 
     offsets: npt.NDArray[np.int64]
@@ -36,10 +43,13 @@ class Pages:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    layer_start: npt.NDArray[np.int64] | None = None
     request_of_row: npt.NDArray[np.int32] = field(init=False)
     block_request: npt.NDArray[np.int32] = field(init=False)
     block_row: npt.NDArray[np.int32] = field(init=False)
-    _tensors: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    _on_device: list[tuple[dict[str, torch.Tensor], int]] = field(
+        default_factory=list, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         requests = len(self.context)
@@ -66,15 +76,71 @@ class Pages:
         object.__setattr__(self, "block_request", block_request)
         object.__setattr__(self, "block_row", block_row)
 
-    def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The arrays on ``device``, brought there once."""
-        if not self._tensors:
-            arrays = {
-                name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)
-            }
-            self._tensors.update(mirror(arrays, device))
-        return self._tensors
+    def arrays(self) -> tuple[dict[str, npt.NDArray[Any]], int]:
+        """What the kernels of a GPU read, and how many parts they keep of split contexts.
+
+        The pages of request r begin at ``page_start[r]`` of ``pages`` [layers or 1, pages in use].
+        ``attention_items`` [n, 4] are (request, first row, split, part) for every block of rows and
+        every SPLIT keys of its context; the part is -1 for the only one. ``fold_rows`` [m, 4] are
+        (row, first row of its block, part of split 0, 0) for rows in parts. ``attention_counts``
+        counts the rows, the items and the rows to fold.
+        """
+        pages = -(-self.context // self.page_tokens)
+        inside = np.arange(self.offsets.shape[2]) < pages[:, None]
+        end = self.row_start[1:][self.block_request]
+        last = np.minimum(self.block_row + (1 if self.alone else ROW_BLOCK), end)
+        held = self.context[self.block_request] - (end - last)
+        splits = -(-held // SPLIT)
+        parts = np.where(splits > 1, splits, 0)
+        first_part = np.cumsum(parts) - parts
+        block, split = spread(splits)
+        part = np.where(parts > 0, first_part, -1)[block] + np.where(parts[block] > 0, split, 0)
+        item = (self.block_request[block], self.block_row[block], split, part)
+        cut, nth = spread(np.where(parts > 0, last - self.block_row, 0))
+        fold = (self.block_row[cut] + nth, self.block_row[cut], first_part[cut], np.zeros_like(nth))
+        layers = len(self.offsets)
+        start = self.layer_start
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "attention_counts": np.array([self.num_rows, len(block), len(cut)], np.int32),
+            "layer_start": np.zeros(layers, np.int64) if start is None else start,
+            "page_start": np.cumsum(pages, dtype=np.int64) - pages,
+            "row_start": self.row_start,
+            "context": self.context,
+            "request_of_row": self.request_of_row,
+            "fold_rows": np.stack(fold, axis=1).astype(np.int32),
+            "attention_items": np.stack(item, axis=1).astype(np.int32),
+            "pages": np.ascontiguousarray(self.offsets[:, inside]),
+        }
+        return arrays, int(parts.sum())
+
+    def bind(self, tensors: dict[str, torch.Tensor], num_parts: int) -> None:
+        """``tensors`` are this step's ``arrays`` as a device sees them."""
+        self._on_device[:] = [(tensors, num_parts)]
+
+    def on_device(self, device: torch.device) -> tuple[dict[str, torch.Tensor], int]:
+        """What ``bind`` was given; without it the arrays are brought to ``device`` now."""
+        if not self._on_device:
+            arrays, num_parts = self.arrays()
+            self.bind(mirror(arrays, device), num_parts)
+        return self._on_device[0]
+
+    @property
+    def alone(self) -> bool:
+        """True when no request has two rows."""
+        return self.num_rows == len(self.block_row)
+
+    @property
+    def pages_per_layer(self) -> int:
+        """Elements from one layer's pages to the next's in ``arrays()["pages"]``."""
+        if self.layer_start is not None:
+            return 0
+        return int((-(-self.context // self.page_tokens)).sum())
 
     @property
     def num_rows(self) -> int:
         return int(self.row_start[-1])
+
+
+def parts_elements(num_parts: int, rows: int, num_heads: int, head_dim: int) -> int:
+    """Scratch that ``num_parts`` parts of ``rows`` rows take: a sum, a maximum and a mass each."""
+    return num_parts * rows * num_heads * (head_dim + 2)

@@ -32,7 +32,7 @@ def add_lora(
     writes one small vector per (row, entry), expand has one writer per output element.
     """
     _check(y, x, arena, table, runs, site)
-    if runs.top_rank(table, layer, site) == 0:
+    if not runs.reaches(table, layer, site):
         return
     implementation(__name__, y).add_lora(y, x, arena, table, runs, layer, site)
 

@@ -1,23 +1,28 @@
-"""Segmented LoRA in Triton: one shrink and one expand launch for a site, whatever the adapters.
+"""Segmented LoRA in Triton: a shrink and an expand launch for a site, whatever the adapters.
+
+There are two of each, and ``lora.work`` says which rows take which: *rows* kernels multiply and add
+along one row (bound by memory: every weight is used once), *tiles* kernels give 16 rows at a time
+to the tensor cores. The grid is fixed; programs walk lists whose lengths lie on the device, so that
+a CUDA graph replays with any adapters. Neither splits the inner dimension: tiles of few ranks make
+enough work for a lone row, and nothing has to be added up across programs.
 
 Everything is widened to fp32 on load and narrowed on store. Half-precision values fit TF32's
 mantissa, so the tensor cores multiply them exactly; anything wider takes three TF32 products.
 """
 
-# Triton reads the kernels' annotations as code: only constexpr may stand there.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
-
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 
 from loramux_kernels import dispatch
+from loramux_kernels.lora import one_row, tiles
 from loramux_kernels.lora.runs import ROW_BLOCK, Runs
 from loramux_kernels.lora.table import SITES, AdapterTable
-
-RANK_TILE = 16
+from loramux_kernels.lora.work import RANK_TILE, LoraWork, lora_work
+from loramux_kernels.mirror import mirror, scratch
+from loramux_kernels.tuning import Launch, num_programs, table_of
 
 
 def add_lora(
@@ -30,294 +35,68 @@ def add_lora(
     site: str,
 ) -> None:
     """See :func:`loramux_kernels.lora.add_lora`."""
-    modules = SITES[site]
-    where = table.tensors
-    step = runs.tensors(y.device)
-    rank_tiles = -(-runs.top_rank(table, layer, site) // RANK_TILE)
+    work, step = on_device(runs, table, y.device)
+    h = scratch("lora_h", y.device, work.h_elements)
+    where, modules = table.tensors, SITES[site]
     in_width, row_width = table.site_widths[site]
-    widest = max(int(table.out_width[m]) for m in modules)
-    # h[pair, module, rank]: one small vector per (row, entry).
-    pitch = rank_tiles * RANK_TILE
-    h = torch.empty(
-        (int(runs.pair_start[-1]), len(modules), pitch), dtype=torch.float32, device=y.device
-    )
-    common = {
+    widths = [int(table.out_width[m]) for m in modules] + [0, 0]
+    weights = (arena, where["slices"], where["list_start"], where["dtype"])
+    entries = (step["lora_slot"], step["lora_first_row"], step["lora_pitch"], step["lora_h_start"])
+    shape = {
         "LAYERS": table.num_layers,
         "FIRST_MODULE": modules[0],
         "MODULES": len(modules),
         "SLICE_BYTES": table.slice_bytes,
         "CHUNK": table.chunk,
-        "ROWS": ROW_BLOCK,
-        "RANKS": RANK_TILE,
     }
-    dispatch.calls["gpu:shrink"] += 1
-    shrink_kernel[(len(runs.entry_block), len(modules), rank_tiles)](
-        h,
-        x,
-        arena,
-        where["slices"],
-        where["list_start"],
-        where["dtype"],
-        where["a_offset"],
-        where["rank"],
-        where["scale"],
-        step["row_start"],
-        step["slot"],
-        step["scale"],
-        step["run_of_entry"],
-        step["pair_start"],
-        step["entry_block"],
-        step["entry_block_row"],
-        layer,
-        pitch,
-        WIDTH=in_width,
-        PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
-        **common,
-        num_warps=4,
-        enable_fp_fusion=True,
-        num_stages=3,
-    )
-    dispatch.calls["gpu:expand"] += 1
-    expand_kernel[(len(runs.run_block), len(modules), -(-widest // table.chunk))](
-        y,
-        h,
-        arena,
-        where["slices"],
-        where["list_start"],
-        where["dtype"],
-        where["b_offset"],
-        where["rank"],
-        where["out_width"],
-        step["row_start"],
-        step["entry_start"],
-        step["slot"],
-        step["pair_start"],
-        step["run_block"],
-        step["run_block_row"],
-        layer,
-        pitch,
-        ROW_WIDTH=row_width,
-        **common,
-        num_warps=4,
-        enable_fp_fusion=True,
-        num_stages=3,
-    )
+    columns = {"ROW_WIDTH": row_width, "OUT0": widths[0], "OUT1": widths[1], "OUT2": widths[2]}
+    precision = "tf32x3" if x.dtype == torch.float32 else "tf32"
+    tuned = table_of(y.device)
 
-
-@triton.jit
-def _vectors(
-    arena,
-    slices,
-    element,
-    known,
-    DTYPE: tl.constexpr,
-    SLICE_BYTES: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One chunk of each vector whose next element is ``element[i]``, as fp32 [vectors, CHUNK]."""
-    ITEMSIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    PER_SLICE: tl.constexpr = SLICE_BYTES // ITEMSIZE
-    pool = arena.to(tl.pointer_type(DTYPE))
-    start = tl.load(slices + element // PER_SLICE, mask=known, other=0)
-    # A chunk lies within one slice, and slices are aligned to chunks.
-    at = tl.multiple_of(start // ITEMSIZE + element % PER_SLICE, CHUNK)
-    lanes = tl.arange(0, CHUNK)
-    return tl.load(pool + at[:, None] + lanes[None, :], mask=known[:, None], other=0).to(tl.float32)
-
-
-@triton.jit
-def _project(
-    x,
-    real,
-    arena,
-    slices,
-    element,
-    known,
-    DTYPE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SLICE_BYTES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-    RANKS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``x A^T`` [ROWS, RANKS] for rows at the pointers ``x`` and the vectors from ``element``."""
-    lanes = tl.arange(0, CHUNK)
-    acc = tl.zeros((ROWS, RANKS), dtype=tl.float32)
-    for k in range(0, WIDTH, CHUNK):
-        a = _vectors(arena, slices, element + k, known, DTYPE, SLICE_BYTES, CHUNK)
-        inside = real[:, None] & (k + lanes < WIDTH)[None, :]
-        rows = tl.load(x[:, None] + k + lanes[None, :], mask=inside, other=0).to(tl.float32)
-        acc = tl.dot(rows, tl.trans(a), acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit(do_not_specialize=["layer", "pitch"])
-def shrink_kernel(
-    h,
-    x,
-    arena,
-    slices,
-    list_start,
-    dtype,
-    a_offset,
-    rank,
-    scale,
-    row_start,
-    slot,
-    request_scale,
-    run_of_entry,
-    pair_start,
-    entry_block,
-    entry_block_row,
-    layer,
-    pitch,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    LAYERS: tl.constexpr,
-    FIRST_MODULE: tl.constexpr,
-    MODULES: tl.constexpr,
-    SLICE_BYTES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-    RANKS: tl.constexpr,
-):
-    """``h[row, entry, j] = c s A_j x[row]``: a program per (entry's row block, module, ranks)."""
-    block, which, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    entry = tl.load(entry_block + block)
-    adapter = tl.load(slot + entry)
-    place = (adapter.to(tl.int64) * LAYERS + layer) * 7 + FIRST_MODULE + which
-    vectors = tl.load(rank + place)
-    if tile * RANKS >= vectors:
-        return
-    run = tl.load(run_of_entry + entry)
-    first = tl.load(entry_block_row + block)
-    rows = first + tl.arange(0, ROWS)
-    real = rows < tl.load(row_start + run + 1)
-    ranks = tile * RANKS + tl.arange(0, RANKS)
-    known = ranks < vectors
-    PADDED: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK * CHUNK
-    element = tl.load(a_offset + place) + ranks.to(tl.int64) * PADDED
-    mine = slices + tl.load(list_start + adapter)
-    xs = x + rows.to(tl.int64) * WIDTH
-    code = tl.load(dtype + adapter)
-    if code == 2:
-        acc = _project(
-            xs, real, arena, mine, element, known,
-            tl.bfloat16, WIDTH, SLICE_BYTES, CHUNK, ROWS, RANKS, PRECISION,
+    def shrink(kernel: Any, name: str, launch: Launch, **constants: Any) -> None:
+        dispatch.calls[f"gpu:{name}"] += 1
+        kernel[(num_programs(launch, y.device),)](
+            h, x, *weights, where["a_offset"], where["rank"], where["scale"], *entries,
+            step["lora_scale"], step[name], step["lora_counts"], layer,
+            WIDTH=in_width, **shape, **constants,
+            **launch.options,
         )  # fmt: skip
-    elif code == 1:
-        acc = _project(
-            xs, real, arena, mine, element, known,
-            tl.float16, WIDTH, SLICE_BYTES, CHUNK, ROWS, RANKS, PRECISION,
+
+    def expand(kernel: Any, name: str, launch: Launch, **constants: Any) -> None:
+        dispatch.calls[f"gpu:{name}"] += 1
+        kernel[(num_programs(launch, y.device),)](
+            y, h, *weights, where["b_offset"], where["rank"], *entries,
+            step["lora_entry_start"], step[name], step["lora_counts"], layer,
+            **columns, **shape, RANKS=RANK_TILE, **constants,
+            **launch.options,
         )  # fmt: skip
-    else:
-        acc = _project(
-            xs, real, arena, mine, element, known,
-            tl.float32, WIDTH, SLICE_BYTES, CHUNK, ROWS, RANKS, "tf32x3",
-        )  # fmt: skip
-    acc *= tl.load(request_scale + entry) * tl.load(scale + place)
-    pairs = tl.load(pair_start + entry) + rows - tl.load(row_start + run)
-    to = (pairs.to(tl.int64) * MODULES + which) * pitch
-    tl.store(h + to[:, None] + ranks[None, :], acc, mask=real[:, None] & known[None, :])
+
+    if work.any_rows:
+        launch = tuned.launch("shrink_rows", in_width)
+        shrink(
+            one_row.shrink_rows_kernel,
+            "shrink_rows",
+            launch,
+            RANKS=tuned.lone_ranks,
+            CHUNKS=launch.block,
+        )
+        expand(one_row.expand_rows_kernel, "expand_rows", tuned.launch("expand_rows", row_width))
+    if work.any_tiles:
+        launch = tuned.launch("shrink_tiles", in_width)
+        constants = {"RANKS": RANK_TILE, "ROWS": ROW_BLOCK, "PRECISION": precision}
+        block = min(launch.block, table.chunk)
+        shrink(tiles.shrink_tiles_kernel, "shrink_tiles", launch, BLOCK=block, **constants)
+        launch = tuned.launch("expand_tiles", row_width)
+        expand(tiles.expand_tiles_kernel, "expand_tiles", launch, ROWS=ROW_BLOCK)
 
 
-@triton.jit
-def _lift(
-    acc,
-    h,
-    real,
-    arena,
-    slices,
-    element,
-    padded,
-    vectors,
-    DTYPE: tl.constexpr,
-    SLICE_BYTES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    RANKS: tl.constexpr,
-):
-    """``acc + h B`` [ROWS, CHUNK] for one chunk of every vector of B, in order."""
-    for j in range(0, vectors, RANKS):
-        ranks = j + tl.arange(0, RANKS)
-        known = ranks < vectors
-        small = tl.load(h[:, None] + ranks[None, :], mask=real[:, None] & known[None, :], other=0)
-        at = element + ranks.to(tl.int64) * padded
-        b = _vectors(arena, slices, at, known, DTYPE, SLICE_BYTES, CHUNK)
-        acc = tl.dot(small, b, acc, input_precision="tf32x3")
-    return acc
-
-
-@triton.jit(do_not_specialize=["layer", "pitch"])
-def expand_kernel(
-    y,
-    h,
-    arena,
-    slices,
-    list_start,
-    dtype,
-    b_offset,
-    rank,
-    out_width,
-    row_start,
-    entry_start,
-    slot,
-    pair_start,
-    run_block,
-    run_block_row,
-    layer,
-    pitch,
-    ROW_WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    FIRST_MODULE: tl.constexpr,
-    MODULES: tl.constexpr,
-    SLICE_BYTES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-    RANKS: tl.constexpr,
-):
-    """``y[row] += sum_entries h B``: a program per (run's row block, module, chunk of columns),
-    the only writer of its elements, so the order is that of the entries."""
-    block, which, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    width = tl.load(out_width + FIRST_MODULE + which)
-    if tile * CHUNK >= width:
-        return
-    before = tl.zeros((), dtype=tl.int64)
-    for module in range(FIRST_MODULE, FIRST_MODULE + which):
-        before += tl.load(out_width + module)
-    padded = (width + CHUNK - 1) // CHUNK * CHUNK
-    run = tl.load(run_block + block)
-    first = tl.load(run_block_row + block)
-    rows = first + tl.arange(0, ROWS)
-    run_start = tl.load(row_start + run)
-    real = rows < tl.load(row_start + run + 1)
-    acc = tl.zeros((ROWS, CHUNK), dtype=tl.float32)
-    for entry in range(tl.load(entry_start + run), tl.load(entry_start + run + 1)):
-        adapter = tl.load(slot + entry)
-        place = (adapter.to(tl.int64) * LAYERS + layer) * 7 + FIRST_MODULE + which
-        vectors = tl.load(rank + place)
-        pairs = tl.load(pair_start + entry) + rows - run_start
-        hs = h + (pairs.to(tl.int64) * MODULES + which) * pitch
-        element = tl.load(b_offset + place) + tile * CHUNK
-        mine = slices + tl.load(list_start + adapter)
-        code = tl.load(dtype + adapter)
-        if code == 2:
-            acc = _lift(
-                acc, hs, real, arena, mine, element, padded, vectors,
-                tl.bfloat16, SLICE_BYTES, CHUNK, RANKS,
-            )  # fmt: skip
-        elif code == 1:
-            acc = _lift(
-                acc, hs, real, arena, mine, element, padded, vectors,
-                tl.float16, SLICE_BYTES, CHUNK, RANKS,
-            )  # fmt: skip
-        else:
-            acc = _lift(
-                acc, hs, real, arena, mine, element, padded, vectors,
-                tl.float32, SLICE_BYTES, CHUNK, RANKS,
-            )  # fmt: skip
-    columns = tile * CHUNK + tl.arange(0, CHUNK)
-    to = y + rows.to(tl.int64)[:, None] * ROW_WIDTH + before + columns[None, :]
-    inside = real[:, None] & (columns < width)[None, :]
-    total = tl.load(to, mask=inside, other=0).to(tl.float32) + acc
-    tl.store(to, total.to(y.dtype.element_ty), mask=inside)
+def on_device(
+    runs: Runs, table: AdapterTable, device: torch.device
+) -> tuple[LoraWork, dict[str, torch.Tensor]]:
+    """The step's work and its arrays on ``device``, brought there now unless ``bind`` did."""
+    if runs.on_device is None:
+        tuned = table_of(device)
+        work = lora_work(runs, table, lone_rows=tuned.lone_rows, lone_ranks=tuned.lone_ranks)
+        runs.bind(work, mirror(work.arrays, device))
+    assert runs.on_device is not None
+    return runs.on_device

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,9 @@ import torch
 
 from loramux_kernels.blocks import row_blocks
 from loramux_kernels.lora.table import SITES, AdapterTable
-from loramux_kernels.mirror import mirror
+
+if TYPE_CHECKING:
+    from loramux_kernels.lora.work import LoraWork
 
 ROW_BLOCK = 16
 """Rows that one work item takes together, so that they read each weight from memory once."""
@@ -40,8 +43,10 @@ class Runs:
     entry_block_row: npt.NDArray[np.int32] = field(init=False)
     run_block: npt.NDArray[np.int32] = field(init=False)
     run_block_row: npt.NDArray[np.int32] = field(init=False)
-    _tensors: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
     _top_ranks: list[npt.NDArray[np.int64]] = field(default_factory=list, init=False, repr=False)
+    _on_device: list[tuple[LoraWork, dict[str, torch.Tensor]]] = field(
+        default_factory=list, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         rows, entries = np.diff(self.row_start), np.diff(self.entry_start)
@@ -79,12 +84,20 @@ class Runs:
     def top_rank(self, table: AdapterTable, layer: int, site: str) -> int:
         return int(self.top_ranks(table)[layer, list(SITES).index(site)])
 
-    def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The arrays on ``device``, brought there once."""
-        if not self._tensors:
-            names = (f.name for f in fields(self) if not f.name.startswith("_"))
-            self._tensors.update(mirror({name: getattr(self, name) for name in names}, device))
-        return self._tensors
+    def reaches(self, table: AdapterTable, layer: int, site: str) -> bool:
+        """False when no entry changes the site and nothing need be launched for it. A recorded
+        launch (``bind`` without arrays) reaches every site: its replays may."""
+        recorded = self._on_device and not self._on_device[0][0].arrays
+        return bool(recorded) or self.top_rank(table, layer, site) > 0
+
+    def bind(self, work: LoraWork, tensors: dict[str, torch.Tensor]) -> None:
+        """``tensors`` are the arrays of ``work``, this step's, as a device sees them."""
+        self._on_device[:] = [(work, tensors)]
+
+    @property
+    def on_device(self) -> tuple[LoraWork, dict[str, torch.Tensor]] | None:
+        """What ``bind`` was given."""
+        return self._on_device[0] if self._on_device else None
 
     @property
     def num_rows(self) -> int:

@@ -116,6 +116,16 @@ class AdapterTable:
             self._mirror(name, slot, 1)
         return slot
 
+    def reserve(self, slots: int, slices: int) -> None:
+        """Make room at once for so many adapters over so many slices: on a device, growing moves
+        the arrays, and launches recorded with their addresses have to be recorded again."""
+        while len(self.list_start) < slots:
+            self._grow_slots()
+        if slices > len(self.slices):
+            self.slices = np.concatenate((self.slices, np.zeros(slices - len(self.slices), int)))
+        for name in ("slices", "list_start", "dtype", *_ROWS):
+            self._mirror(name, 0, 0)
+
     def remove(self, slot: int) -> None:
         """Forget an adapter. No step that names it may be running or to come."""
         if slot not in self._extents:

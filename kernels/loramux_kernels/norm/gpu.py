@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 
 from loramux_kernels import dispatch
-
-SILU_BLOCK = 1024
+from loramux_kernels.tuning import table_of
 
 
 def rms_norm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
@@ -19,11 +18,12 @@ def rms_norm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: floa
     dispatch.calls["gpu:rms_norm"] += 1
     rows, width = x.shape
     if rows:
+        launch = table_of(x.device).launch("norm", width)
         # Without an addition the residual is neither read nor written.
         norm_kernel[(rows, 1)](
             out, x, x, weight, weight, eps, width, 1,
-            WIDTH=width, BLOCK=triton.next_power_of_2(width), ADD=False, num_warps=4,
-            enable_fp_fusion=True,
+            WIDTH=width, BLOCK=triton.next_power_of_2(width), ADD=False,
+            **launch.options,
         )  # fmt: skip
 
 
@@ -34,10 +34,11 @@ def add_rms_norm(
     dispatch.calls["gpu:add_rms_norm"] += 1
     rows, width = x.shape
     if rows:
+        launch = table_of(x.device).launch("norm", width)
         norm_kernel[(rows, 1)](
             out, residual, x, weight, weight, eps, width, 1,
-            WIDTH=width, BLOCK=triton.next_power_of_2(width), ADD=True, num_warps=4,
-            enable_fp_fusion=True,
+            WIDTH=width, BLOCK=triton.next_power_of_2(width), ADD=True,
+            **launch.options,
         )  # fmt: skip
 
 
@@ -54,10 +55,11 @@ def head_rms_norm(
     dispatch.calls["gpu:head_rms_norm"] += 1
     rows, width = qkv.shape
     if rows:
+        launch = table_of(qkv.device).launch("norm", head_dim)
         norm_kernel[(rows, num_heads + num_kv_heads)](
             qkv, qkv, qkv, q_weight, k_weight, eps, width, num_heads,
-            WIDTH=head_dim, BLOCK=triton.next_power_of_2(head_dim), ADD=False, num_warps=1,
-            enable_fp_fusion=True,
+            WIDTH=head_dim, BLOCK=triton.next_power_of_2(head_dim), ADD=False,
+            **launch.options,
         )  # fmt: skip
 
 
@@ -66,8 +68,13 @@ def silu_mul(out: torch.Tensor, gate_up: torch.Tensor) -> None:
     dispatch.calls["gpu:silu_mul"] += 1
     rows, width = out.shape
     if rows:
-        silu_mul_kernel[(rows, triton.cdiv(width, SILU_BLOCK))](
-            out, gate_up, width, BLOCK=SILU_BLOCK, num_warps=4, enable_fp_fusion=True
+        launch = table_of(out.device).launch("silu_mul")
+        silu_mul_kernel[(rows, triton.cdiv(width, launch.block))](
+            out,
+            gate_up,
+            width,
+            BLOCK=launch.block,
+            **launch.options,
         )
 
 

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loramux_kernels.mirror import mirror
 from loramux_kernels.sampling import DrawParams, Int64, Logprobs
 
 _MASK32 = 0xFFFFFFFF
@@ -53,10 +54,16 @@ def exponents(logits: Tensor, temperature: Tensor) -> Tensor:
 def cut(logits: Tensor, params: DrawParams) -> tuple[Tensor, Tensor]:
     """The last kept entry of every row as (logit [R], id [R]), for temperatures above 0."""
     device, vocab_size = logits.device, logits.shape[1]
-    temperature, log_min_p, top_k, top_p = (
-        torch.from_numpy(field).to(device)
-        for field in (params.temperature, params.log_min_p, params.top_k, params.top_p)
+    there = mirror(
+        {
+            "temperature": params.temperature,
+            "log_min_p": params.log_min_p,
+            "top_k": params.top_k,
+            "top_p": params.top_p,
+        },
+        device,
     )
+    temperature, log_min_p, top_k, top_p = there.values()
     order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
     x = exponents(logits, temperature).gather(1, order)
     top_k = torch.where(top_k > 0, top_k, vocab_size)

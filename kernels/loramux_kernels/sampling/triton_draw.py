@@ -2,7 +2,8 @@
 
 A program hashes ``BLOCK`` ids, four to a counter, and keeps its least ``E / w``; the second kernel
 takes the least over the blocks, the lowest id on ties. Filters come in as the last kept (logit, id)
-of each row, found by the sort of ``reference.cut`` for the rows that have one.
+of each row, found by the sort of ``reference.cut`` for the rows that have one. What rows draw with
+comes over in one copy, the tokens go back in one, and only the wait for those is a wait.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loramux_kernels.mirror import mirror
 from loramux_kernels.sampling import DrawParams, Int64
 from loramux_kernels.sampling.reference import cut
 
@@ -33,6 +35,7 @@ def race_kernel(  # type: ignore[no-untyped-def]
     best_id,
     stride,
     vocab_size,
+    FILTERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """best_score, best_id [R, blocks]: the least E / w of each block of logits [R, V]."""
@@ -40,8 +43,6 @@ def race_kernel(  # type: ignore[no-untyped-def]
     block = tl.program_id(1)
     top = tl.load(peak + row)
     t = tl.load(temperature + row)
-    last_logit = tl.load(cut_logit + row)
-    last_id = tl.load(cut_id + row)
     k = tl.load(key + row).to(tl.uint64, bitcast=True)
     at = tl.load(position + row).to(tl.uint64, bitcast=True)
 
@@ -56,7 +57,11 @@ def race_kernel(  # type: ignore[no-untyped-def]
 
     token = block * BLOCK + tl.arange(0, BLOCK)
     logit = tl.load(logits + row * stride + token, mask=token < vocab_size, other=float("-inf"))
-    keep = (logit > last_logit) | ((logit == last_logit) & (token <= last_id))
+    keep = token < vocab_size
+    if FILTERED:
+        last_logit = tl.load(cut_logit + row)
+        last_id = tl.load(cut_id + row)
+        keep = (logit > last_logit) | ((logit == last_logit) & (token <= last_id))
     # Triton has no log1p; v has 33 bits, so 1 - v is exact and its logarithm the same number.
     noise = -tl.log(1.0 - (h.to(tl.float64) + 0.5) * 2.3283064365386963e-10)
     distance = logit.to(tl.float64) - top.to(tl.float64)
@@ -90,23 +95,22 @@ def finish_kernel(  # type: ignore[no-untyped-def]
     tl.store(token + row, tl.where(finite, first, -1))
 
 
-def _cuts(logits: Tensor, params: DrawParams) -> tuple[Tensor, Tensor]:
-    """The last kept (logit [R], id [R]); rows without filters keep everything, unsorted."""
+def _cuts(
+    logits: Tensor, params: DrawParams, filtered: Int64, index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The last kept (logit [R], id [R]); rows that are not ``filtered`` keep everything, unsorted.
+    ``index`` is ``filtered`` on the device."""
     rows, vocab_size = logits.shape
     cut_logit = torch.full((rows,), -torch.inf, device=logits.device)
     cut_id = torch.full((rows,), vocab_size, dtype=torch.int64, device=logits.device)
-    filtered = (params.log_min_p > -np.inf) | (params.top_k > 0) | (params.top_p < 1)
-    at = np.flatnonzero(filtered & (params.temperature > 0))
-    if len(at):
-        chosen = DrawParams(
-            temperature=params.temperature[at],
-            log_min_p=params.log_min_p[at],
-            top_k=params.top_k[at],
-            top_p=params.top_p[at],
-            key=params.key[at],
-        )
-        index = torch.from_numpy(at).to(logits.device)
-        cut_logit[index], cut_id[index] = cut(logits[index], chosen)
+    chosen = DrawParams(
+        temperature=params.temperature[filtered],
+        log_min_p=params.log_min_p[filtered],
+        top_k=params.top_k[filtered],
+        top_p=params.top_p[filtered],
+        key=params.key[filtered],
+    )
+    cut_logit[index], cut_id[index] = cut(logits[index], chosen)
     return cut_logit, cut_id
 
 
@@ -114,8 +118,19 @@ def draw(logits: Tensor, params: DrawParams, position: Int64) -> tuple[Int64, ND
     """See ``loramux_kernels.sampling.draw``. Rows of ``logits`` are contiguous."""
     rows, vocab_size = logits.shape
     device = logits.device
+    limited = (params.log_min_p > -np.inf) | (params.top_k > 0) | (params.top_p < 1)
+    filtered = np.flatnonzero(limited & (params.temperature > 0))
+    arrays = {
+        "temperature": params.temperature,
+        "key": params.key.view(np.int64),
+        "position": position,
+        "filtered": filtered,
+    }
+    there = mirror(arrays, device)
     peak = logits.amax(dim=-1)  # NaN if the row holds one
-    cut_logit, cut_id = _cuts(logits, params)
+    cut_logit, cut_id = peak, there["position"]
+    if len(filtered):
+        cut_logit, cut_id = _cuts(logits, params, filtered, there["filtered"])
     blocks = triton.cdiv(vocab_size, BLOCK)
     best_score = torch.empty((rows, blocks), dtype=torch.float64, device=device)
     best_id = torch.empty((rows, blocks), dtype=torch.int32, device=device)
@@ -123,15 +138,16 @@ def draw(logits: Tensor, params: DrawParams, position: Int64) -> tuple[Int64, ND
     race_kernel[(rows, blocks)](
         logits,
         peak,
-        torch.from_numpy(params.temperature).to(device),
+        there["temperature"],
         cut_logit,
         cut_id,
-        torch.from_numpy(params.key.view(np.int64)).to(device),
-        torch.from_numpy(position).to(device),
+        there["key"],
+        there["position"],
         best_score,
         best_id,
         logits.stride(0),
         vocab_size,
+        FILTERED=len(filtered) > 0,
         BLOCK=BLOCK,
         enable_fp_fusion=False,
     )
@@ -145,5 +161,18 @@ def draw(logits: Tensor, params: DrawParams, position: Int64) -> tuple[Int64, ND
         WIDTH=triton.next_power_of_2(blocks),
         enable_fp_fusion=False,
     )
-    tokens = token.cpu().numpy()
+    tokens = _fetched(token)
     return tokens, tokens < 0
+
+
+def _fetched(token: Tensor) -> Int64:
+    """``token`` on the host, waiting for it alone and not for what is queued behind it."""
+    if not token.is_cuda:
+        return token.numpy()
+    there = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
+    there.copy_(token, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+    copied.synchronize()
+    # Pinned memory goes back to torch's cache with the tensor: the ids outlive it.
+    return there.numpy().copy()

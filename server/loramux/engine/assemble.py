@@ -111,6 +111,7 @@ def assemble(
     base = hashing.result()
     timer.done("fingerprint")
     engine = _connect(config, epoch, arena, kv, table, decoder, sampler, base)
+    timer.done("graphs")
     ready = Ready(
         engine_epoch=epoch,
         base=BaseDescription(

@@ -50,8 +50,20 @@ class Decoder:
         like = weights.norm
         self._workspace = _allocate(architecture, max_tokens, like)
         self._layers = _layer_table(architecture, weights) if like.device.type == "cpu" else None
-        # as many rows as were ever scored at once: a vocabulary is too wide to hold max_tokens of
-        self._logit_rows = like.new_empty(0, architecture.vocab_size)
+        self.reserve_logits(0)
+
+    def reserve_logits(self, rows: int) -> None:
+        """Make room for the logits of so many scored rows; ``forward`` makes more when it must. A
+        vocabulary is too wide to hold ``max_tokens`` rows of from the start."""
+        like = self.weights.norm
+        self._logit_rows = like.new_empty(rows, self.architecture.vocab_size, dtype=torch.float32)
+        narrow = rows if like.dtype != torch.float32 else 0
+        self._narrow_logits = like.new_empty(narrow, self.architecture.vocab_size)
+
+    @property
+    def logits_address(self) -> int:
+        """Where ``forward`` leaves its logits; another number once there had to be more room."""
+        return self._logit_rows.data_ptr()
 
     def forward(self, inputs: ModelInputs) -> torch.Tensor:
         """Run the batch, storing its keys and values; float32 logits ``[S, vocab]``.
@@ -157,10 +169,14 @@ class Decoder:
         picked = self._workspace.hidden[:count]
         torch.index_select(normed, 0, scored, out=picked)
         if self._logit_rows.shape[0] < count:
-            self._logit_rows = normed.new_empty(count, self.architecture.vocab_size)
+            self.reserve_logits(count)
         logits = self._logit_rows[:count]
-        project(logits, picked, self.weights.lm_head)
-        return logits.float()
+        if self._narrow_logits.shape[0] == 0:
+            project(logits, picked, self.weights.lm_head)
+            return logits
+        narrow = self._narrow_logits[:count]
+        project(narrow, picked, self.weights.lm_head)
+        return logits.copy_(narrow)
 
 
 def _allocate(arch: Architecture, rows: int, like: torch.Tensor) -> Work:

@@ -1,10 +1,12 @@
-"""What one forward pass is given."""
+"""What one forward pass is given: on the host, and as the kernels take it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from loramux_kernels.attention import Pages
@@ -28,3 +30,28 @@ class ModelInputs:
     runs: Runs
     scored: torch.Tensor
     before_layer: Callable[[int], None] = lambda layer: None
+
+
+@dataclass(frozen=True)
+class StepArrays:
+    """The same batch as the host builds it. ``alone[t]``: token row t is the only one of its
+    request in this step. ``before_layer`` as in :class:`ModelInputs`; on a CPU nothing arrives
+    while a step runs."""
+
+    token_ids: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    pages: Pages
+    runs: Runs
+    scored: npt.NDArray[np.int64]
+    alone: npt.NDArray[np.bool_]
+    before_layer: Callable[[int], None] = lambda layer: None
+
+    def on_cpu(self) -> ModelInputs:
+        """The batch for kernels that read the host's memory."""
+        return ModelInputs(
+            token_ids=torch.from_numpy(self.token_ids),
+            positions=torch.from_numpy(self.positions),
+            pages=self.pages,
+            runs=self.runs,
+            scored=torch.from_numpy(self.scored),
+        )

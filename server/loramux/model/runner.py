@@ -14,7 +14,8 @@ from loramux.adapters.segments import build_runs
 from loramux.batch import Batch, Row
 from loramux.memory.formats import KvFormat
 from loramux.model.decoder import Decoder
-from loramux.model.inputs import ModelInputs
+from loramux.model.graphs import DeviceForward, cuda_recorder
+from loramux.model.inputs import StepArrays
 from loramux_kernels.attention import Pages
 
 
@@ -47,7 +48,14 @@ class ModelRunner:
         self._kv = kv
         self._adapters = adapters
         self._dtype = decoder.weights.norm.dtype
-        self._device = decoder.weights.norm.device
+        self._on_device: DeviceForward | None = None
+        if decoder.weights.norm.is_cuda:
+            self.use(DeviceForward(decoder, kv.page_tokens, cuda_recorder()))
+
+    def use(self, on_device: DeviceForward) -> None:
+        """Run steps through ``on_device``, made ready here."""
+        on_device.prepare()
+        self._on_device = on_device
 
     def forward(self, batch: Batch) -> Scored:
         """Compute the batch: its KV is in the pool afterwards."""
@@ -57,23 +65,22 @@ class ModelRunner:
         row_start = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(counts, out=row_start[1:])
         scored, sampling, prompt = _scored(rows, row_start)
-        positions = np.arange(row_start[-1]) + np.repeat(starts - row_start[:-1], counts)
-        logits = self._decoder.forward(
-            ModelInputs(
-                token_ids=self._tensor(np.concatenate([_ids(row) for row in rows])),
-                positions=self._tensor(positions),
-                pages=self._pages(rows, row_start, starts + counts),
-                runs=build_runs(rows, self._adapters.slot),
-                scored=self._tensor(scored),
-                before_layer=self._adapters.before_layer(
-                    ref.digest for row in rows for ref in row.request.adapters
-                ),
-            )
+        step = StepArrays(
+            token_ids=np.concatenate([_ids(row) for row in rows]),
+            positions=np.arange(row_start[-1]) + np.repeat(starts - row_start[:-1], counts),
+            pages=self._pages(rows, row_start, starts + counts),
+            runs=build_runs(rows, self._adapters.slot),
+            scored=scored,
+            alone=np.repeat(counts == 1, counts),
+            before_layer=self._adapters.before_layer(
+                ref.digest for row in rows for ref in row.request.adapters
+            ),
         )
+        if self._on_device is None:
+            logits = self._decoder.forward(step.on_cpu())
+        else:
+            logits = self._on_device.forward(step)
         return Scored(logits, sampling, prompt)
-
-    def _tensor(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
 
     def _pages(
         self, rows: list[Row], row_start: npt.NDArray[np.int64], context: npt.NDArray[np.int64]
@@ -83,14 +90,21 @@ class ModelRunner:
         for index, row in enumerate(rows):
             request = row.request
             frames[index, : request.num_pages] = request.page_table[: request.num_pages]
+        if self._on_device is None:
+            offsets, layer_start = self._kv.offsets(frames), None
+        else:
+            # a device adds up each layer's part itself
+            offsets = frames[None] * self._kv.frame.frame_bytes
+            layer_start = self._kv.offsets(np.zeros(1, np.int64))[:, 0]
         return Pages(
-            offsets=self._kv.offsets(frames),
+            offsets=offsets,
             row_start=row_start.astype(np.int32),
             context=context.astype(np.int32),
             page_tokens=self._kv.page_tokens,
             num_kv_heads=self._kv.num_kv_heads,
             head_dim=self._kv.head_dim,
             dtype=self._dtype,
+            layer_start=layer_start,
         )
 
 
