@@ -26,6 +26,7 @@ medians over rounds with a bootstrap 95 % interval, A/A is *shared* against itse
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -83,18 +84,14 @@ class SplitPool(Pool):
         kv_frames = self.frames.num_frames - self._adapter_frames
         return kv_frames - self.frames.count(Owner.KV)
 
-    def obtain(self, num: int, owner: Owner) -> list[int] | None:
+    def obtain(self, num: int, owner: Owner, below: float = math.inf) -> list[int] | None:
         if owner is Owner.KV:
             return self.frames.take(num, owner) if num <= self.num_available else None
         # Without a prefix cache the order of eviction holds adapters only.
         held = self.frames.count(Owner.ADAPTER) + self.frames.count(Owner.LOADING)
-        if held - self.order.num_frames + num > self._adapter_frames:
+        missing = held + num - self._adapter_frames
+        if missing > 0 and not self.order.evict(missing, below):
             return None
-        while self.frames.count(Owner.ADAPTER) + self.frames.count(Owner.LOADING) + num > (
-            self._adapter_frames
-        ):
-            evicted = self.order.evict_one()
-            assert evicted
         return self.frames.take(num, owner)
 
 

@@ -35,8 +35,7 @@ class ModelInputs:
 @dataclass(frozen=True)
 class StepArrays:
     """The same batch as the host builds it. ``alone[t]``: token row t is the only one of its
-    request in this step. ``before_layer`` as in :class:`ModelInputs`; on a CPU nothing arrives
-    while a step runs."""
+    request in this step. ``before_layer`` as in :class:`ModelInputs`."""
 
     token_ids: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
@@ -54,4 +53,5 @@ class StepArrays:
             pages=self.pages,
             runs=self.runs,
             scored=torch.from_numpy(self.scored),
+            before_layer=self.before_layer,
         )
