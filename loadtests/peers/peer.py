@@ -122,3 +122,6 @@ class Process:
             except subprocess.TimeoutExpired:
                 continue
         self.popen.wait()
+        for pipe in (self.popen.stdin, self.popen.stdout):
+            if pipe is not None:
+                pipe.close()
