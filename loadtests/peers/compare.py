@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -164,6 +165,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing stays behind
     peers = chosen(all_peers(args.peers.absolute()), args.only)
     report = {**header(), "checks": [], "failed": []}
     print(json.dumps(report["machine"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,9 @@ class Server:
 
     def _ready(self) -> bool:
         try:
-            return httpx.get(self._url + self.health, timeout=5).status_code == 200
-        except httpx.TransportError:
+            with urllib.request.urlopen(self._url + self.health, timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
             return False
 
     def run(self, jobs: Sequence[Job], concurrency: int) -> Run:
