@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from http_peer import Server
 from peer import THREADS, Models
-from server import Server
 from workload import Job
 
 HERE = Path(__file__).parent
@@ -87,19 +87,20 @@ class LlamaCpp(Server):
 
     def _convert(self, models: Models, base: Path, adapters: Sequence[Path]) -> None:
         """Write what is not there yet; minutes for 32 adapters."""
-        source = self._files.source
-        tasks = [
-            [source / "convert_hf_to_gguf.py", models.base]
-            + ["--outtype", self._outtype, "--outfile", base]
-        ]
+        script = self._files.source / "convert_hf_to_gguf.py"
+        tasks: dict[Path, list[str | Path]] = {
+            base: [script, models.base, "--outtype", self._outtype]
+        }
+        script = self._files.source / "convert_lora_to_gguf.py"
         for folder, gguf in zip(models.adapters, adapters, strict=True):
-            script = source / "convert_lora_to_gguf.py"
-            tasks.append(
-                [script, folder, "--base", models.base, "--outtype", "f32", "--outfile", gguf]
-            )
-        left = [[str(part) for part in task] for task in tasks if not task[-1].exists()]  # type: ignore[union-attr]
+            tasks[gguf] = [script, folder, "--base", models.base, "--outtype", "f32"]
+        left = [
+            [str(part) for part in (*task, "--outfile", gguf)]
+            for gguf, task in tasks.items()
+            if not gguf.exists()
+        ]
         if left:
-            command = [self._files.python, HERE / "gguf_child.py", json.dumps(left)]
+            command = [str(self._files.python), str(HERE / "gguf_child.py"), json.dumps(left)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"conversion to GGUF failed:\n{done.stderr[-3000:]}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from http_peer import Server
 from peer import Models
-from server import Server
 from worker import Worker
 
 ROOT = Path(__file__).parents[2]

@@ -22,9 +22,9 @@ class OpenVino(Worker):
 
     def _export(self, base: Path, converted: Path) -> None:
         partial = converted.with_suffix(".partial")
-        command = [self._python.with_name("optimum-cli"), "export", "openvino"]
-        command += ["--model", base, "--task", "text-generation-with-past"]
-        command += ["--weight-format", "fp32", partial]
+        command = [str(self._python.with_name("optimum-cli")), "export", "openvino"]
+        command += ["--model", str(base), "--task", "text-generation-with-past"]
+        command += ["--weight-format", "fp32", str(partial)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from http_peer import Server
 from peer import THREADS, Models
-from server import Server
 
 
 class VllmCpu(Server):
     """``program`` is the ``vllm`` command of its virtual environment.
 
-    As many adapter slots as adapters: with fewer, requests wait for a slot.
+    One adapter slot more than adapters: with fewer, requests wait for a slot, and with all of them
+    full 0.32 answers requests for the base with an adapter (``check.py`` sees it).
     """
 
     def __init__(self, program: Path) -> None:
@@ -35,7 +36,7 @@ class VllmCpu(Server):
         if models.adapters:
             configs = [path / "adapter_config.json" for path in models.adapters]
             most = max(json.loads(config.read_text())["r"] for config in configs)
-            slots = str(len(models.adapters))
+            slots = str(len(models.adapters) + 1)
             command += ["--enable-lora", "--max-loras", slots, "--max-cpu-loras", slots]
             command += ["--max-lora-rank", str(most), "--lora-modules"]
             command += [f"a{index}={path}" for index, path in enumerate(models.adapters)]

@@ -18,10 +18,10 @@ sys.path[:0] = [str(LOADTESTS / "serving"), str(LOADTESTS / "peers")]
 
 import check  # noqa: E402
 import floor  # noqa: E402
+from http_peer import Server  # noqa: E402
 from pairs import in_turns  # noqa: E402
 from peer import Models, Run  # noqa: E402
 from report import markdown  # noqa: E402
-from server import Server  # noqa: E402
 from worker import Worker  # noqa: E402
 from workload import Cell, Job, adapter_shape  # noqa: E402
 
