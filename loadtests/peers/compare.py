@@ -72,9 +72,12 @@ class Bench:
         self._check = Check(models)
         self._ours: dict[str, Peer] = {}
 
-    def start(self, peer: Peer) -> None:
+    def _start(self, peer: Peer) -> None:
         say(f"{self._mix}: {peer.name} starts")
         peer.start(self._models)
+
+    def _hold(self, peer: Peer) -> None:
+        """To PEFT's answers, and to rest when nobody asks."""
         facts = self._check.run(peer, peer.tie)
         facts["idle_cpu"] = round(peer.idle_cpu(), 3)
         if facts["idle_cpu"] > MOST_IDLE_CPU:
@@ -85,12 +88,14 @@ class Bench:
 
     def against(self, peer: Peer, cells: Sequence[Cell]) -> None:
         """All cells of one peer."""
+        if peer.against not in self._ours:
+            ours = LoramuxServer() if peer.against == "loramux-http" else LoramuxEngine()
+            self._start(ours)
+            self._ours[peer.against] = ours
+            self._hold(ours)
+        self._start(peer)
         try:
-            if peer.against not in self._ours:
-                over_http = peer.against == "loramux-http"
-                self._ours[peer.against] = LoramuxServer() if over_http else LoramuxEngine()
-                self.start(self._ours[peer.against])
-            self.start(peer)
+            self._hold(peer)
             for cell in cells:
                 self._report["cases"].append(self._case(cell, self._ours[peer.against], peer))
                 print(json.dumps({**self._report["cases"][-1], "seconds": "..."}), flush=True)

@@ -77,7 +77,10 @@ class Server:
             return False
 
     def run(self, jobs: Sequence[Job], concurrency: int) -> Run:
-        return asyncio.run(self._run(jobs, concurrency))
+        try:
+            return asyncio.run(self._run(jobs, concurrency))
+        except httpx.TransportError as error:
+            raise RuntimeError(f"{self.name}: {error!r}\n{self._process.tail()}") from error
 
     async def _run(self, jobs: Sequence[Job], concurrency: int) -> Run:
         places = asyncio.Semaphore(concurrency)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -49,7 +50,8 @@ class Peer(Protocol):
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
 
-    def start(self, models: Models) -> None: ...
+    def start(self, models: Models) -> None:
+        """Leaves nothing running when it fails."""
 
     def run(self, jobs: Sequence[Job], concurrency: int) -> Run: ...
 
@@ -102,21 +104,33 @@ class Process:
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float = 600) -> None:
         deadline = time.monotonic() + timeout_s
-        while not ready():
-            if self.popen.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                raise RuntimeError(f"{self.popen.args!r} did not start:\n{self.tail()}")
-            time.sleep(0.2)
+        try:
+            while not ready():
+                if self.popen.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"{self.popen.args!r} did not start:\n{self.tail()}")
+                time.sleep(0.2)
+        except BaseException:
+            self.stop()
+            raise
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]
 
+    def pause(self) -> None:
+        """Keep the whole group from running until ``resume``."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, which: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(self.popen.pid, which)
+
     def stop(self) -> None:
+        """End all of it; a second time does nothing."""
         for how in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.popen.pid, how)
-            except ProcessLookupError:
-                break
+            self._signal(how)
             try:
                 self.popen.wait(20)
             except subprocess.TimeoutExpired:

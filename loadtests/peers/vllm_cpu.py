@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from http_peer import Server
-from peer import THREADS, Models
+from peer import THREADS, Models, Run
+from workload import Job
 
 
 class VllmCpu(Server):
@@ -27,6 +29,22 @@ class VllmCpu(Server):
             # By itself it keeps a core free for its front, which is half of a machine with two.
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{THREADS - 1}",
         }
+
+    def start(self, models: Models) -> None:
+        super().start(models)
+        self._process.pause()
+
+    def run(self, jobs: Sequence[Job], concurrency: int) -> Run:
+        """Its worker waits for the next step in a loop that never sleeps; so it only runs here."""
+        self._process.resume()
+        try:
+            return super().run(jobs, concurrency)
+        finally:
+            self._process.pause()
+
+    def stop(self) -> None:
+        self._process.resume()
+        super().stop()
 
     def command(self, models: Models, port: int) -> list[str | Path]:
         command: list[str | Path] = [self._program, "serve", models.base, "--port", str(port)]

@@ -42,7 +42,11 @@ class Worker:
         setup = self.setup(models)
         log = models.folder / "logs" / f"{self.name}.log"
         self._process = Process([self._python, self._script], log, talk=True)
-        self._ask(setup)
+        try:
+            self._ask(setup)
+        except BaseException:
+            self._process.stop()
+            raise
 
     def run(self, jobs: Sequence[Job], concurrency: int) -> Run:
         answer = self._ask({"jobs": [asdict(job) for job in jobs], "concurrency": concurrency})
