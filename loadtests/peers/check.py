@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peer import Models, Peer
-from workload import Job, make_jobs
+from cases import Job, make_jobs
 
 CHECKED = (3, 31)
 NUM_PROMPT, NUM_NEW = 16, 8

@@ -33,7 +33,7 @@ from pairs import header, in_turns, median_interval, self_ratio
 from peer import Models, Peer
 from report import markdown
 from vllm_cpu import VllmCpu
-from workload import Cell, Mix
+from cases import Cell, Mix
 
 CELLS: dict[Mix, str] = {
     "base": "1x0,8x0,32x0",

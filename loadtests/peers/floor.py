@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from workload import SHAPE, Job, Mix, adapter_shape
+from cases import SHAPE, Job, Mix, adapter_shape
 
 HIDDEN, INNER, LAYERS = (
     SHAPE[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 from peer import TIE_FP32, Models, Process, Run
-from workload import Job
+from cases import Job
 
 
 def free_port() -> int:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from http_peer import Server
 from peer import THREADS, Models
-from workload import Job
+from cases import Job
 
 HERE = Path(__file__).parent
 CONTEXT = 256  # tokens a slot has room for: 128 of prompt and 64 new ones fit

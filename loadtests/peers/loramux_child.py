@@ -10,7 +10,7 @@ sys.path.insert(1, str(Path(__file__).parents[1] / "serving"))
 
 from child import Serve, main
 from throughput import Ours
-from workload import Job
+from cases import Job
 
 
 def build(setup: dict[str, Any]) -> Serve:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peer import Models
-from workload import Mix, write_adapters, write_checkpoint
+from cases import Mix, write_adapters, write_checkpoint
 
 NUM_ADAPTERS = 32
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from workload import Job
+from cases import Job
 
 HZ = os.sysconf("SC_CLK_TCK")
 THREADS = os.cpu_count() or 1

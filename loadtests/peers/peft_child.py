@@ -14,7 +14,7 @@ sys.path.insert(1, str(Path(__file__).parents[1] / "serving"))
 
 from child import Serve, main
 from throughput import Peft
-from workload import Job
+from cases import Job
 
 
 def build(setup: dict[str, Any]) -> Serve:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from http_peer import Server
 from peer import THREADS, Models, Run
-from workload import Job
+from cases import Job
 
 
 class VllmCpu(Server):

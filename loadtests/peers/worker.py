@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peer import THREADS, TIE_FP32, Models, Process, Run
-from workload import Job
+from cases import Job
 
 HERE = Path(__file__).parent
 

@@ -23,7 +23,7 @@ from pairs import in_turns  # noqa: E402
 from peer import Models, Run  # noqa: E402
 from report import markdown  # noqa: E402
 from worker import Worker  # noqa: E402
-from workload import Cell, Job, adapter_shape  # noqa: E402
+from cases import Cell, Job, adapter_shape  # noqa: E402
 
 MACHINE = {"cpu": "x", "cores": 2, "read_gb_s": 10.0, "gemm_gflops": 100.0}
 CELLS = [(1, 0), (1, 1), (1, 32), (8, 1), (8, 32), (32, 8), (32, 32), (3, 7)]
