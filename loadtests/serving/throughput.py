@@ -20,13 +20,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,71 +35,32 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "server"), str(ROOT / "kernels")]
 
 
+from pairs import header, interleave, machine, median_interval, self_ratio, timed  # noqa: E402
 from tests.harness import install_adapter  # noqa: E402
+from cases import RANK, SHAPE, Job, make_jobs, write_adapters, write_checkpoint  # noqa: E402
 
 from loramux.config import ServerConfig  # noqa: E402
 from loramux.engine.assemble import Assembled, assemble  # noqa: E402
 from loramux.request import AdapterRef, SamplingParams  # noqa: E402
 from loramux.wire import Submit  # noqa: E402
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 576,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "intermediate_size": 1536,
-    "vocab_size": 49152,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": True,
-}
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANK = 16
-
-
-@dataclass(frozen=True)
-class Job:
-    """One request: which adapter it names, its prompt, how many tokens it wants."""
-
-    adapter: int
-    prompt: list[int]
-    num_new: int
-
-
-def make_jobs(num: int, seed: int) -> list[Job]:
-    rng = np.random.default_rng(seed)
-    return [
-        Job(
-            adapter=i,
-            prompt=rng.integers(10, SHAPE["vocab_size"], rng.integers(64, 129)).tolist(),
-            num_new=int(rng.integers(32, 65)),
-        )
-        for i in range(num)
-    ]
-
-
-def write_checkpoint(folder: Path) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).float().save_pretrained(folder / "base")
-    return folder / "base"
-
-
-def write_adapters(folder: Path, base: Path, num: int) -> list[Path]:
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForCausalLM
-
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS)
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
-    paths = []
-    for index in range(num):
-        torch.manual_seed(index)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.02)
-        paths.append(folder / f"adapter{index}")
-        model.save_pretrained(paths[-1])
-    return paths
+__all__ = [
+    "RANK",
+    "ROOT",
+    "SHAPE",
+    "Job",
+    "Ours",
+    "Peft",
+    "header",
+    "interleave",
+    "machine",
+    "make_jobs",
+    "median_interval",
+    "self_ratio",
+    "timed",
+    "write_adapters",
+    "write_checkpoint",
+]
 
 
 class Ours:
@@ -116,28 +73,41 @@ class Ours:
         self.digests = [install_adapter(path, data_dir, description) for path in adapters]
         self._serial = 0
 
-    def run(self, jobs: list[Job], *, with_adapters: bool) -> None:
+    def run(
+        self, jobs: Sequence[Job], *, with_adapters: bool = True, concurrency: int | None = None
+    ) -> list[list[int]]:
+        """The new tokens of each job, at most ``concurrency`` of them (all) running at a time."""
         engine = self.assembled.engine
-        left = 0
-        for job in jobs:
-            self._serial += 1
-            refs = (AdapterRef(self.digests[job.adapter]),) if with_adapters else ()
-            engine.submit(
-                Submit(
-                    request_id=str(self._serial),
-                    tenant=str(self._serial),  # nothing may come from the prefix cache
-                    model_id=0,
-                    adapters=refs,
-                    prompt_ids=job.prompt,
-                    sampling=SamplingParams(seed=0, temperature=0.0, max_tokens=job.num_new),
-                )
-            )
-            left += job.num_new
-        while engine.has_work:
+        waiting = list(reversed(jobs))
+        outputs: dict[str, list[int]] = {}
+        running = 0
+        while waiting or engine.has_work:
+            while waiting and (concurrency is None or running < concurrency):
+                self._submit(waiting.pop(), outputs, with_adapters=with_adapters)
+                running += 1
             done = engine.step()
             assert not done.failed, done.failed
-            left -= sum(len(output.token_ids) for output in done.outputs)
-        assert left == 0
+            running -= len(done.finished)
+            for output in done.outputs:
+                outputs[output.request_id] += output.token_ids
+        tokens = list(outputs.values())
+        assert [len(ids) for ids in tokens] == [job.num_new for job in jobs]
+        return tokens
+
+    def _submit(self, job: Job, outputs: dict[str, list[int]], *, with_adapters: bool) -> None:
+        self._serial += 1
+        wants = with_adapters and job.adapter >= 0
+        self.assembled.engine.submit(
+            Submit(
+                request_id=str(self._serial),
+                tenant=str(self._serial),  # nothing may come from the prefix cache
+                model_id=0,
+                adapters=(AdapterRef(self.digests[job.adapter]),) if wants else (),
+                prompt_ids=job.prompt,
+                sampling=SamplingParams(seed=0, temperature=0.0, max_tokens=job.num_new),
+            )
+        )
+        outputs[str(self._serial)] = []
 
 
 class Peft:
@@ -148,13 +118,16 @@ class Peft:
         from transformers import LlamaForCausalLM
 
         model = LlamaForCausalLM.from_pretrained(base)
-        self.model = PeftModel.from_pretrained(model, adapters[0], adapter_name="a0")
+        if adapters:
+            model = PeftModel.from_pretrained(model, adapters[0], adapter_name="a0")
         for index, path in enumerate(adapters[1:], 1):
-            self.model.load_adapter(path, adapter_name=f"a{index}")
-        self.model.eval()
+            model.load_adapter(path, adapter_name=f"a{index}")
+        self.model = model.eval()
+        self.has_adapters = bool(adapters)
 
     @torch.inference_mode()
-    def run(self, jobs: list[Job]) -> None:
+    def run(self, jobs: Sequence[Job]) -> list[list[int]]:
+        """The new tokens of each job; one batch of all of them, as wide as the widest."""
         widest = max(len(job.prompt) for job in jobs)
         ids = torch.zeros(len(jobs), widest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -162,86 +135,20 @@ class Peft:
             ids[row, widest - len(job.prompt) :] = torch.tensor(job.prompt)
             mask[row, widest - len(job.prompt) :] = 1
         longest = max(job.num_new for job in jobs)
+        names = ["__base__" if job.adapter < 0 else f"a{job.adapter}" for job in jobs]
         out = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
-            adapter_names=[f"a{job.adapter}" for job in jobs],
+            **({"adapter_names": names} if self.has_adapters else {}),
             max_new_tokens=longest,
             min_new_tokens=longest,
             do_sample=False,
             pad_token_id=0,
         )
         assert out.shape[1] == widest + longest
-
-
-def timed(work: Callable[[], None]) -> tuple[float, float]:
-    """Wall-clock and CPU seconds of ``work``."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def interleave(
-    a: Callable[[], None], b: Callable[[], None], pairs: int, say: Callable[[str], None]
-) -> tuple[list[float], list[float]]:
-    """Wall-clock seconds of ``pairs`` runs of each, in the order A B B A A B ..."""
-    seconds: dict[int, list[float]] = {0: [], 1: []}
-    for pair in range(pairs):
-        for side in (0, 1) if pair % 2 == 0 else (1, 0):
-            seconds[side].append(timed((a, b)[side])[0])
-        say(f"pair {pair + 1}/{pairs}")
-    return seconds[0], seconds[1]
-
-
-def median_interval(ratios: list[float]) -> tuple[float, float, float]:
-    """Median and its bootstrap 95 % interval."""
-    rng = np.random.default_rng(0)
-    values = np.array(ratios)
-    medians = np.median(rng.choice(values, (4000, len(values))), axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5])
-    return float(np.median(values)), float(low), float(high)
-
-
-def self_ratio(seconds: list[float]) -> tuple[float, float, float]:
-    """A against A: neighbouring runs of the same side."""
-    return median_interval([x / y for x, y in zip(seconds, seconds[1:], strict=False)])
-
-
-def machine() -> dict[str, Any]:
-    """This machine's name and what it can do at most: GEMM rate and memory bandwidth."""
-    n = 1024
-    left, right = torch.randn(n, n), torch.randn(n, n)
-    gemm = max(2 * n**3 / timed(lambda: torch.mm(left, right))[0] for _ in range(8)) / 1e9
-    source = torch.randn(64 << 20)
-    target = torch.empty_like(source)
-    copy = max(2 * source.nbytes / timed(lambda: target.copy_(source))[0] for _ in range(5)) / 1e9
-    read = max(source.nbytes / timed(lambda: source.sum())[0] for _ in range(5)) / 1e9
-    cpu = Path("/proc/cpuinfo").read_text().split("model name", 2)[1].split("\n")[0].strip("\t: ")
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "gemm_gflops": round(gemm, 1),
-        "copy_gb_s": round(copy, 1),
-        "read_gb_s": round(read, 1),
-    }
-
-
-def header() -> dict[str, Any]:
-    """What a report says of itself; its cases follow."""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit,
-        "machine": machine(),
-        "cases": [],
-    }
+        return [
+            row[widest : widest + job.num_new] for row, job in zip(out.tolist(), jobs, strict=True)
+        ]
 
 
 def main() -> None:
