@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peer import Models, Peer
 from cases import Job, make_jobs
+from peer import Models, Peer
 
 CHECKED = (3, 31)
 NUM_PROMPT, NUM_NEW = 16, 8

@@ -23,7 +23,9 @@ from typing import Any
 
 sys.path.insert(1, str(Path(__file__).parents[1] / "serving"))
 
+from cases import Cell, Mix
 from check import Check
+from comparison import markdown
 from floor import floor_seconds
 from llama_cpp import LlamaCpp, LlamaCppFiles
 from loramux_peer import LoramuxEngine, LoramuxServer, peft
@@ -31,9 +33,7 @@ from make_models import make_models
 from openvino_peer import openvino
 from pairs import header, in_turns, median_interval, self_ratio
 from peer import Models, Peer
-from report import markdown
 from vllm_cpu import VllmCpu
-from cases import Cell, Mix
 
 CELLS: dict[Mix, str] = {
     "base": "1x0,8x0,32x0",

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from peer import TIE_FP32, Models, Process, Run
 from cases import Job
+from peer import TIE_FP32, Models, Process, Run
 
 
 def free_port() -> int:

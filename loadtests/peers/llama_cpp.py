@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cases import Job
 from http_peer import Server
 from peer import THREADS, Models
-from cases import Job
 
 HERE = Path(__file__).parent
 CONTEXT = 256  # tokens a slot has room for: 128 of prompt and 64 new ones fit

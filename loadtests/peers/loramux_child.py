@@ -8,9 +8,9 @@ from typing import Any
 
 sys.path.insert(1, str(Path(__file__).parents[1] / "serving"))
 
+from cases import Job
 from child import Serve, main
 from throughput import Ours
-from cases import Job
 
 
 def build(setup: dict[str, Any]) -> Serve:

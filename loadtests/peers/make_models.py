@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peer import Models
 from cases import Mix, write_adapters, write_checkpoint
+from peer import Models
 
 NUM_ADAPTERS = 32
 

@@ -12,9 +12,9 @@ from typing import Any
 
 sys.path.insert(1, str(Path(__file__).parents[1] / "serving"))
 
+from cases import Job
 from child import Serve, main
 from throughput import Peft
-from cases import Job
 
 
 def build(setup: dict[str, Any]) -> Serve:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from cases import Job
 from http_peer import Server
 from peer import THREADS, Models, Run
-from cases import Job
 
 
 class VllmCpu(Server):

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peer import THREADS, TIE_FP32, Models, Process, Run
 from cases import Job
+from peer import THREADS, TIE_FP32, Models, Process, Run
 
 HERE = Path(__file__).parent
 

@@ -35,9 +35,9 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "server"), str(ROOT / "kernels")]
 
 
+from cases import RANK, SHAPE, Job, make_jobs, write_adapters, write_checkpoint  # noqa: E402
 from pairs import header, interleave, machine, median_interval, self_ratio, timed  # noqa: E402
 from tests.harness import install_adapter  # noqa: E402
-from cases import RANK, SHAPE, Job, make_jobs, write_adapters, write_checkpoint  # noqa: E402
 
 from loramux.config import ServerConfig  # noqa: E402
 from loramux.engine.assemble import Assembled, assemble  # noqa: E402

@@ -18,12 +18,12 @@ sys.path[:0] = [str(LOADTESTS / "serving"), str(LOADTESTS / "peers")]
 
 import check  # noqa: E402
 import floor  # noqa: E402
+from cases import Cell, Job, adapter_shape  # noqa: E402
+from comparison import markdown  # noqa: E402
 from http_peer import Server  # noqa: E402
 from pairs import in_turns  # noqa: E402
 from peer import Models, Run  # noqa: E402
-from report import markdown  # noqa: E402
 from worker import Worker  # noqa: E402
-from cases import Cell, Job, adapter_shape  # noqa: E402
 
 MACHINE = {"cpu": "x", "cores": 2, "read_gb_s": 10.0, "gemm_gflops": 100.0}
 CELLS = [(1, 0), (1, 1), (1, 32), (8, 1), (8, 32), (32, 8), (32, 32), (3, 7)]
