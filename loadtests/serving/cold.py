@@ -114,7 +114,7 @@ class Bench:
 
 def first_tokens(bench: Bench, rank: int, rows: int, pairs: int) -> dict[str, Any]:
     """A case: an adapter of ``rank``, ``rows`` rows decoding beside its first request."""
-    digest = bench.served.install(rank, 1)[0]
+    digest = bench.served.install(rank, 9, different=9)[8]  # no decoding row's
     bench.decode(rows)
     for cold in (False, True, False):
         bench.first_token_s(digest, cold=cold)

