@@ -215,6 +215,7 @@ class Served:
                 self._loaded.wait(timeout=10)
                 self._loaded.clear()
                 residency.poll()
+        residency.finished_loads.clear()  # not the next step's
 
     def hold_only(self, digests: Iterable[str]) -> None:
         """These adapters are in the pool, if they fit, and no others."""
