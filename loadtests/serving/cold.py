@@ -142,7 +142,7 @@ def first_tokens(bench: Bench, rank: int, rows: int, pairs: int) -> dict[str, An
 
 def inter_token(bench: Bench, rank: int, blocks: int, steps: int, loads: int) -> dict[str, Any]:
     """Milliseconds between the tokens of 8 warm rows, without loads (twice: A/A) and with."""
-    digests = deque(bench.served.install(rank, CYCLE))
+    digests = deque(bench.served.install(rank, DECODING + CYCLE)[DECODING:])  # no decoding row's
     bench.decode(DECODING)
     seconds: dict[str, list[float]] = {"alone": [], "again": [], "beside": []}
     for _ in range(blocks):
