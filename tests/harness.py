@@ -53,6 +53,10 @@ class Harness:
         self.steps: list[StepDone] = []
         self._serial = 0
 
+    @property
+    def arena_bytes(self) -> int:
+        return self.ready.num_frames * self.ready.frame_bytes
+
     def install(self, folder: Path) -> str:
         """Make the adapter in ``folder`` known; its digest."""
         if str(folder) not in self.digests:

@@ -36,7 +36,7 @@ class Check:
         num = len(models.adapters)
         jobs = [
             replace(job, prompt=job.prompt[:NUM_PROMPT], num_new=NUM_NEW)
-            for job in make_jobs(num + 2, seed=99)
+            for job in make_jobs(range(num + 2), seed=99)
         ]
         # Two for the base, the last at the very end: behind everybody.
         self.jobs = [replace(j, adapter=i - 1) for i, j in enumerate(jobs[:-1])]

@@ -1,6 +1,6 @@
 """A comparison as tables in markdown, one for each mix.
 
-python loadtests/peers/report.py docs/results/peers.json
+python loadtests/peers/comparison.py docs/results/peers.json
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ ranks 8, 16, 32 and 64 in turn, half of each on q, k, v, o, the other half on al
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -52,23 +53,30 @@ class Cell:
     def jobs(self) -> list[Job]:
         """One request per place; with more adapters than places, two per place (at least four)."""
         num = max(self.concurrency, min(self.adapters, max(4, 2 * self.concurrency)))
-        jobs = make_jobs(num, seed=1000 * self.concurrency + self.adapters)
+        jobs = make_jobs(range(num), seed=1000 * self.concurrency + self.adapters)
         return [
             replace(job, adapter=i % self.adapters if self.adapters else -1)
             for i, job in enumerate(jobs)
         ]
 
 
-def make_jobs(num: int, seed: int) -> list[Job]:
-    """``num`` requests with an adapter each, prompts of 64-128 tokens and 32-64 new ones."""
+def make_jobs(
+    adapters: Sequence[int],
+    *,
+    seed: int,
+    prompt: tuple[int, int] = (64, 129),
+    new: tuple[int, int] = (32, 65),
+    vocabulary: int = SHAPE["vocab_size"],
+) -> list[Job]:
+    """A request for each of ``adapters``, in order; lengths are uniform in [low, high)."""
     rng = np.random.default_rng(seed)
     return [
         Job(
-            adapter=i,
-            prompt=rng.integers(10, SHAPE["vocab_size"], rng.integers(64, 129)).tolist(),
-            num_new=int(rng.integers(32, 65)),
+            adapter=int(adapter),
+            prompt=rng.integers(10, vocabulary, rng.integers(*prompt)).tolist(),
+            num_new=int(rng.integers(*new)),
         )
-        for i in range(num)
+        for adapter in adapters
     ]
 
 
@@ -79,15 +87,21 @@ def adapter_shape(mix: Mix, index: int) -> tuple[int, list[str]]:
     return (8, 16, 32, 64)[index % 4], (TARGETS if (index + index // 4) % 2 else ATTENTION)
 
 
-def write_checkpoint(folder: Path) -> Path:
-    """The base model, in ``folder/base``."""
+def write_base(folder: Path, shape: dict[str, Any]) -> Path:
+    """A random Llama of ``shape`` (fields of the transformers config), without a tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).float().save_pretrained(folder / "base")
-    _write_tokenizer(folder / "base")
-    return folder / "base"
+    LlamaForCausalLM(LlamaConfig(**shape)).float().save_pretrained(folder)
+    return folder
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """The base model and its tokenizer, in ``folder/base``."""
+    base = write_base(folder / "base", SHAPE)
+    _write_tokenizer(base)
+    return base
 
 
 def _write_tokenizer(base: Path) -> None:

@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 import report
 import throughput
-from workload import Served, write_base
+from cases import write_base
+from workload import Served
 
 from loramux.memory.frames import Owner
 

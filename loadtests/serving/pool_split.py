@@ -38,8 +38,9 @@ from unittest import mock
 import numpy as np
 import report
 import throughput
+from cases import make_jobs, write_base
 from throughput import Job
-from workload import Pass, Served, make_jobs, write_base
+from workload import Pass, Served
 
 from loramux.engine import assemble as assembly
 from loramux.memory.formats import AdapterFormat

@@ -37,7 +37,8 @@ from typing import Any
 import numpy as np
 import report
 import throughput
-from workload import Pass, Served, make_jobs, write_base
+from cases import make_jobs, write_base
+from workload import Pass, Served
 
 ALPHA = {"uniform": 1.0, "skewed": 0.1}
 RANK = 16

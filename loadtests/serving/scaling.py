@@ -31,7 +31,8 @@ import numpy as np
 import report
 import throughput
 import torch
-from workload import Served, write_base
+from cases import write_base
+from workload import Served
 
 from loramux.memory.frames import Owner
 from loramux.request import Request

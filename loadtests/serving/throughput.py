@@ -174,7 +174,7 @@ def main() -> None:
 
 
 def run_case(num: int, ours: Ours, peft: Peft, pairs: int) -> dict[str, Any]:
-    jobs = make_jobs(num, seed=num)
+    jobs = make_jobs(range(num), seed=num)
     tokens = sum(job.num_new for job in jobs)
 
     def say(text: str) -> None:

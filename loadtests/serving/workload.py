@@ -20,11 +20,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import throughput
 import torch
+from cases import ATTENTION, Job
 from safetensors.torch import save_file
-from throughput import Job
 
 from loramux.adapters import packed_files
 from loramux.adapters.pack import PackedAdapter, packed_path, read_header
@@ -32,8 +31,6 @@ from loramux.config import ServerConfig
 from loramux.engine.assemble import Assembled, assemble
 from loramux.request import AdapterRef, SamplingParams
 from loramux.wire import BaseDescription, StepDone, Submit
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def _header(path: Path) -> PackedAdapter:
@@ -43,15 +40,6 @@ def _header(path: Path) -> PackedAdapter:
 
 
 packed_files.read_header = _header
-
-
-def write_base(folder: Path, shape: dict[str, Any]) -> Path:
-    """A random Llama of ``shape`` (fields of the transformers config)."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**shape)).float().save_pretrained(folder)
-    return folder
 
 
 def write_adapter(folder: Path, base: BaseDescription, rank: int, seed: int) -> Path:
@@ -76,26 +64,6 @@ def write_adapter(folder: Path, base: BaseDescription, rank: int, seed: int) -> 
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
-
-
-def make_jobs(
-    adapters: Sequence[int],
-    *,
-    prompt: tuple[int, int],
-    new: tuple[int, int],
-    vocabulary: int,
-    seed: int,
-) -> list[Job]:
-    """A request for each of ``adapters``, in order; lengths are uniform in [low, high)."""
-    rng = np.random.default_rng(seed)
-    return [
-        Job(
-            adapter=int(adapter),
-            prompt=rng.integers(10, vocabulary, rng.integers(*prompt)).tolist(),
-            num_new=int(rng.integers(*new)),
-        )
-        for adapter in adapters
-    ]
 
 
 @dataclass

@@ -125,6 +125,7 @@ def test_a_decode_step_allocates_next_to_nothing(harness: Harness, shouters: Sho
     with Allocations() as allocations:
         assert harness.step().stats["batch_adapters"] == 32
     assert len(allocations.sizes) <= 20
+    assert max(allocations.sizes, default=0) < 1 << 20 < harness.arena_bytes
     tracemalloc.start()
     harness.step()
     _, most = tracemalloc.get_traced_memory()

@@ -4,12 +4,11 @@ interpreter (in a process of its own, some ten seconds) and compiled for real GP
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import triton
+from tests import interpreter
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -71,15 +70,7 @@ def test_the_kernel_does_the_same(num_bytes: int, slice_bytes: int) -> None:
 
 
 def test_the_kernel_passes_under_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/kernels/test_scatter.py", "-q", "-m", "gpu"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
+    interpreter.passes("tests/kernels/test_scatter.py")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

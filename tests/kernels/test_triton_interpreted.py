@@ -1,20 +1,10 @@
-"""The GPU tests under Triton's interpreter, in a process of their own: Triton decides how to run
-a kernel when it is imported. Half a minute: the interpreter takes milliseconds for a program."""
+"""The GPU tests of the kernels without a GPU. Half a minute: the interpreter takes milliseconds for
+a program."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from tests import interpreter
 
 
 def test_gpu_tests_pass_under_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/kernels/test_gpu.py", "-q", "-m", "gpu"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
+    interpreter.passes("tests/kernels/test_gpu.py")

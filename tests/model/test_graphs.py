@@ -4,9 +4,6 @@ a kernel when it is imported. Over 10 s: whole engines step through interpreted 
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,19 +13,12 @@ import pytest
 from loramux.model.graphs import BUCKETS, DeviceForward
 from loramux.model.inputs import StepArrays
 from loramux_kernels.mirror import StandingMirror
+from tests import interpreter
 from tests.model.paged import CPU, Paged, Request
 
 
 def test_recorded_steps_pass_under_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/model/graphs_interpreted.py", "-q", "-m", "gpu"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
+    interpreter.passes("tests/model/graphs_interpreted.py")
 
 
 def step_of(paged: Paged, counts: list[int]) -> StepArrays:

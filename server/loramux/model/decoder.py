@@ -171,7 +171,7 @@ class Decoder:
         if self._logit_rows.shape[0] < count:
             self.reserve_logits(count)
         logits = self._logit_rows[:count]
-        if self._narrow_logits.shape[0] == 0:
+        if normed.dtype == torch.float32:
             project(logits, picked, self.weights.lm_head)
             return logits
         narrow = self._narrow_logits[:count]
