@@ -231,12 +231,13 @@ def broadcast(typing: Any, array: Any, at: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def prefetch(typing: Any, array: Any, at: Any) -> Any:
-    """Ask for the cache line of an element that is read soon; it may lie beyond the array."""
+    """Ask for the cache line of an element that is read soon; it may lie beyond the array. It goes
+    to the second cache: in the first it would drive out what is being computed with."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = _pointer(context, builder, signature, args, ir.IntType(8))
-        read, all_levels, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
-        operands = [pointer, read, all_levels, data]
+        read, second_level, data = (ir.Constant(_I32, value) for value in (0, 2, 1))
+        operands = [pointer, read, second_level, data]
         _call(builder, "llvm.prefetch.p0", ir.VoidType(), operands)
         return context.get_dummy_value()
 

@@ -10,7 +10,7 @@ is, for any number of rows and threads,
     the blocks added in order; an odd block comes first; at last the column's scale, if any.
 
 Per panel of 32 columns: a block of weights (16 KiB) comes from memory once and stays in the first
-cache while tiles of eight rows (four where registers are narrow) use it. Meanwhile the lines of
+cache while tiles of twelve and eight rows (four where registers are narrow) use it. Meanwhile the lines of
 the next block are fetched, a line for each step of the first two tiles, so that memory never waits
 for the multipliers.
 """
@@ -55,17 +55,48 @@ def _keep(sums: Any, to: int, fresh: bool, sum_: Any) -> None:
     simd.store(sums, to, sum_ if fresh else simd.add(simd.load(sums, to), sum_))
 
 
-def _wide(load: Any) -> Any:
-    """Eight rows by 32 columns: sixteen sums in the 32 registers of AVX-512."""
+@inner
+def _four(x: Any, row: int, last: int, width_in: int, begin: int) -> Any:
+    """Where four rows begin in ``x``; beyond the last row it is taken again."""
+    return (
+        min(row, last) * width_in + begin,
+        min(row + 1, last) * width_in + begin,
+        min(row + 2, last) * width_in + begin,
+        min(row + 3, last) * width_in + begin,
+    )
 
-    @inner
-    def pair(s: Any, x: Any, u: Any, v: Any) -> Any:
-        return simd.fma(x, u, s[0]), simd.fma(x, v, s[1])
 
-    @inner
-    def keep(sums: Any, to: int, fresh: bool, s: Any) -> None:
-        _keep(sums, to, fresh, s[0])
-        _keep(sums, to + _HALF, fresh, s[1])
+@inner
+def _four_steps(s: Any, x: Any, rows: Any, k: int, u: Any, v: Any) -> Any:
+    """One multiply-add for each of four rows by 32 columns."""
+    a, b = simd.broadcast(x, rows[0] + k), simd.broadcast(x, rows[1] + k)
+    c, d = simd.broadcast(x, rows[2] + k), simd.broadcast(x, rows[3] + k)
+    return (
+        simd.fma(a, u, s[0]),
+        simd.fma(a, v, s[1]),
+        simd.fma(b, u, s[2]),
+        simd.fma(b, v, s[3]),
+        simd.fma(c, u, s[4]),
+        simd.fma(c, v, s[5]),
+        simd.fma(d, u, s[6]),
+        simd.fma(d, v, s[7]),
+    )
+
+
+@inner
+def _keep_four(sums: Any, to: int, fresh: bool, s: Any) -> None:
+    _keep(sums, to, fresh, s[0])
+    _keep(sums, to + _HALF, fresh, s[1])
+    _keep(sums, to + PANEL, fresh, s[2])
+    _keep(sums, to + PANEL + _HALF, fresh, s[3])
+    _keep(sums, to + 2 * PANEL, fresh, s[4])
+    _keep(sums, to + 2 * PANEL + _HALF, fresh, s[5])
+    _keep(sums, to + 3 * PANEL, fresh, s[6])
+    _keep(sums, to + 3 * PANEL + _HALF, fresh, s[7])
+
+
+def _twelve(load: Any) -> Any:
+    """Twelve rows by 32 columns: 24 sums in the 32 registers of AVX-512."""
 
     @inner
     def block(
@@ -83,36 +114,54 @@ def _wide(load: Any) -> Any:
         count: int,
     ) -> None:
         zero = simd.splat(np.float32(0))
-        a, b, c, d = (zero, zero), (zero, zero), (zero, zero), (zero, zero)
-        e, f, g, h = (zero, zero), (zero, zero), (zero, zero), (zero, zero)
-        x0 = row * width_in + begin
-        x1 = min(row + 1, last) * width_in + begin
-        x2 = min(row + 2, last) * width_in + begin
-        x3 = min(row + 3, last) * width_in + begin
-        x4 = min(row + 4, last) * width_in + begin
-        x5 = min(row + 5, last) * width_in + begin
-        x6 = min(row + 6, last) * width_in + begin
-        x7 = min(row + 7, last) * width_in + begin
+        s = t = r = (zero, zero, zero, zero, zero, zero, zero, zero)
+        s_rows = _four(x, row, last, width_in, begin)
+        t_rows = _four(x, row + 4, last, width_in, begin)
+        r_rows = _four(x, row + 8, last, width_in, begin)
         for k in range(count):
             u = load(w, at + k * PANEL)
             v = load(w, at + k * PANEL + _HALF)
             simd.prefetch(w, ahead + k * PANEL)
-            a = pair(a, simd.broadcast(x, x0 + k), u, v)
-            b = pair(b, simd.broadcast(x, x1 + k), u, v)
-            c = pair(c, simd.broadcast(x, x2 + k), u, v)
-            d = pair(d, simd.broadcast(x, x3 + k), u, v)
-            e = pair(e, simd.broadcast(x, x4 + k), u, v)
-            f = pair(f, simd.broadcast(x, x5 + k), u, v)
-            g = pair(g, simd.broadcast(x, x6 + k), u, v)
-            h = pair(h, simd.broadcast(x, x7 + k), u, v)
-        keep(sums, to, fresh, a)
-        keep(sums, to + PANEL, fresh, b)
-        keep(sums, to + 2 * PANEL, fresh, c)
-        keep(sums, to + 3 * PANEL, fresh, d)
-        keep(sums, to + 4 * PANEL, fresh, e)
-        keep(sums, to + 5 * PANEL, fresh, f)
-        keep(sums, to + 6 * PANEL, fresh, g)
-        keep(sums, to + 7 * PANEL, fresh, h)
+            s = _four_steps(s, x, s_rows, k, u, v)
+            t = _four_steps(t, x, t_rows, k, u, v)
+            r = _four_steps(r, x, r_rows, k, u, v)
+        _keep_four(sums, to, fresh, s)
+        _keep_four(sums, to + 4 * PANEL, fresh, t)
+        _keep_four(sums, to + 8 * PANEL, fresh, r)
+
+    return block
+
+
+def _eight(load: Any) -> Any:
+    """The same for a remainder that twelve rows do not divide."""
+
+    @inner
+    def block(
+        sums: Any,
+        to: int,
+        fresh: bool,
+        w: Any,
+        at: int,
+        ahead: int,
+        x: Any,
+        row: int,
+        last: int,
+        width_in: int,
+        begin: int,
+        count: int,
+    ) -> None:
+        zero = simd.splat(np.float32(0))
+        s = t = (zero, zero, zero, zero, zero, zero, zero, zero)
+        s_rows = _four(x, row, last, width_in, begin)
+        t_rows = _four(x, row + 4, last, width_in, begin)
+        for k in range(count):
+            u = load(w, at + k * PANEL)
+            v = load(w, at + k * PANEL + _HALF)
+            simd.prefetch(w, ahead + k * PANEL)
+            s = _four_steps(s, x, s_rows, k, u, v)
+            t = _four_steps(t, x, t_rows, k, u, v)
+        _keep_four(sums, to, fresh, s)
+        _keep_four(sums, to + 4 * PANEL, fresh, t)
 
     return block
 
@@ -136,10 +185,7 @@ def _narrow(load: Any) -> Any:
         begin: int,
         count: int,
     ) -> None:
-        x0 = row * width_in + begin
-        x1 = min(row + 1, last) * width_in + begin
-        x2 = min(row + 2, last) * width_in + begin
-        x3 = min(row + 3, last) * width_in + begin
+        x0, x1, x2, x3 = _four(x, row, last, width_in, begin)
         for half in range(0, PANEL, _HALF):
             zero = simd.splat(np.float32(0))
             a, b, c, d = zero, zero, zero, zero
@@ -174,38 +220,43 @@ def _write(
             simd.store_part(out, row * width + column, s, count)
 
 
+@inner
+def _tiles(rows: int) -> Any:
+    """How many tiles of twelve rows, as many as can be, and how many of eight: together no more
+    than the next multiple of four (or eight)."""
+    fours = max((rows + 3) // 4, 2)
+    eights = -fours % 3
+    return (fours - 2 * eights) // 3, eights
+
+
 def panel_with(load: Any, *, wide: bool) -> Any:
-    """The work on one panel of weights that ``load`` widens. Both tiles give the same bits; beyond
+    """The work on one panel of weights that ``load`` widens. All tiles give the same bits; beyond
     the last row they take the last row again."""
-    block, tile_rows = (_wide(load), 8) if wide else (_narrow(load), 4)
+    large, small = (_twelve(load), _eight(load)) if wide else (_narrow(load), _narrow(load))
+    large_rows, small_rows = (12, 8) if wide else (4, 4)
 
     @inner
     def project(
         panel: int, out: Any, width_out: int, x: Any, shape: Any, w: Any, scales: Any
     ) -> None:
         rows, width_in = shape
-        tiles = (rows + tile_rows - 1) // tile_rows
-        sums = np.empty(tiles * tile_rows * PANEL, np.float32)
+        num_large, num_small = _tiles(rows) if wide else (0, (rows + 3) // 4)
+        sums = np.empty((num_large * large_rows + num_small * small_rows) * PANEL, np.float32)
         begin = 0
         while begin < width_in:
             odd = (width_in - begin) % INNER_BLOCK
             count = odd if odd else INNER_BLOCK
             at = (panel * width_in + begin) * PANEL
-            for tile in range(tiles):
-                block(
-                    sums,
-                    tile * tile_rows * PANEL,
-                    begin == 0,
-                    w,
-                    at,
-                    at + count * PANEL + tile % 2 * _HALF,
-                    x,
-                    tile * tile_rows,
-                    rows - 1,
-                    width_in,
-                    begin,
-                    count,
-                )
+            row = 0
+            for tile in range(num_large + num_small):
+                ahead = at + count * PANEL + tile % 2 * _HALF
+                step = (x, row, rows - 1, width_in, begin, count)
+                if tile < num_large:
+                    large(sums, row * PANEL, begin == 0, w, at, ahead, *step)
+                    row += large_rows
+                else:
+                    small(sums, row * PANEL, begin == 0, w, at, ahead, *step)
+                    row += small_rows
             begin += count
         column = panel * PANEL
         first, second = min(width_out - column, _HALF), min(width_out - column - _HALF, _HALF)
