@@ -86,9 +86,27 @@ def _entry(signature: str, *, parallel: bool) -> Callable[[F], F]:
     return compile_
 
 
+# Counting who holds an array costs atomic operations, some twenty cycles each, at every call. What
+# is called by an entry borrows the entry's arrays for that time: it need not count, nor can it
+# make arrays of its own.
+_BORROWING = {"nogil": True, "error_model": "numpy", "_nrt": False}
+
+
 def inner(function: F) -> F:
-    """Compile a function that only compiled code calls."""
+    """Compile a function that only compiled code calls; it makes no arrays."""
+    compiled: F = numba.njit(**_BORROWING)(function)
+    return compiled
+
+
+def counting(function: F) -> F:
+    """The same for what makes arrays, or calls what makes them."""
     compiled: F = numba.njit(nogil=True, error_model="numpy")(function)
+    return compiled
+
+
+def inlined(function: F) -> F:
+    """``inner``, and always a part of its caller: a call would pass tuples of lanes through memory."""
+    compiled: F = numba.njit(**_BORROWING, forceinline=True)(function)
     return compiled
 
 

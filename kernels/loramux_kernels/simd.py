@@ -19,7 +19,7 @@ from numba.core import cgutils, types
 from numba.core.types import CPointer  # type: ignore[attr-defined]
 from numba.extending import intrinsic, models, register_model
 
-from loramux_kernels.jit import inner
+from loramux_kernels.jit import counting, inlined
 
 LANES = 16
 
@@ -94,13 +94,13 @@ _to_f32 = _pointer_to(types.float32)
 _to_u8 = _pointer_to(types.uint8)
 
 
-@inner
+@counting
 def floats(address: Any, size: Any) -> Any:
     """The fp32 array of ``size`` elements at an address; whoever gives it keeps it alive."""
     return carray(_to_f32(address), (size,))
 
 
-@inner
+@counting
 def bytes_at(address: Any, size: Any) -> Any:
     """The same for bytes."""
     return carray(_to_u8(address), (size,))
@@ -190,7 +190,7 @@ def _store_masked(typing: Any, array: Any, at: Any, value: Any, count: Any) -> A
     return types.void(array, types.intp, _lanes, types.intp), build
 
 
-@inner
+@inlined
 def load_part(array: Any, at: int, count: int) -> Any:
     """The first ``count`` lanes from an fp32 array, zeros after."""
     # A masked load cannot take what a store just wrote, so whole vectors go without.
@@ -199,7 +199,7 @@ def load_part(array: Any, at: int, count: int) -> Any:
     return _load_masked(array, at, count)
 
 
-@inner
+@inlined
 def store_part(array: Any, at: int, value: Any, count: int) -> None:
     """The first ``count`` lanes into an fp32 array."""
     if count >= LANES:
@@ -288,29 +288,40 @@ def total(typing: Any, value: Any) -> Any:
     return types.float32(_lanes), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def totals(typing: Any, values: Any) -> Any:
-    """``total`` of each of a tuple of sixteen values, value i's in lane i, to the same bits.
+def _added_halves(builder: Any, vectors: list[Any], width: int) -> list[Any]:
+    """Values of ``width`` lanes each: pairs of vectors become one, with half as many lanes each."""
+    half = width // 2
+    low = [start + lane for start in range(0, 2 * LANES, width) for lane in range(half)]
+    sides = [ir.Constant(_VI, [lane + shift for lane in low]) for shift in (0, half)]
+    return [
+        builder.fadd(*(builder.shuffle_vector(x, y, side) for side in sides))
+        for x, y in zip(vectors[::2], vectors[1::2], strict=True)
+    ]
 
-    Two values share a vector after the first addition, four after the second, and so on: 15
-    additions instead of 64.
-    """
+
+@intrinsic  # type: ignore[untyped-decorator]
+def folded(typing: Any, values: Any) -> Any:
+    """Eight values folded as ``total`` does but for the last addition: value i's in lanes 2i and
+    2i + 1. Two share a vector after the first addition, four after the second."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vectors, width = cgutils.unpack_tuple(builder, args[0], LANES), LANES
-        while width > 1:
-            half = width // 2
-            starts = range(0, 2 * LANES, width)
-            low = [start + lane for start in starts for lane in range(half)]
-            sides = [ir.Constant(_VI, [lane + shift for lane in low]) for shift in (0, half)]
-            vectors = [
-                builder.fadd(*(builder.shuffle_vector(x, y, side) for side in sides))
-                for x, y in zip(vectors[::2], vectors[1::2], strict=True)
-            ]
-            width = half
+        vectors, width = cgutils.unpack_tuple(builder, args[0], 8), LANES
+        while len(vectors) > 1:
+            vectors = _added_halves(builder, vectors, width)
+            width //= 2
         return vectors[0]
 
     return _lanes(values), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def joined(typing: Any, low: Any, high: Any) -> Any:
+    """``total`` of each of sixteen values, in order, out of two times eight that are folded."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _added_halves(builder, list(args), 2)[0]
+
+    return _lanes(_lanes, _lanes), build
 
 
 @intrinsic  # type: ignore[untyped-decorator]

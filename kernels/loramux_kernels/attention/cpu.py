@@ -15,8 +15,9 @@ import torch
 from numba import prange
 
 from loramux_kernels import dispatch, simd
+from loramux_kernels.attention import queries
 from loramux_kernels.attention.pages import ROW_BLOCK, Pages
-from loramux_kernels.jit import inner, parallel
+from loramux_kernels.jit import inlined, inner, parallel
 
 KEY_BLOCK = 16
 
@@ -146,80 +147,10 @@ def rope_store_rows(
 
 
 @inner
-def _scores(q: Any, at: int, pool: Any, keys: Any, dim: int) -> Any:
-    """The dot product of one query with each of sixteen keys, key i's in lane i."""
-    zero = simd.splat(np.float32(0))
-    s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
-    s8, s9, s10, s11, s12, s13, s14, s15 = zero, zero, zero, zero, zero, zero, zero, zero
-    for d in range(0, dim, 16):
-        left = min(16, dim - d)
-        x = simd.load_part(q, at + d, left)
-        s0 = simd.fma(x, simd.load_part(pool, keys[0] + d, left), s0)
-        s1 = simd.fma(x, simd.load_part(pool, keys[1] + d, left), s1)
-        s2 = simd.fma(x, simd.load_part(pool, keys[2] + d, left), s2)
-        s3 = simd.fma(x, simd.load_part(pool, keys[3] + d, left), s3)
-        s4 = simd.fma(x, simd.load_part(pool, keys[4] + d, left), s4)
-        s5 = simd.fma(x, simd.load_part(pool, keys[5] + d, left), s5)
-        s6 = simd.fma(x, simd.load_part(pool, keys[6] + d, left), s6)
-        s7 = simd.fma(x, simd.load_part(pool, keys[7] + d, left), s7)
-        s8 = simd.fma(x, simd.load_part(pool, keys[8] + d, left), s8)
-        s9 = simd.fma(x, simd.load_part(pool, keys[9] + d, left), s9)
-        s10 = simd.fma(x, simd.load_part(pool, keys[10] + d, left), s10)
-        s11 = simd.fma(x, simd.load_part(pool, keys[11] + d, left), s11)
-        s12 = simd.fma(x, simd.load_part(pool, keys[12] + d, left), s12)
-        s13 = simd.fma(x, simd.load_part(pool, keys[13] + d, left), s13)
-        s14 = simd.fma(x, simd.load_part(pool, keys[14] + d, left), s14)
-        s15 = simd.fma(x, simd.load_part(pool, keys[15] + d, left), s15)
-    return simd.totals((s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15))
-
-
-@inner
-def _scaled_sum(
-    acc: Any,
-    at: int,
-    keep: Any,
-    weights: Any,
-    first: int,
-    last: int,
-    pool: Any,
-    values: Any,
-    dim: int,
-) -> None:
-    """``acc = keep * acc + sum_i weights[i] * values[i]``, i in order.
-
-    Four neighbouring vectors at a time: a chain alone would wait for each multiply-add.
-    """
-    factor = simd.splat(keep)
-    whole = dim // 64 * 64
-    for d in range(0, whole, 64):
-        a = simd.mul(factor, simd.load(acc, at + d))
-        b = simd.mul(factor, simd.load(acc, at + d + 16))
-        c = simd.mul(factor, simd.load(acc, at + d + 32))
-        e = simd.mul(factor, simd.load(acc, at + d + 48))
-        for i in range(first, last):
-            weight = simd.broadcast(weights, i)
-            value = values[i] + d
-            a = simd.fma(weight, simd.load(pool, value), a)
-            b = simd.fma(weight, simd.load(pool, value + 16), b)
-            c = simd.fma(weight, simd.load(pool, value + 32), c)
-            e = simd.fma(weight, simd.load(pool, value + 48), e)
-        simd.store(acc, at + d, a)
-        simd.store(acc, at + d + 16, b)
-        simd.store(acc, at + d + 32, c)
-        simd.store(acc, at + d + 48, e)
-    for d in range(whole, dim, 16):
-        left = min(16, dim - d)
-        s = simd.mul(factor, simd.load_part(acc, at + d, left))
-        for i in range(first, last):
-            v = simd.load_part(pool, values[i] + d, left)
-            s = simd.fma(simd.broadcast(weights, i), v, s)
-        simd.store_part(acc, at + d, s, left)
-
-
-@inner
 def _find_keys(
     keys: Any,
     values: Any,
+    pool: Any,
     offsets: Any,
     layer: int,
     request: int,
@@ -231,22 +162,92 @@ def _find_keys(
     kv_heads: int,
     dim: int,
 ) -> None:
-    """Where the keys and values of tokens ``base`` onwards lie. Lanes before ``start`` and from
-    ``count`` on point at a key that is there; nobody uses what they give."""
-    page = base // page_tokens
-    within = base - page * page_tokens
-    for i in range(count):
-        if base + i >= start:
-            place = kv_head * page_tokens + within
-            keys[i] = offsets[layer, request, page] // 4 + place * dim
-            values[i] = keys[i] + kv_heads * page_tokens * dim
-        within += 1
-        if within == page_tokens:
-            page, within = page + 1, 0
+    """Where the keys and values of tokens ``base`` onwards lie, and ask for them. Lanes before
+    ``start`` and from ``count`` on point at a key that is there; nobody uses what they give."""
     first = max(0, start - base)
+    i = first
+    while i < count:
+        page = (base + i) // page_tokens
+        within = base + i - page * page_tokens
+        key = offsets[layer, request, page] // 4 + (kv_head * page_tokens + within) * dim
+        value = key + kv_heads * page_tokens * dim
+        here = min(count - i, page_tokens - within)
+        for j in range(here):
+            keys[i + j] = key + j * dim
+            values[i + j] = value + j * dim
+        for d in range(0, here * dim, 16):
+            simd.prefetch(pool, key + d)
+            simd.prefetch(pool, value + d)
+        i += here
     for i in range(KEY_BLOCK):
         if i < first or i >= count:
             keys[i] = keys[first]
+
+
+@inlined
+def _span(token: int, base: int, window: int) -> Any:
+    """Which keys of the block at ``base`` the query of ``token`` sees."""
+    first = max(0, token + 1 - window - base) if window > 0 else 0
+    return first, min(KEY_BLOCK, token + 1 - base)
+
+
+@inlined
+def _weigh(s: Any, first: int, last: int, state: int, top: Any, mass: Any, to: Any, at: int) -> Any:
+    """One block more of a query's softmax (Milakov and Gimelshein's online softmax): its weights,
+    and the factor for what has been added up."""
+    s = simd.between(s, first, last)
+    above = max(top[state], simd.largest(s))
+    s = simd.exp(simd.add(s, simd.splat(-above)))
+    simd.store(to, at, s)
+    # Most blocks leave the maximum where it was, and exp(0) is 1.
+    same = above == top[state]
+    keep = np.float32(1) if same else np.exp(top[state] - above)
+    top[state] = above
+    mass[state] = mass[state] * keep + simd.total(s)
+    return keep
+
+
+@inlined
+def _attend_block(
+    n: int,
+    count: int,
+    base: int,
+    q: Any,
+    places: Any,
+    tokens: Any,
+    window: int,
+    scales: Any,
+    pool: Any,
+    keys: Any,
+    values: Any,
+    state: Any,
+    dim: int,
+) -> None:
+    """Query ``n``, or it and the next two, over a block of keys."""
+    acc, top, mass, weights = state
+    first, last = _span(tokens[n], base, window)
+    if count == 1:
+        if first < last:
+            s = simd.mul(scales, queries.score_one(q, places[n], pool, keys, dim))
+            keep = _weigh(s, first, last, n, top, mass, weights, 0)
+            queries.add_one(acc, n * dim, keep, weights, 0, first, last, pool, values, dim)
+        return
+    s, t, u = queries.score_three(q, places[n], places[n + 1], places[n + 2], pool, keys, dim)
+    s, t, u = simd.mul(scales, s), simd.mul(scales, t), simd.mul(scales, u)
+    if tokens[n] == tokens[n + 2]:
+        if first < last:
+            a = _weigh(s, first, last, n, top, mass, weights, 0)
+            b = _weigh(t, first, last, n + 1, top, mass, weights, 16)
+            c = _weigh(u, first, last, n + 2, top, mass, weights, 32)
+            keeps = (a, b, c)
+            queries.add_three(acc, n * dim, keeps, weights, first, last, pool, values, dim)
+        return
+    for i in range(3):
+        first, last = _span(tokens[n + i], base, window)
+        if first < last:
+            keep = _weigh(s, first, last, n + i, top, mass, weights, 0)
+            queries.add_one(acc, (n + i) * dim, keep, weights, 0, first, last, pool, values, dim)
+        s, t = t, u
 
 
 @inner
@@ -270,6 +271,8 @@ def _attend_items(
     parts: int,
     scale: float,
     window: int,
+    state: Any,
+    lists: Any,
 ) -> None:
     """Every ``threads``-th item: a block of a request's rows, and a KV head's query heads or,
     with ``parts`` > 1, a share of them."""
@@ -277,12 +280,8 @@ def _attend_items(
     group = heads // kv_heads
     part = group // parts
     scales = simd.splat(np.float32(scale))
-    acc = np.empty(ROW_BLOCK * part * dim, dtype=np.float32)
-    top = np.empty(ROW_BLOCK * part, dtype=np.float32)
-    mass = np.empty(ROW_BLOCK * part, dtype=np.float32)
-    keys = np.empty(KEY_BLOCK, dtype=np.int64)
-    values = np.empty(KEY_BLOCK, dtype=np.int64)
-    weights = np.empty(KEY_BLOCK, dtype=np.float32)
+    acc, top, mass, _ = state
+    places, tokens, keys, next_keys, values, next_values = lists
     for item in range(thread, blocks * kv_heads * parts, threads):
         block = item // (kv_heads * parts)
         kv_head = item // parts % kv_heads
@@ -292,51 +291,62 @@ def _attend_items(
         rows = min(ROW_BLOCK, row_start[request + 1] - row)
         # The token that the block's first row is, in its request.
         token = context[request] - (row_start[request + 1] - row)
-        acc[:] = 0
-        top[:] = -np.inf
-        mass[:] = 0
+        num = rows * part
+        for n in range(num):
+            places[n] = (row + n // part) * columns + (first_head + n % part) * dim
+            tokens[n] = token + n // part
+        places[num], tokens[num] = places[num - 1], tokens[num - 1]
+        acc[: (num + 1) * dim] = 0
+        top[: num + 1] = -np.inf
+        mass[: num + 1] = 0
         start = max(0, token + 1 - window) if window > 0 else 0
-        for base in range(start // KEY_BLOCK * KEY_BLOCK, token + rows, KEY_BLOCK):
-            count = min(KEY_BLOCK, token + rows - base)
-            _find_keys(
-                keys,
-                values,
-                offsets,
-                layer,
-                request,
-                base,
-                start,
-                count,
-                page_tokens,
-                kv_head,
-                kv_heads,
-                dim,
-            )
-            for r in range(rows):
-                last = min(KEY_BLOCK, token + r + 1 - base)
-                first = max(0, token + r + 1 - window - base) if window > 0 else 0
-                if first >= last:
-                    continue
-                for g in range(part):
-                    q = (row + r) * columns + (first_head + g) * dim
-                    s = simd.mul(scales, _scores(qkv, q, pool, keys, dim))
-                    s = simd.between(s, first, last)
-                    state = r * part + g
-                    above = max(top[state], simd.largest(s))
-                    s = simd.exp(simd.add(s, simd.splat(-above)))
-                    simd.store(weights, 0, s)
-                    # Most blocks leave the maximum where it was, and exp(0) is 1.
-                    same = above == top[state]
-                    keep = np.float32(1) if same else np.exp(top[state] - above)
-                    top[state] = above
-                    mass[state] = mass[state] * keep + simd.total(s)
-                    _scaled_sum(acc, state * dim, keep, weights, first, last, pool, values, dim)
-        for r in range(rows):
-            for g in range(part):
-                state = r * part + g
-                to = (row + r) * heads * dim + (first_head + g) * dim
-                for d in range(dim):
-                    out[to + d] = acc[state * dim + d] / mass[state]
+        begin, end = start // KEY_BLOCK * KEY_BLOCK, token + rows
+        where = (page_tokens, kv_head, kv_heads, dim)
+        some = min(KEY_BLOCK, end - begin)
+        _find_keys(next_keys, next_values, pool, offsets, layer, request, begin, start, some, *where)
+        for base in range(begin, end, KEY_BLOCK):
+            keys, next_keys = next_keys, keys
+            values, next_values = next_values, values
+            some = min(KEY_BLOCK, end - base - KEY_BLOCK)
+            if some > 0:
+                _find_keys(
+                    next_keys,
+                    next_values,
+                    pool,
+                    offsets,
+                    layer,
+                    request,
+                    base + KEY_BLOCK,
+                    start,
+                    some,
+                    *where,
+                )
+            n = 0
+            while n < num:
+                count = 1 if n + 1 == num or dim % 16 else 3
+                _attend_block(
+                    n,
+                    count,
+                    base,
+                    qkv,
+                    places,
+                    tokens,
+                    window,
+                    scales,
+                    pool,
+                    keys,
+                    values,
+                    state,
+                    dim,
+                )
+                n += count
+        for n in range(num):
+            to = (row + n // part) * heads * dim + (first_head + n % part) * dim
+            shares = simd.splat(mass[n])
+            for d in range(0, dim, 16):
+                left = min(16, dim - d)
+                share = simd.div(simd.load_part(acc, n * dim + d, left), shares)
+                simd.store_part(out, to + d, share, left)
 
 
 @parallel(
@@ -366,7 +376,18 @@ def paged_attention_rows(
     out, qkv = out.reshape(-1), qkv.reshape(-1)
     # One lone long row must still occupy every thread: then each query head is its own item.
     parts = heads // kv_heads if len(block_row) * kv_heads < 4 * threads else 1
+    # Queries of an item, and one more: a third beside two.
+    most = ROW_BLOCK * heads // kv_heads // parts + 1
     for thread in prange(threads):
+        acc = np.empty(most * dim, dtype=np.float32)
+        top = np.empty(most, dtype=np.float32)
+        mass = np.empty(most, dtype=np.float32)
+        weights = np.empty(3 * KEY_BLOCK, dtype=np.float32)
+        # Where each query begins, row by row, and which token it is.
+        places = np.empty(most, dtype=np.int64)
+        tokens = np.empty(most, dtype=np.int64)
+        keys, next_keys = np.empty(KEY_BLOCK, np.int64), np.empty(KEY_BLOCK, np.int64)
+        values, next_values = np.empty(KEY_BLOCK, np.int64), np.empty(KEY_BLOCK, np.int64)
         _attend_items(
             thread,
             threads,
@@ -387,4 +408,6 @@ def paged_attention_rows(
             parts,
             scale,
             window,
+            (acc, top, mass, weights),
+            (places, tokens, keys, next_keys, values, next_values),
         )

@@ -15,7 +15,7 @@ import torch
 from loramux_kernels import dispatch, simd
 from loramux_kernels.attention import cpu as attention
 from loramux_kernels.attention.pages import Pages
-from loramux_kernels.jit import entry, inner
+from loramux_kernels.jit import counting, entry
 from loramux_kernels.layers.table import LayerTable, Vector, Work
 from loramux_kernels.linear import cpu as linear
 from loramux_kernels.linear.matrix import DTYPES, PANEL
@@ -99,14 +99,14 @@ def run_layers(
     )
 
 
-@inner
+@counting
 def _project(out: Any, x: Any, address: int, scales: int, dtype: int) -> None:
     panels = (out.shape[1] + PANEL - 1) // PANEL
     data = simd.bytes_at(address, panels * PANEL * x.shape[1] * _ITEMSIZES[dtype])
     linear.project_at(out, x, data, dtype, simd.floats(scales, out.shape[1] if scales else 0))
 
 
-@inner
+@counting
 def _add_bias(out: Any, address: int) -> None:
     if address == 0:
         return
@@ -116,7 +116,7 @@ def _add_bias(out: Any, address: int) -> None:
             out[row, column] += bias[column]
 
 
-@inner
+@counting
 def _site(
     out: Any,
     x: Any,

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from loramux_kernels import dispatch, simd
-from loramux_kernels.jit import inner, parallel
+from loramux_kernels.jit import inlined, inner, parallel
 from loramux_kernels.linear.matrix import DTYPES, PANEL, Matrix
 
 INNER_BLOCK = 128
@@ -49,13 +49,13 @@ def _operands(weight: Matrix) -> tuple[Any, int, Any]:
     return data, DTYPES.index(weight.data.dtype), weight.scales.numpy()
 
 
-@inner
+@inlined
 def _keep(sums: Any, to: int, fresh: bool, sum_: Any) -> None:
     """The first block's sums are stored, later ones are added."""
     simd.store(sums, to, sum_ if fresh else simd.add(simd.load(sums, to), sum_))
 
 
-@inner
+@inlined
 def _four(x: Any, row: int, last: int, width_in: int, begin: int) -> Any:
     """Where four rows begin in ``x``; beyond the last row it is taken again."""
     return (
@@ -66,7 +66,7 @@ def _four(x: Any, row: int, last: int, width_in: int, begin: int) -> Any:
     )
 
 
-@inner
+@inlined
 def _four_steps(s: Any, x: Any, rows: Any, k: int, u: Any, v: Any) -> Any:
     """One multiply-add for each of four rows by 32 columns."""
     a, b = simd.broadcast(x, rows[0] + k), simd.broadcast(x, rows[1] + k)
@@ -83,7 +83,7 @@ def _four_steps(s: Any, x: Any, rows: Any, k: int, u: Any, v: Any) -> Any:
     )
 
 
-@inner
+@inlined
 def _keep_four(sums: Any, to: int, fresh: bool, s: Any) -> None:
     _keep(sums, to, fresh, s[0])
     _keep(sums, to + _HALF, fresh, s[1])
@@ -229,19 +229,24 @@ def _tiles(rows: int) -> Any:
     return (fours - 2 * eights) // 3, eights
 
 
+@inner
+def _room(rows: int) -> int:
+    """Sums of a panel, those of a tile's spare rows included."""
+    return (rows + 7) // 8 * 8 * PANEL
+
+
 def panel_with(load: Any, *, wide: bool) -> Any:
-    """The work on one panel of weights that ``load`` widens. All tiles give the same bits; beyond
-    the last row they take the last row again."""
+    """The work on one panel of weights that ``load`` widens, with room for ``_room(rows)`` sums.
+    All tiles give the same bits; beyond the last row they take the last row again."""
     large, small = (_twelve(load), _eight(load)) if wide else (_narrow(load), _narrow(load))
     large_rows, small_rows = (12, 8) if wide else (4, 4)
 
     @inner
     def project(
-        panel: int, out: Any, width_out: int, x: Any, shape: Any, w: Any, scales: Any
+        panel: int, out: Any, width_out: int, x: Any, shape: Any, w: Any, scales: Any, sums: Any
     ) -> None:
         rows, width_in = shape
         num_large, num_small = _tiles(rows) if wide else (0, (rows + 3) // 4)
-        sums = np.empty((num_large * large_rows + num_small * small_rows) * PANEL, np.float32)
         begin = 0
         while begin < width_in:
             odd = (width_in - begin) % INNER_BLOCK
@@ -271,12 +276,11 @@ def _row_with(load: Any) -> Any:
     """One row of the matrix, out of its panel."""
 
     @inner
-    def gather(row: int, out: Any, w: Any, scales: Any, index: int) -> None:
+    def gather(row: int, out: Any, w: Any, scales: Any, index: int, lanes: Any) -> None:
         width_in = out.shape[1]
         panel, column = index // PANEL, index % PANEL
         half = column // _HALF * _HALF
         scale = scales[index] if len(scales) else np.float32(1)
-        lanes = np.empty(_HALF, np.float32)
         for k in range(width_in):
             simd.store(lanes, 0, load(w, (panel * width_in + k) * PANEL + half))
             out[row, k] = scale * lanes[column - half]
@@ -296,26 +300,30 @@ def project_at(out: Any, x: Any, data: Any, dtype: int, scales: Any) -> None:
     f32, u16, i8 = data.view(np.float32), data.view(np.uint16), data.view(np.int8)
     shape, width = x.shape, out.shape[1]
     x, out = x.reshape(-1), out.reshape(-1)
+    if shape[0] == 0:
+        return
     for panel in numba.prange((width + PANEL - 1) // PANEL):
+        sums = np.empty(_room(shape[0]), np.float32)
         if dtype == 0:
-            _panel_f32(panel, out, width, x, shape, f32, scales)
+            _panel_f32(panel, out, width, x, shape, f32, scales, sums)
         elif dtype == 1:
-            _panel_f16(panel, out, width, x, shape, u16, scales)
+            _panel_f16(panel, out, width, x, shape, u16, scales, sums)
         elif dtype == 2:
-            _panel_bf16(panel, out, width, x, shape, u16, scales)
+            _panel_bf16(panel, out, width, x, shape, u16, scales, sums)
         else:
-            _panel_i8(panel, out, width, x, shape, i8, scales)
+            _panel_i8(panel, out, width, x, shape, i8, scales, sums)
 
 
 @parallel("void(float32[:,::1], uint8[::1], int64, float32[::1], int64[::1])")
 def _gather_at(out: Any, data: Any, dtype: int, scales: Any, ids: Any) -> None:
     f32, u16, i8 = data.view(np.float32), data.view(np.uint16), data.view(np.int8)
     for row in numba.prange(len(ids)):
+        lanes = np.empty(_HALF, np.float32)
         if dtype == 0:
-            _row_f32(row, out, f32, scales, ids[row])
+            _row_f32(row, out, f32, scales, ids[row], lanes)
         elif dtype == 1:
-            _row_f16(row, out, u16, scales, ids[row])
+            _row_f16(row, out, u16, scales, ids[row], lanes)
         elif dtype == 2:
-            _row_bf16(row, out, u16, scales, ids[row])
+            _row_bf16(row, out, u16, scales, ids[row], lanes)
         else:
-            _row_i8(row, out, i8, scales, ids[row])
+            _row_i8(row, out, i8, scales, ids[row], lanes)
