@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class Harness:
         )
         assembled = assemble(self.config, poison=True, num_frames=num_frames)
         self.engine = assembled.engine
+        self._loaded = threading.Event()
+        self.engine.residency.on_loaded = self._loaded.set
         self.ready = assembled.ready
         self.check = check
         self.digests: dict[str, str] = {}
@@ -101,8 +104,12 @@ class Harness:
         return request_id
 
     def step(self) -> StepDone:
-        """One step, its outputs appended where they belong."""
+        """One step, its outputs appended where they belong; when nothing could run, sleep until a
+        load has landed, as the server does."""
         done = self.engine.step()
+        if "batch_rows" not in done.stats and self.engine.residency.num_loading:
+            self._loaded.wait(timeout=1)
+        self._loaded.clear()
         self.steps.append(done)
         for output in done.outputs:
             tokens = self.outputs[output.request_id]

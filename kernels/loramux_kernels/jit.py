@@ -105,7 +105,7 @@ def counting(function: F) -> F:
 
 
 def inlined(function: F) -> F:
-    """``inner``, and always a part of its caller: a call would pass tuples of lanes through memory."""
+    """``inner``, always a part of its caller: a call would pass tuples of lanes through memory."""
     compiled: F = numba.njit(**_BORROWING, forceinline=True)(function)
     return compiled
 

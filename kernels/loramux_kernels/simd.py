@@ -190,6 +190,20 @@ def _store_masked(typing: Any, array: Any, at: Any, value: Any, count: Any) -> A
     return types.void(array, types.intp, _lanes, types.intp), build
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def store_between(typing: Any, array: Any, at: Any, value: Any, first: Any, last: Any) -> Any:
+    """Lanes ``first`` to ``last - 1``, each to where a store of all lanes would put it."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, signature, args, _V)
+        mask = builder.and_(_mask(builder, args[4]), builder.not_(_mask(builder, args[3])))
+        operands = [args[2], pointer, ir.Constant(_I32, 4), mask]
+        _call(builder, "llvm.masked.store.v16f32.p0", ir.VoidType(), operands)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, _lanes, types.intp, types.intp), build
+
+
 @inlined
 def load_part(array: Any, at: int, count: int) -> Any:
     """The first ``count`` lanes from an fp32 array, zeros after."""

@@ -303,7 +303,9 @@ def _attend_items(
         begin, end = start // KEY_BLOCK * KEY_BLOCK, token + rows
         where = (page_tokens, kv_head, kv_heads, dim)
         some = min(KEY_BLOCK, end - begin)
-        _find_keys(next_keys, next_values, pool, offsets, layer, request, begin, start, some, *where)
+        _find_keys(
+            next_keys, next_values, pool, offsets, layer, request, begin, start, some, *where
+        )
         for base in range(begin, end, KEY_BLOCK):
             keys, next_keys = next_keys, keys
             values, next_values = next_values, values

@@ -10,9 +10,9 @@ is, for any number of rows and threads,
     the blocks added in order; an odd block comes first; at last the column's scale, if any.
 
 Per panel of 32 columns: a block of weights (16 KiB) comes from memory once and stays in the first
-cache while tiles of twelve and eight rows (four where registers are narrow) use it. Meanwhile the lines of
-the next block are fetched, a line for each step of the first two tiles, so that memory never waits
-for the multipliers.
+cache while tiles of twelve and eight rows (four where registers are narrow) use it. Meanwhile the
+lines of the next block are fetched into the second, a line for each step of the first two tiles,
+so that memory never waits for the multipliers.
 """
 
 from __future__ import annotations

@@ -71,9 +71,9 @@ def add_lora(
     )
 
 
-_shrink_f32, _expand_f32 = shrink_with(simd.load), expand_with(simd.load)
-_shrink_f16, _expand_f16 = shrink_with(simd.load_f16), expand_with(simd.load_f16)
-_shrink_bf16, _expand_bf16 = shrink_with(simd.load_bf16), expand_with(simd.load_bf16)
+_shrink_f32, _expand_f32 = shrink_with(simd.load, 4), expand_with(simd.load, 4)
+_shrink_f16, _expand_f16 = shrink_with(simd.load_f16, 2), expand_with(simd.load_f16, 2)
+_shrink_bf16, _expand_bf16 = shrink_with(simd.load_bf16, 2), expand_with(simd.load_bf16, 2)
 
 
 @inner
