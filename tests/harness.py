@@ -36,13 +36,19 @@ class Harness:
     """One engine with NaN in every freed frame, checked after every step."""
 
     def __init__(
-        self, model: Path, *, num_frames: int = 400, check: bool = True, **config: Any
+        self,
+        model: Path,
+        *,
+        num_frames: int = 400,
+        check: bool = True,
+        overlap: bool | None = None,
+        **config: Any,
     ) -> None:
         self.data_dir = Path(config.pop("data_dir", None) or tempfile.mkdtemp())
         self.config = ServerConfig(
             model=model, data_dir=self.data_dir, device="cpu", **{"max_num_seqs": 16, **config}
         )
-        assembled = assemble(self.config, poison=True, num_frames=num_frames)
+        assembled = assemble(self.config, poison=True, num_frames=num_frames, overlap=overlap)
         self.engine = assembled.engine
         self._loaded = threading.Event()
         self.engine.residency.on_loaded = self._loaded.set
@@ -107,7 +113,8 @@ class Harness:
         """One step, its outputs appended where they belong; when nothing could run, sleep until a
         load has landed, as the server does."""
         done = self.engine.step()
-        if "batch_rows" not in done.stats and self.engine.residency.num_loading:
+        idle = "batch_rows" not in done.stats and not done.outputs
+        if idle and self.engine.residency.num_loading:
             self._loaded.wait(timeout=1)
         self._loaded.clear()
         self.steps.append(done)

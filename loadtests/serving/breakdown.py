@@ -6,7 +6,8 @@ The model, adapters and requests are those of ``throughput.py``. A decode step h
 request, each with its own rank-16 adapter. The floor of a part is the larger of its bytes (weights,
 distinct adapters, keys and values) over the measured read bandwidth and its operations over the
 measured GEMM rate. Parts are timed with the operations called one by one; "whole step" is the
-engine's own step, in which they are one compiled call.
+engine's own step, in which they are one compiled call, and "bare" the same step without adapters:
+what is between them is what adapters cost as they are served. The two are measured in turns.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ class Clock:
         return call
 
 
-def run_timed(ours: Ours, jobs: list[throughput.Job], *, one_by_one: bool) -> Clock:
+def run_timed(
+    ours: Ours, jobs: list[throughput.Job], *, one_by_one: bool = False, adapters: bool = True
+) -> Clock:
     engine = ours.assembled.engine
     clock = Clock(engine, len(jobs))
     with ExitStack() as patched:
@@ -107,7 +110,7 @@ def run_timed(ours: Ours, jobs: list[throughput.Job], *, one_by_one: bool) -> Cl
             for name in PARTS:
                 wrapped = clock.around(name, getattr(decoder_module, name))
                 patched.enter_context(mock.patch.object(decoder_module, name, wrapped))
-        ours.run(jobs, with_adapters=True)
+        ours.run(jobs, with_adapters=adapters)
     return clock
 
 
@@ -118,12 +121,16 @@ def breakdown(ours: Ours, num: int, machine: dict[str, Any]) -> dict[str, Any]:
         throughput.Job(i, rng.integers(10, vocabulary, PROMPT).tolist(), NEW) for i in range(num)
     ]
     ours.run(jobs, with_adapters=True)
-    whole = run_timed(ours, jobs, one_by_one=False)
+    whole: list[float] = []
+    bare: list[float] = []
+    for adapters in (True, False, False, True) * 2:
+        (whole if adapters else bare).extend(run_timed(ours, jobs, adapters=adapters).steps)
     apart = run_timed(ours, jobs, one_by_one=True)
     median = statistics.median
     return {
         "rows": num,
-        "whole_step_ms": round(median(whole.steps), 2),
+        "whole_step_ms": round(median(whole), 2),
+        "bare_step_ms": round(median(bare), 2),
         "one_by_one_ms": round(median(apart.steps), 2),
         "parts_ms": {n: round(median(p[n] for p in apart.parts), 2) for n in PARTS},
         "floors_ms": {n: round(ms, 2) for n, ms in floors(num, PROMPT + NEW / 2, machine).items()},

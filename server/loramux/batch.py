@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loramux.request import Adapters, Request
 
 
 @dataclass(slots=True)
 class Row:
-    """``num_tokens`` tokens of ``request``, beginning at its ``num_computed``-th."""
+    """``num_tokens`` tokens of ``request``, beginning at its ``num_computed``-th. It ``samples``
+    when it reaches the request's last token, so that there is a next."""
 
     request: Request
     num_tokens: int
+    samples: bool = field(init=False)
 
-    @property
-    def samples(self) -> bool:
-        """True when the row reaches the request's last known token, so the next is sampled."""
+    def __post_init__(self) -> None:
         request = self.request
-        return (
-            request.num_computed + self.num_tokens == request.num_ids
-            and request.num_ids < request.max_ids
-        )
+        reached = request.num_computed + self.num_tokens
+        self.samples = reached == request.num_ids < request.max_ids
 
 
 @dataclass(slots=True)

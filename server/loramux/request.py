@@ -70,7 +70,8 @@ class Request:
     the frames ``page_table[:num_pages]``, of which the first ``num_shared`` are full and in the
     prefix cache. ``page_keys`` are the content keys of the first pages of ``ids``, as far as they
     were needed yet. A step computes some of ``ids[num_computed:num_ids]``; when it reaches the
-    end, one more id is sampled.
+    end, one more id is sampled. While that step is on its way the id counts already, but is not
+    known (``expects``).
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Request:
         self.ids[: self.num_prompt] = prompt_ids
         self.ids[self.num_prompt : self.num_ids] = output_ids
         self.num_computed = 0
+        self.expects = False
         self.page_table: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self.num_pages = 0
         self.num_shared = 0
@@ -134,10 +136,23 @@ class Request:
             and len(self.prompt_logprobs) < self.num_prompt
         )
 
-    def append(self, token_id: int) -> None:
-        """One more output."""
-        self.ids[self.num_ids] = token_id
+    @property
+    def is_ending(self) -> bool:
+        """Whatever the id is that it expects, it will be the last."""
+        return self.expects and self.num_ids == self.max_ids
+
+    def expect(self) -> None:
+        """One more output is on its way."""
         self.num_ids += 1
+        self.expects = True
+
+    def receive(self, token_id: int | None) -> None:
+        """It is ``token_id``; None: there is none after all."""
+        self.expects = False
+        if token_id is None:
+            self.num_ids -= 1
+        else:
+            self.ids[self.num_ids - 1] = token_id
 
     def add_frames(self, frames: Sequence[int]) -> None:
         """The next pages of KV live in ``frames``."""

@@ -113,6 +113,7 @@ class Bench:
         batch = self.scheduler.schedule()
         ran = {row.request.id: row.num_tokens for row in batch.rows} if batch else {}
         if batch is not None:
+            self.scheduler.launched(batch)
             sampled = [7 if row.samples else None for row in batch.rows]
             self.scheduler.commit(batch, sampled)
             for row in batch.rows:

@@ -22,6 +22,8 @@ SLACK = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
+OVERLAP = pytest.mark.parametrize("overlap", [False, True], ids=["", "overlapped"])
+
 SAMPLINGS: list[dict[str, Any]] = [
     {},
     {"temperature": 1.0, "seed": 5},
@@ -77,12 +79,19 @@ def compare(harness: Harness, adapters: dict[str, Path], batch: list[Job], alone
     harness.close()
 
 
+@OVERLAP
 @SLACK
 @given(seed=st.integers(0, 10**6), page=st.sampled_from([4, 8, 16]), chunk=st.integers(16, 40))
 def test_neighbours_pages_and_chunks(
-    llama: Path, adapters: dict[str, Path], alone: Any, seed: int, page: int, chunk: int
+    llama: Path,
+    adapters: dict[str, Path],
+    alone: Any,
+    overlap: bool,
+    seed: int,
+    page: int,
+    chunk: int,
 ) -> None:
-    harness = Harness(llama, page_tokens=page, max_batch_tokens=chunk)
+    harness = Harness(llama, page_tokens=page, max_batch_tokens=chunk, overlap=overlap)
     compare(harness, adapters, jobs(adapters, 7, seed), alone)
 
 
@@ -99,12 +108,13 @@ def test_prefix_hits(llama: Path, adapters: dict[str, Path], alone: Any, seed: i
     assert sum(step.stats.get("prefix_hits", 0) for step in harness.steps) >= before
 
 
+@OVERLAP
 @SLACK
 @given(data=st.data())
 def test_preemption_at_any_step(
-    llama: Path, adapters: dict[str, Path], alone: Any, data: st.DataObject
+    llama: Path, adapters: dict[str, Path], alone: Any, overlap: bool, data: st.DataObject
 ) -> None:
-    harness = Harness(llama, page_tokens=4)
+    harness = Harness(llama, page_tokens=4, overlap=overlap)
     batch = jobs(adapters, 6, data.draw(st.integers(0, 10**6)))
     names = [
         harness.submit(prompt, None if name is None else adapters[name], **knobs)
@@ -124,16 +134,18 @@ def test_preemption_at_any_step(
     harness.close()
 
 
+@OVERLAP
 @SLACK
 @given(seed=st.integers(0, 10**6), spare=st.integers(0, 12))
 def test_eviction_and_reload_in_a_pool_that_is_too_small(
-    llama: Path, adapters: dict[str, Path], alone: Any, seed: int, spare: int
+    llama: Path, adapters: dict[str, Path], alone: Any, overlap: bool, seed: int, spare: int
 ) -> None:
     batch = jobs(adapters, 10, seed)
     probe = Harness(llama, page_tokens=8, num_frames=4000)
     sizes = [probe.engine.residency.num_frames(probe.install(path)) for path in adapters.values()]
     probe.close()
-    harness = Harness(llama, page_tokens=8, num_frames=max(sizes) + 8 + spare)
+    frames = max(sizes) + 8 + spare
+    harness = Harness(llama, page_tokens=8, num_frames=frames, overlap=overlap)
     compare(harness, adapters, batch, alone)
 
 

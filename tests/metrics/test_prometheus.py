@@ -176,6 +176,7 @@ def test_totals(source: Source, exporter: Exporter) -> None:
                 loads=[AdapterLoad(digest(1), 0.5, 1000)],
                 evictions={"lru": 2},
                 phase_s={"forward": 0.25},
+                arrival_wait_s=0.125,
             )
         )
     watch.rejected("draining")
@@ -196,6 +197,7 @@ def test_totals(source: Source, exporter: Exporter) -> None:
         ("loramux_adapter_load_seconds_sum", 1.5),
         ("loramux_adapter_loads_total", 3),
         ("loramux_adapter_load_bytes_total", 3000),
+        ("loramux_adapter_arrival_wait_seconds_total", 0.375),
         ("loramux_engine_restarts_total", 1),
         ("loramux_unknown_fields_total", 4),
         ("loramux_disconnect_aborts_total", 1),

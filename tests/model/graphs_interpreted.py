@@ -86,7 +86,8 @@ def make(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     monkeypatch.setattr(graphs, "BUCKETS", (2, 4))
 
     def engine(recorder: Recorder | None) -> tuple[Harness, Spied]:
-        harness = Harness(model, page_tokens=4, max_batch_tokens=24)
+        overlap = recorder is not None  # as on a device
+        harness = Harness(model, page_tokens=4, max_batch_tokens=24, overlap=overlap)
         made.append(harness)
         return harness, Spied(harness, recorder)
 

@@ -31,6 +31,7 @@ it equals what the target draws (Gumbel coupling, arXiv 2408.07978).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,17 +85,27 @@ class Logprobs:
     top: Float64
 
 
-def draw(
-    logits: torch.Tensor, params: DrawParams, position: Int64
-) -> tuple[Int64, NDArray[np.bool_]]:
-    """Token ids [R] and bad flags [R] for ``logits`` float32 [R, V] at output ``position`` [R]."""
+Drawn = tuple[Int64, NDArray[np.bool_]]
+
+
+def start_draw(logits: torch.Tensor, params: DrawParams, position: Int64) -> Callable[[], Drawn]:
+    """Begin to draw from ``logits`` float32 [R, V] at output ``position`` [R].
+
+    What it returns waits for a device and gives token ids [R] and bad flags [R]; ``logits`` may be
+    changed by later operations before that."""
     if logits.is_cuda:
         from loramux_kernels.sampling import triton_draw
 
-        return triton_draw.draw(logits, params, position)
+        return triton_draw.start_draw(logits, params, position)
     from loramux_kernels.sampling import cpu
 
-    return cpu.draw(logits, params, position)
+    drawn = cpu.draw(logits, params, position)
+    return lambda: drawn
+
+
+def draw(logits: torch.Tensor, params: DrawParams, position: Int64) -> Drawn:
+    """:func:`start_draw`, and wait."""
+    return start_draw(logits, params, position)()
 
 
 def logprobs(logits: torch.Tensor, ids: Int64, counts: Int64) -> Logprobs:

@@ -8,15 +8,16 @@ comes over in one copy, the tokens go back in one, and only the wait for those i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
 from torch import Tensor
 
 from loramux_kernels.mirror import mirror
-from loramux_kernels.sampling import DrawParams, Int64
+from loramux_kernels.sampling import Drawn, DrawParams, Int64
 from loramux_kernels.sampling.reference import cut
 
 BLOCK = 1024
@@ -114,8 +115,8 @@ def _cuts(
     return cut_logit, cut_id
 
 
-def draw(logits: Tensor, params: DrawParams, position: Int64) -> tuple[Int64, NDArray[np.bool_]]:
-    """See ``loramux_kernels.sampling.draw``. Rows of ``logits`` are contiguous."""
+def start_draw(logits: Tensor, params: DrawParams, position: Int64) -> Callable[[], Drawn]:
+    """See ``loramux_kernels.sampling.start_draw``. Rows of ``logits`` are contiguous."""
     rows, vocab_size = logits.shape
     device = logits.device
     limited = (params.log_min_p > -np.inf) | (params.top_k > 0) | (params.top_p < 1)
@@ -161,18 +162,29 @@ def draw(logits: Tensor, params: DrawParams, position: Int64) -> tuple[Int64, ND
         WIDTH=triton.next_power_of_2(blocks),
         enable_fp_fusion=False,
     )
-    tokens = _fetched(token)
-    return tokens, tokens < 0
+    return _fetched(token)
 
 
-def _fetched(token: Tensor) -> Int64:
-    """``token`` on the host, waiting for it alone and not for what is queued behind it."""
+def draw(logits: Tensor, params: DrawParams, position: Int64) -> Drawn:
+    """See ``loramux_kernels.sampling.draw``."""
+    return start_draw(logits, params, position)()
+
+
+def _fetched(token: Tensor) -> Callable[[], Drawn]:
+    """``token`` on its way to the host; who wants it waits for it alone, and not for what is queued
+    behind it."""
     if not token.is_cuda:
-        return token.numpy()
+        tokens = token.numpy()
+        return lambda: (tokens, tokens < 0)
     there = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
     there.copy_(token, non_blocking=True)
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record()
-    copied.synchronize()
-    # Pinned memory goes back to torch's cache with the tensor: the ids outlive it.
-    return there.numpy().copy()
+
+    def result() -> Drawn:
+        copied.synchronize()
+        # Pinned memory goes back to torch's cache with the tensor: the ids outlive it.
+        tokens = there.numpy().copy()
+        return tokens, tokens < 0
+
+    return result

@@ -60,11 +60,14 @@ def assemble(
     epoch: int = 0,
     poison: bool = False,
     num_frames: int | None = None,
+    overlap: bool | None = None,
     progress: Progress | None = None,
 ) -> Assembled:
     """Build the engine of ``config``. Raises ConfigError naming what is wrong.
 
     ``poison`` fills freed frames with NaN and ``num_frames`` overrides --pool-memory: for tests.
+    ``overlap`` plans a step while the one before it is computed: by default where a device computes
+    by itself.
     ``progress`` hears (bytes read, bytes in all) while the weights load.
     """
     timer = _Stopwatch()
@@ -110,7 +113,9 @@ def assemble(
     timer.done("kernels")
     base = hashing.result()
     timer.done("fingerprint")
-    engine = _connect(config, epoch, arena, kv, table, decoder, sampler, base)
+    if overlap is None:
+        overlap = device.type == "cuda"
+    engine = _connect(config, epoch, arena, kv, table, decoder, sampler, base, overlap)
     timer.done("graphs")
     ready = Ready(
         engine_epoch=epoch,
@@ -163,6 +168,7 @@ def _connect(
     decoder: Decoder,
     sampler: Sampler,
     base: str,
+    overlap: bool,
 ) -> Engine:
     pool = Pool(arena.num_frames, arena.freed)
     store = _store(config, PackedFiles(config.data_dir, base), arena)
@@ -186,6 +192,7 @@ def _connect(
         runner=ModelRunner(decoder, kv, residency),
         sampler=sampler,
         epoch=epoch,
+        overlap=overlap,
     )
 
 

@@ -29,7 +29,8 @@ in it."""
 
 
 class Engine:
-    """One model, its pool, and the requests running on it."""
+    """One model, its pool, and the requests running on it. With ``overlap`` a step's results come
+    from the next call of ``step``."""
 
     def __init__(
         self,
@@ -41,11 +42,12 @@ class Engine:
         sampler: Sampler,
         epoch: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        overlap: bool = False,
     ) -> None:
         self.pool = pool
         self.residency = residency
         self.scheduler = scheduler
-        self._loop = StepLoop(scheduler, residency, runner, sampler, clock)
+        self._loop = StepLoop(scheduler, residency, runner, sampler, clock, overlap=overlap)
         self._sampler = sampler
         self._epoch = epoch
         self._clock = clock

@@ -57,7 +57,7 @@ class EngineProcess:
             self.step_began = time.monotonic()
             done = self._engine.step()
             self.step_began = None
-            busy = "batch_rows" in done.stats
+            busy = "batch_rows" in done.stats or bool(done.outputs)
             self._tell(done, busy)
 
     def _tell(self, done: StepDone, busy: bool) -> None:

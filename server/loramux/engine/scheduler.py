@@ -121,7 +121,7 @@ class Scheduler:
         for request in sorted(self.running, key=lambda r: r.num_pending > 1):
             if request.status is not Status.RUNNING:
                 continue  # preempted by a row before it
-            num_tokens = min(request.num_pending, budget)
+            num_tokens = 0 if request.is_ending else min(request.num_pending, budget)
             if num_tokens and self._grow(request, num_tokens):
                 rows.append(Row(request, num_tokens))
                 budget -= num_tokens
@@ -319,21 +319,31 @@ class Scheduler:
         newest = next(r for r in reversed(self.running) if r.fair_key == richest.fair_key)
         self._preempt(newest)
 
-    # -- after the step --------------------------------------------------------------------------
+    # -- during and after the step ---------------------------------------------------------------
 
-    def commit(self, batch: Batch, sampled: Sequence[int | None]) -> None:
-        """The batch was computed; ``sampled[i]`` is row i's new token, None if it samples none."""
-        for row, token_id in zip(batch.rows, sampled, strict=True):
+    def launched(self, batch: Batch) -> None:
+        """The batch is on its way: the next can be scheduled as if it had been computed."""
+        for row in batch.rows:
             request = row.request
             prompt_left = max(request.num_prompt - request.num_computed, 0)
+            self.waiting.charge(
+                request, inputs=min(prompt_left, row.num_tokens), outputs=row.samples
+            )
             request.num_computed += row.num_tokens
+            if row.samples:
+                request.expect()
+
+    def commit(self, batch: Batch, sampled: Sequence[int | None]) -> None:
+        """The batch was computed; ``sampled[i]`` is row i's new token, None if it has none.
+        Requests that ended meanwhile are not touched."""
+        for row, token_id in zip(batch.rows, sampled, strict=True):
+            request = row.request
+            if request.status is Status.DONE:
+                continue
+            if row.samples:
+                request.receive(token_id)
             if self._limits.prefix_caching:
                 self._cache_full_pages(request)
-            self.waiting.charge(
-                request, inputs=min(prompt_left, row.num_tokens), outputs=token_id is not None
-            )
-            if token_id is not None:
-                request.append(token_id)
 
     def _cache_full_pages(self, request: Request) -> None:
         full = request.num_computed // self._kv.page_tokens

@@ -1,4 +1,13 @@
-"""One step: schedule -> forward -> sample -> commit. Everything else is a detail of one of them."""
+"""One step: schedule -> forward -> sample -> commit. Everything else is a detail of one of them.
+
+Where a device computes by itself, a step stays on its way until the next one is planned:
+
+    device  |  forward, sample t  |   forward, sample t + 1  |
+    host       plan t + 1 | commit t, launch t + 1 | plan t + 2 |
+
+A plan takes every row that is on its way to go on. One that ends with the token it then gets is
+taken out of the plan again before that is launched, so nothing is ever computed in vain.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +21,8 @@ from loramux.adapters.residency import Residency
 from loramux.batch import Batch, Row
 from loramux.engine.scheduler import Counts, Scheduler
 from loramux.metrics.stats import StepStats
-from loramux.model.runner import ModelRunner, Scored
-from loramux.request import FinishReason, Request
+from loramux.model.runner import ModelRunner, Plan, Scored
+from loramux.request import FinishReason, Request, Status
 from loramux.sampling.logprobs import logprobs
 from loramux.sampling.sampler import Sampler, SampleResult
 from loramux.wire import Failed, Finished, Output
@@ -30,8 +39,18 @@ class Report:
     stats: StepStats = field(default_factory=StepStats)
 
 
+@dataclass(frozen=True)
+class Flight:
+    """A step that was launched: ``result`` waits for what its rows sampled."""
+
+    batch: Batch
+    result: Callable[[], SampleResult]
+    began: float
+
+
 class StepLoop:
-    """Steps a scheduler's requests through a model."""
+    """Steps a scheduler's requests through a model. ``overlap``: plan a step while the one before
+    it is computed; a step's results then come with the next call."""
 
     def __init__(
         self,
@@ -40,41 +59,71 @@ class StepLoop:
         runner: ModelRunner,
         sampler: Sampler,
         clock: Callable[[], float],
+        *,
+        overlap: bool = False,
     ) -> None:
         self._scheduler = scheduler
         self._residency = residency
         self._runner = runner
         self._sampler = sampler
         self._clock = clock
+        self._overlap = overlap
+        self._flight: Flight | None = None
 
     def step(self) -> Report:
-        """Run every row that can run once."""
+        """Launch every row that can run once, and commit what came of those before."""
         report = Report()
         timer = _PhaseTimer()
         self._residency.poll()
         self._expire(report)
         batch = self._scheduler.schedule()
+        plan = self._runner.plan(batch) if batch else None
         timer.done("schedule")
-        if batch is not None:
-            self._count(report.stats, batch)
-            scored = self._runner.forward(batch)
-            timer.done("forward")
-            result = self._sample(batch, scored)
-            timer.done("sample")
-            self._residency.pace.took(timer.phase_s["forward"] + timer.phase_s["sample"])
-            self._commit(batch, result, report)
-            timer.done("commit")
+        self._land(report, timer)
+        if plan := self._without_ended(plan):
+            self._launch(plan, report, timer)
+        if not self._overlap:
+            self._land(report, timer)
         self._report_failures(report)
         report.stats.phase_s = timer.phase_s
         return report
 
-    def _sample(self, batch: Batch, scored: Scored) -> SampleResult:
+    def _without_ended(self, plan: Plan | None) -> Plan | None:
+        """``plan``, or one without the rows that ended since it was made."""
+        if plan is None or all(row.request.status is Status.RUNNING for row in plan.batch.rows):
+            return plan
+        rows = [row for row in plan.batch.rows if row.request.status is Status.RUNNING]
+        return self._runner.plan(Batch.of(plan.batch.model_id, rows)) if rows else None
+
+    def _launch(self, plan: Plan, report: Report, timer: _PhaseTimer) -> None:
+        timer.done("schedule")
+        batch, began = plan.batch, time.perf_counter()
+        self._count(report.stats, batch)
+        scored = self._runner.forward(plan)
+        timer.done("forward")
+        result = self._sample(batch, scored)
+        timer.done("sample")
+        self._scheduler.launched(batch)
+        self._flight = Flight(batch, result, began)
+
+    def _sample(self, batch: Batch, scored: Scored) -> Callable[[], SampleResult]:
         """One token for each row that reached its last id; prompt log-probs on the way."""
         for index, line in scored.prompt:
             _collect_prompt_logprobs(batch.rows[index], scored.logits[line:])
         rows = [(row.request.id, row.request.num_outputs) for row in batch.rows if row.samples]
         logits = scored.logits[scored.sampling] if scored.prompt else scored.logits
-        return self._sampler.sample(logits, rows)
+        return self._sampler.start(logits, rows)
+
+    def _land(self, report: Report, timer: _PhaseTimer) -> None:
+        """Wait for the step that is on its way, and commit it."""
+        if (flight := self._flight) is None:
+            return
+        self._flight = None
+        result = flight.result()
+        timer.done("sample")
+        self._residency.pace.took(time.perf_counter() - flight.began)
+        self._commit(flight.batch, result, report)
+        timer.done("commit")
 
     def _commit(self, batch: Batch, result: SampleResult, report: Report) -> None:
         picks = iter(
@@ -89,6 +138,9 @@ class StepLoop:
                 continue
             request = row.request
             token_id, bad, logprob = next(picks)
+            if request.status is Status.DONE:  # it ended while its row was on its way
+                sampled.append(None)
+                continue
             if bad:
                 sampled.append(None)
                 broken.append(request)
@@ -97,7 +149,7 @@ class StepLoop:
             first = request.first_sampled is None
             if first:
                 request.first_sampled = now
-            output = Output(request.id, request.num_outputs, [token_id])
+            output = Output(request.id, request.num_outputs - 1, [token_id])
             if first:
                 output.started = _start(request)
             if logprob is not None:
@@ -115,6 +167,8 @@ class StepLoop:
         outputs = iter(list(report.outputs))
         for row, token_id in zip(batch.rows, sampled, strict=True):
             request = row.request
+            if request.status is Status.DONE:
+                continue
             if token_id is None:
                 # With max_tokens 0 only the prompt was asked for, and now it is computed.
                 if request.num_pending == 0 and request.num_ids == request.max_ids:
@@ -200,7 +254,7 @@ def _collect_prompt_logprobs(row: Row, logits: torch.Tensor) -> None:
 
 
 class _PhaseTimer:
-    """Wall-clock seconds between the calls of ``done``, by name."""
+    """Wall-clock seconds up to the calls of ``done``, by name."""
 
     def __init__(self) -> None:
         self.phase_s: dict[str, float] = {}
@@ -208,5 +262,5 @@ class _PhaseTimer:
 
     def done(self, phase: str) -> None:
         now = time.perf_counter()
-        self.phase_s[phase] = now - self._last
+        self.phase_s[phase] = self.phase_s.get(phase, 0.0) + now - self._last
         self._last = now

@@ -70,6 +70,7 @@ class Snapshot:
     adapter_loads: int = 0
     adapter_load_bytes: int = 0
     adapter_load_s: float = 0.0
+    arrival_wait_s: float = 0.0
     evictions: dict[str, int] = field(default_factory=dict)
     phase_s: dict[str, float] = field(default_factory=dict)
     finished: dict[str, int] = field(default_factory=dict)
@@ -167,6 +168,7 @@ class Observations:
             snapshot.adapter_loads += 1
             snapshot.adapter_load_bytes += load.num_bytes
             snapshot.adapter_load_s += load.seconds
+        snapshot.arrival_wait_s += stats.arrival_wait_s
         for reason, num in stats.evictions.items():
             _count(snapshot.evictions, reason, num)
         for phase, seconds in stats.phase_s.items():

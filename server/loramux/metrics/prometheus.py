@@ -62,6 +62,7 @@ class Snapshot(Protocol):
     preemptions: int
     adapter_loads: int
     adapter_load_bytes: int
+    arrival_wait_s: float
     evictions: dict[str, int]
     finished: dict[str, int]
     failed: dict[str, int]
@@ -366,6 +367,11 @@ class _SnapshotCollector(Collector):
             ),
             ("adapter_loads", "Adapters loaded into the pool", snapshot.adapter_loads),
             ("adapter_load_bytes", "Bytes of them", snapshot.adapter_load_bytes),
+            (
+                "adapter_arrival_wait_seconds",
+                "Time a device stood still in a step for adapters still arriving",
+                snapshot.arrival_wait_s,
+            ),
         ):
             yield CounterMetricFamily(f"loramux_{name}", about, value=value)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +28,17 @@ class Scored:
     """
 
     logits: torch.Tensor
+    sampling: npt.NDArray[np.int64]
+    prompt: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A batch, and all of its forward pass that does not depend on the ids: it can be made while
+    the step that finds those is computed."""
+
+    batch: Batch
+    step: StepArrays
     sampling: npt.NDArray[np.int64]
     prompt: list[tuple[int, int]]
 
@@ -57,8 +68,8 @@ class ModelRunner:
         on_device.prepare()
         self._on_device = on_device
 
-    def forward(self, batch: Batch) -> Scored:
-        """Compute the batch: its KV is in the pool afterwards."""
+    def plan(self, batch: Batch) -> Plan:
+        """Get ready to compute ``batch``."""
         rows = batch.rows
         counts = np.fromiter((row.num_tokens for row in rows), np.int64, len(rows))
         starts = np.fromiter((row.request.num_computed for row in rows), np.int64, len(rows))
@@ -66,21 +77,26 @@ class ModelRunner:
         np.cumsum(counts, out=row_start[1:])
         scored, sampling, prompt = _scored(rows, row_start)
         step = StepArrays(
-            token_ids=np.concatenate([_ids(row) for row in rows]),
+            token_ids=np.empty(row_start[-1], np.int64),
             positions=np.arange(row_start[-1]) + np.repeat(starts - row_start[:-1], counts),
             pages=self._pages(rows, row_start, starts + counts),
             runs=build_runs(rows, self._adapters.slot),
             scored=scored,
             alone=np.repeat(counts == 1, counts),
-            before_layer=self._adapters.before_layer(
-                ref.digest for row in rows for ref in row.request.adapters
-            ),
         )
+        return Plan(batch, step, sampling, prompt)
+
+    def forward(self, plan: Plan) -> Scored:
+        """Compute the batch, whose ids are all known: its KV is in the pool afterwards."""
+        rows = plan.batch.rows
+        np.concatenate([_ids(row) for row in rows], out=plan.step.token_ids)
+        digests = (ref.digest for row in rows for ref in row.request.adapters)
+        step = replace(plan.step, before_layer=self._adapters.before_layer(digests))
         if self._on_device is None:
             logits = self._decoder.forward(step.on_cpu())
         else:
             logits = self._on_device.forward(step)
-        return Scored(logits, sampling, prompt)
+        return Scored(logits, plan.sampling, plan.prompt)
 
     def _pages(
         self, rows: list[Row], row_start: npt.NDArray[np.int64], context: npt.NDArray[np.int64]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,29 +105,26 @@ class Sampler:
         del self._requests[request_id]
         self._batch = None
 
-    @torch.inference_mode()
     def sample(self, logits: Tensor, rows: Sequence[tuple[str, int]]) -> SampleResult:
-        """Draw one token per row of ``logits`` float32 [R, V], contiguous.
+        """:meth:`start`, and wait."""
+        return self.start(logits, rows)()
+
+    @torch.inference_mode()
+    def start(self, logits: Tensor, rows: Sequence[tuple[str, int]]) -> Callable[[], SampleResult]:
+        """Begin to draw one token per row of ``logits`` float32 [R, V], contiguous. What it returns
+        waits for a device and gives the result.
 
         ``rows`` [R] are (request id, output position); a request may have several. ``logits`` come
-        back as they were. A row's result depends on its own logits and request alone.
+        back as they were and must stay until the result is there. A row's result depends on its own
+        logits and request alone.
         """
         assert logits.dtype == torch.float32 and logits.is_contiguous(), logits.dtype
         assert logits.shape == (len(rows), self.vocab_size), logits.shape
         batch = self._batch_of([request_id for request_id, _ in rows])
         position = np.fromiter((at for _, at in rows), np.int64, len(rows))
         with edited(logits, _edits(batch, position)):
-            token_ids, bad = kernels.draw(logits, batch.draw, position)
-        results: list[TokenLogprob | None] = [None] * len(rows)
-        wanted = np.flatnonzero((batch.num_logprobs >= 0) & ~bad)
-        if len(wanted):
-            chosen = logits if len(wanted) == len(rows) else logits[torch.from_numpy(wanted)]
-            table = logprobs(
-                chosen, token_ids[wanted].tolist(), batch.num_logprobs[wanted].tolist()
-            )
-            for row, entry in zip(wanted.tolist(), table, strict=True):
-                results[row] = entry
-        return SampleResult(token_ids, bad, results)
+            drawn = kernels.start_draw(logits, batch.draw, position)
+        return lambda: _result(logits, batch.num_logprobs, *drawn())
 
     def warm_up(self) -> None:
         """Compile everything a step can need, so that no request waits for it."""
@@ -161,6 +158,24 @@ class Sampler:
         if self._batch is None or self._batch.request_ids != request_ids:
             self._batch = _build(request_ids, [self._requests[name] for name in request_ids])
         return self._batch
+
+
+@torch.inference_mode()
+def _result(
+    logits: Tensor,
+    num_logprobs: NDArray[np.int64],
+    token_ids: NDArray[np.int64],
+    bad: NDArray[np.bool_],
+) -> SampleResult:
+    """What was drawn, with the log-probabilities that were asked for."""
+    results: list[TokenLogprob | None] = [None] * len(token_ids)
+    wanted = np.flatnonzero((num_logprobs >= 0) & ~bad)
+    if len(wanted):
+        chosen = logits if len(wanted) == len(token_ids) else logits[torch.from_numpy(wanted)]
+        table = logprobs(chosen, token_ids[wanted].tolist(), num_logprobs[wanted].tolist())
+        for row, entry in zip(wanted.tolist(), table, strict=True):
+            results[row] = entry
+    return SampleResult(token_ids, bad, results)
 
 
 def _build(request_ids: list[str], requests: list[_Request]) -> _Batch:
