@@ -244,7 +244,7 @@ def draw_plot(cases: list[dict[str, Any]], where: Any, name: str) -> None:
                 ratios = [c["whole_ratio"] for c in mine]
                 axis.plot([c["rows"] for c in mine], ratios, marker="o", label=f"rank {rank}")
             axis.axhline(1, color="#444444", linewidth=0.8, linestyle="--")
-            axis.set(xscale="log", yscale="log", xlabel="rows", title=f"{count} adapters")
+            axis.set(xscale="log", yscale="log", xlabel="rows", title=f"adapters: {count}")
         axes[0].set_ylabel("time / roofline")
         axes[0].legend(frameon=False)
 
