@@ -11,8 +11,8 @@ is, for any number of rows and threads,
 
 Per panel of 32 columns: a block of weights (16 KiB) comes from memory once and stays in the first
 cache while tiles of twelve and eight rows (four where registers are narrow) use it. Meanwhile the
-lines of the next block are fetched into the second, a line for each step of the first two tiles,
-so that memory never waits for the multipliers.
+lines of the next block are fetched into the second, one or two for each step of the first tiles, so
+that memory never waits for the multipliers.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _twelve(load: Any) -> Any:
 
 
 def _eight(load: Any) -> Any:
-    """The same for a remainder that twelve rows do not divide."""
+    """The same for what twelve rows do not divide. It is often alone, so it fetches whole rows."""
 
     @inner
     def block(
@@ -158,6 +158,7 @@ def _eight(load: Any) -> Any:
             u = load(w, at + k * PANEL)
             v = load(w, at + k * PANEL + _HALF)
             simd.prefetch(w, ahead + k * PANEL)
+            simd.prefetch(w, ahead + k * PANEL + _HALF)
             s = _four_steps(s, x, s_rows, k, u, v)
             t = _four_steps(t, x, t_rows, k, u, v)
         _keep_four(sums, to, fresh, s)
