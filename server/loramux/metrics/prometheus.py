@@ -358,7 +358,7 @@ class _SnapshotCollector(Collector):
             for key, num in dict(counts).items():
                 family.add_metric([key], num)
             yield family
-        for name, about, value in (
+        for name, about, total in (
             ("engine_steps", "Steps done", snapshot.steps),
             (
                 "engine_restarts",
@@ -373,7 +373,7 @@ class _SnapshotCollector(Collector):
                 snapshot.arrival_wait_s,
             ),
         ):
-            yield CounterMetricFamily(f"loramux_{name}", about, value=value)
+            yield CounterMetricFamily(f"loramux_{name}", about, value=total)
 
     def _pool(self) -> Iterator[Metric]:
         snapshot = self._source.snapshot
