@@ -66,8 +66,7 @@ def assemble(
     """Build the engine of ``config``. Raises ConfigError naming what is wrong.
 
     ``poison`` fills freed frames with NaN and ``num_frames`` overrides --pool-memory: for tests.
-    ``overlap`` plans a step while the one before it is computed: by default where a device computes
-    by itself.
+    ``overlap`` plans a step while the one before it is computed: by default on a GPU.
     ``progress`` hears (bytes read, bytes in all) while the weights load.
     """
     timer = _Stopwatch()
@@ -113,8 +112,6 @@ def assemble(
     timer.done("kernels")
     base = hashing.result()
     timer.done("fingerprint")
-    if overlap is None:
-        overlap = device.type == "cuda"
     engine = _connect(config, epoch, arena, kv, table, decoder, sampler, base, overlap)
     timer.done("graphs")
     ready = Ready(
@@ -168,7 +165,7 @@ def _connect(
     decoder: Decoder,
     sampler: Sampler,
     base: str,
-    overlap: bool,
+    overlap: bool | None,
 ) -> Engine:
     pool = Pool(arena.num_frames, arena.freed)
     store = _store(config, PackedFiles(config.data_dir, base), arena)
@@ -192,7 +189,7 @@ def _connect(
         runner=ModelRunner(decoder, kv, residency),
         sampler=sampler,
         epoch=epoch,
-        overlap=overlap,
+        overlap=arena.data.is_cuda if overlap is None else overlap,
     )
 
 
