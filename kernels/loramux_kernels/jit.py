@@ -88,8 +88,10 @@ def _entry(signature: str, *, parallel: bool) -> Callable[[F], F]:
 
 # Counting who holds an array costs atomic operations, some twenty cycles each, at every call. What
 # is called by an entry borrows the entry's arrays for that time: it need not count, nor can it
-# make arrays of its own.
-_BORROWING = {"nogil": True, "error_model": "numpy", "_nrt": False}
+# make arrays of its own. Nobody calls it from Python: a wrapper that unpacks some twenty-five
+# arguments takes as long to compile as the function.
+_INNER = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_BORROWING = {**_INNER, "_nrt": False}
 
 
 def inner(function: F) -> F:
@@ -100,7 +102,7 @@ def inner(function: F) -> F:
 
 def counting(function: F) -> F:
     """The same for what makes arrays, or calls what makes them."""
-    compiled: F = numba.njit(nogil=True, error_model="numpy")(function)
+    compiled: F = numba.njit(**_INNER)(function)
     return compiled
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numba
 import numpy as np
@@ -17,7 +18,15 @@ from loramux_kernels.testing import assert_same
 
 ROWS = 520
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-WIDE_PANEL, NARROW_PANEL = (panel_with(simd.load, wide=wide) for wide in (True, False))
+
+
+def callable_panel(*, wide: bool) -> Any:
+    """A panel's work as Python may call it: it is compiled for compiled callers alone."""
+    panel = panel_with(simd.load, wide=wide)
+    return numba.njit(lambda *args: panel(*args))
+
+
+WIDE_PANEL, NARROW_PANEL = callable_panel(wide=True), callable_panel(wide=False)
 
 
 def numbers(*shape: int, seed: int) -> torch.Tensor:

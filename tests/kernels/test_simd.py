@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 
 from loramux_kernels import simd
-from loramux_kernels.jit import inner
 
 
-@inner
+@njit
 def widen_f16(out, half):  # type: ignore[no-untyped-def]
     for at in range(0, len(out), 16):
         simd.store(out, at, simd.load_f16(half, at))
 
 
-@inner
+@njit
 def widen_bf16(out, half):  # type: ignore[no-untyped-def]
     for at in range(0, len(out), 16):
         simd.store(out, at, simd.load_bf16(half, at))
 
 
-@inner
+@njit
 def exponential(out, x):  # type: ignore[no-untyped-def]
     for at in range(0, len(out), 16):
         simd.store(out, at, simd.exp(simd.load(x, at)))
 
 
-@inner
+@njit
 def copy_part(out, x, at, count):  # type: ignore[no-untyped-def]
     simd.store_part(out, at, simd.load_part(x, at, count), count)
 
 
-@inner
+@njit
 def total_of_part(x, count):  # type: ignore[no-untyped-def]
     return simd.total(simd.load_part(x, 0, count))
 
 
-@inner
+@njit
 def largest(x):  # type: ignore[no-untyped-def]
     return simd.largest(simd.load(x, 0))
 

@@ -230,7 +230,7 @@ def _attend_block(
         if first < last:
             s = simd.mul(scales, queries.score_one(q, places[n], pool, keys, dim))
             keep = _weigh(s, first, last, n, top, mass, weights, 0)
-            queries.add_one(acc, n * dim, keep, weights, 0, first, last, pool, values, dim)
+            queries.add_one(acc, n * dim, keep, weights, first, last, pool, values, dim)
         return
     s, t, u = queries.score_three(q, places[n], places[n + 1], places[n + 2], pool, keys, dim)
     s, t, u = simd.mul(scales, s), simd.mul(scales, t), simd.mul(scales, u)
@@ -246,7 +246,7 @@ def _attend_block(
         first, last = _span(tokens[n + i], base, window)
         if first < last:
             keep = _weigh(s, first, last, n + i, top, mass, weights, 0)
-            queries.add_one(acc, (n + i) * dim, keep, weights, 0, first, last, pool, values, dim)
+            queries.add_one(acc, (n + i) * dim, keep, weights, first, last, pool, values, dim)
         s, t = t, u
 
 

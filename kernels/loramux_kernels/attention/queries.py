@@ -111,14 +111,13 @@ def add_one(
     at: int,
     keep: Any,
     weights: Any,
-    own: int,
     first: int,
     last: int,
     pool: Any,
     values: Any,
     dim: int,
 ) -> None:
-    """``acc = keep * acc + sum_i weights[own + i] * values[i]``, i in order.
+    """``acc = keep * acc + sum_i weights[i] * values[i]``, i in order.
 
     Four neighbouring vectors at a time: a chain alone would wait for each multiply-add.
     """
@@ -130,7 +129,7 @@ def add_one(
         c = simd.mul(factor, simd.load(acc, at + d + 32))
         e = simd.mul(factor, simd.load(acc, at + d + 48))
         for i in range(first, last):
-            weight = simd.broadcast(weights, own + i)
+            weight = simd.broadcast(weights, i)
             value = values[i] + d
             a = simd.fma(weight, simd.load(pool, value), a)
             b = simd.fma(weight, simd.load(pool, value + 16), b)
@@ -145,7 +144,7 @@ def add_one(
         s = simd.mul(factor, simd.load_part(acc, at + d, left))
         for i in range(first, last):
             v = simd.load_part(pool, values[i] + d, left)
-            s = simd.fma(simd.broadcast(weights, own + i), v, s)
+            s = simd.fma(simd.broadcast(weights, i), v, s)
         simd.store_part(acc, at + d, s, left)
 
 

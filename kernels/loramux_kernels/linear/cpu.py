@@ -95,8 +95,9 @@ def _keep_four(sums: Any, to: int, fresh: bool, s: Any) -> None:
     _keep(sums, to + 3 * PANEL + _HALF, fresh, s[7])
 
 
-def _twelve(load: Any) -> Any:
-    """Twelve rows by 32 columns: 24 sums in the 32 registers of AVX-512."""
+def _wide(load: Any, *, twelve: bool) -> Any:
+    """Twelve rows by 32 columns: 24 sums in the 32 registers of AVX-512. Or eight, for what twelve
+    do not divide; those are often alone, so they fetch whole rows of the next block."""
 
     @inner
     def block(
@@ -124,45 +125,14 @@ def _twelve(load: Any) -> Any:
             simd.prefetch(w, ahead + k * PANEL)
             s = _four_steps(s, x, s_rows, k, u, v)
             t = _four_steps(t, x, t_rows, k, u, v)
-            r = _four_steps(r, x, r_rows, k, u, v)
+            if twelve:
+                r = _four_steps(r, x, r_rows, k, u, v)
+            else:
+                simd.prefetch(w, ahead + k * PANEL + _HALF)
         _keep_four(sums, to, fresh, s)
         _keep_four(sums, to + 4 * PANEL, fresh, t)
-        _keep_four(sums, to + 8 * PANEL, fresh, r)
-
-    return block
-
-
-def _eight(load: Any) -> Any:
-    """The same for what twelve rows do not divide. It is often alone, so it fetches whole rows."""
-
-    @inner
-    def block(
-        sums: Any,
-        to: int,
-        fresh: bool,
-        w: Any,
-        at: int,
-        ahead: int,
-        x: Any,
-        row: int,
-        last: int,
-        width_in: int,
-        begin: int,
-        count: int,
-    ) -> None:
-        zero = simd.splat(np.float32(0))
-        s = t = (zero, zero, zero, zero, zero, zero, zero, zero)
-        s_rows = _four(x, row, last, width_in, begin)
-        t_rows = _four(x, row + 4, last, width_in, begin)
-        for k in range(count):
-            u = load(w, at + k * PANEL)
-            v = load(w, at + k * PANEL + _HALF)
-            simd.prefetch(w, ahead + k * PANEL)
-            simd.prefetch(w, ahead + k * PANEL + _HALF)
-            s = _four_steps(s, x, s_rows, k, u, v)
-            t = _four_steps(t, x, t_rows, k, u, v)
-        _keep_four(sums, to, fresh, s)
-        _keep_four(sums, to + 4 * PANEL, fresh, t)
+        if twelve:
+            _keep_four(sums, to + 8 * PANEL, fresh, r)
 
     return block
 
@@ -239,7 +209,8 @@ def _room(rows: int) -> int:
 def panel_with(load: Any, *, wide: bool) -> Any:
     """The work on one panel of weights that ``load`` widens, with room for ``_room(rows)`` sums.
     All tiles give the same bits; beyond the last row they take the last row again."""
-    large, small = (_twelve(load), _eight(load)) if wide else (_narrow(load), _narrow(load))
+    large = _wide(load, twelve=True) if wide else _narrow(load)
+    small = _wide(load, twelve=False) if wide else large
     large_rows, small_rows = (12, 8) if wide else (4, 4)
 
     @inner
