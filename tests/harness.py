@@ -113,8 +113,7 @@ class Harness:
         """One step, its outputs appended where they belong; when nothing could run, sleep until a
         load has landed, as the server does."""
         done = self.engine.step()
-        idle = "batch_rows" not in done.stats and not done.outputs
-        if idle and self.engine.residency.num_loading:
+        if not done.moved and self.engine.residency.num_loading:
             self._loaded.wait(timeout=1)
         self._loaded.clear()
         self.steps.append(done)

@@ -148,6 +148,12 @@ class StepDone(msgspec.Struct, tag=True, kw_only=True):
     failed: list[Failed] = []
     stats: dict[str, Any] = {}
 
+    @property
+    def moved(self) -> bool:
+        """Something was launched or came to an end: the next step may find more to do. After
+        another only a message or a loaded adapter can bring work."""
+        return "batch_rows" in self.stats or bool(self.outputs or self.finished or self.failed)
+
 
 class Reply(msgspec.Struct, tag=True, kw_only=True):
     """The answer to one Command: ``payload`` on success, ``error`` (code, message) otherwise."""

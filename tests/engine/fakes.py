@@ -10,7 +10,7 @@ from loramux.engine.scheduler import Limits, Scheduler
 from loramux.memory.formats import KvFormat
 from loramux.memory.frames import Owner
 from loramux.memory.pool import Pool
-from loramux.request import AdapterRef, Request, SamplingParams
+from loramux.request import AdapterRef, Request, SamplingParams, Status
 
 KV = KvFormat(0, num_layers=1, num_kv_heads=1, head_dim=1, page_tokens=4, itemsize=4)
 
@@ -113,6 +113,9 @@ class Bench:
         batch = self.scheduler.schedule()
         ran = {row.request.id: row.num_tokens for row in batch.rows} if batch else {}
         if batch is not None:
+            assert len(ran) == len(batch.rows), "a request has two rows"
+            running = [row.request.status is Status.RUNNING for row in batch.rows]
+            assert all(running), "a row of a request that gave up its pages"
             self.scheduler.launched(batch)
             sampled = [7 if row.samples else None for row in batch.rows]
             self.scheduler.commit(batch, sampled)

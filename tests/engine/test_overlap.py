@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zmq
 from tests import tiny
 from tests.harness import Harness
 
+from loramux.engine.engine import Engine
+from loramux.engine.main import EngineProcess
 from loramux.model.runner import Plan, Scored
 from loramux.sampling.sampler import SampleResult
+from loramux.wire import StepDone
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [4], [20, 21], [30, 31, 32, 33]]
 
@@ -146,3 +150,48 @@ def test_a_broken_row_fails_its_request_alone(model: Path, monkeypatch: pytest.M
     assert harness.failed[bad].code == "numerical_error"
     assert harness.outputs[good] == expected
     harness.close()
+
+
+def test_the_process_does_not_sleep_while_a_request_waits(model: Path) -> None:
+    """A step that launched nothing may have ended a request whose place the next one takes."""
+    harness = Harness(model, overlap=True, max_num_seqs=1)
+    loop = harness.engine._loop
+    start = loop._sampler.start
+
+    def broken_for_the_first(*args: Any) -> Callable[[], SampleResult]:
+        def result(wait: Callable[[], SampleResult] = start(*args)) -> SampleResult:
+            sampled = wait()
+            sampled.bad[:] = not process.told
+            return sampled
+
+        return result
+
+    loop._sampler.start = broken_for_the_first  # type: ignore[method-assign]
+    names = [harness.submit(prompt, max_tokens=2) for prompt in PROMPTS[:2]]
+    process = Listening(harness.engine)
+    with pytest.raises(StopIteration):
+        process.run()
+    assert [failed.request_id for failed in process.told[0].failed] == names[:1]
+    assert [end.request_id for end in process.told[-1].finished] == names[1:]
+    assert len(process.slept) == 1, "only before the first step"
+    process._inbox.close()
+    harness.close()
+
+
+class Listening(EngineProcess):
+    """The engine's process without a front: what it says, and how it slept until all had ended."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine, zmq.Context.instance().socket(zmq.PAIR), epoch=1)
+        self.told: list[StepDone] = []
+        self.slept: list[float] = []
+
+    def _tell(self, done: StepDone) -> None:
+        if done.failed or done.finished:
+            self.told.append(done)
+
+    def _receive(self, wait_s: float) -> None:
+        if not self._engine.has_work:
+            raise StopIteration
+        if wait_s:
+            self.slept.append(wait_s)

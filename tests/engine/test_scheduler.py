@@ -143,6 +143,7 @@ def test_coming_back_from_idleness_gives_no_credit() -> None:
 
 
 def test_debt_makes_the_most_served_give_a_seat() -> None:
+    """Before the rows of a step are chosen: its pages are others' from then on."""
     bench = Bench(256, {"x": 1, "y": 1}, max_num_seqs=2, fairness_debt_tokens=20)
     for index in range(2):
         bench.add(f"x{index}", adapter="x", max_tokens=400)

@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loramux.model import decoder
 from loramux.model.architecture import read_architecture
 from loramux.model.loader import load_weights
+from loramux_kernels import dispatch
 from loramux_kernels.linear import Matrix
 from loramux_kernels.testing import counting
 from tests import tiny
@@ -173,6 +175,28 @@ def test_only_the_scored_rows_are_returned_in_the_order_asked(checkpoint: Checkp
         logits = model.decoder.forward(asked)
         assert logits.shape == (len(scored), tiny.VOCAB_SIZE)
         assert torch.equal(logits, expected[scored])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_a_half_precision_model_are_float32(
+    checkpoint: Checkpoint, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device: computed in the model's dtype, handed on in the sampler's."""
+    monkeypatch.setattr(decoder, "_layer_table", lambda *_: None)  # float32's alone
+    directory = checkpoint("llama")
+    architecture = read_architecture(directory)
+    weights = load_weights(directory, architecture, dtype=dtype, device=torch.device("cpu"))
+    with dispatch.using("reference"):
+        model = Paged(architecture, weights)
+        inputs = model.inputs([(Request(prompt(10)), 10)])
+        all_rows = model.decoder.forward(inputs).clone()
+        for scored in ([9], [3, 0, 9], []):
+            asked = dataclasses.replace(inputs, scored=torch.tensor(scored, dtype=torch.int64))
+            assert torch.equal(model.decoder.forward(asked), all_rows[scored])
+    assert all_rows.dtype == torch.float32
+    assert torch.equal(all_rows, all_rows.to(dtype).float())
+    exact = tiny.logits(directory, prompt(10))
+    assert (all_rows - exact).std() < exact.std() / 30
 
 
 @pytest.mark.parametrize("arch", tiny.ARCHS)

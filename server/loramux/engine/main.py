@@ -57,13 +57,13 @@ class EngineProcess:
             self.step_began = time.monotonic()
             done = self._engine.step()
             self.step_began = None
-            busy = "batch_rows" in done.stats or bool(done.outputs)
-            self._tell(done, busy)
+            busy = done.moved
+            self._tell(done)
 
-    def _tell(self, done: StepDone, busy: bool) -> None:
+    def _tell(self, done: StepDone) -> None:
         now = time.monotonic()
         lists = {"resident", "pinned", "waiting_adapters"}
-        news = busy or done.failed or lists & done.stats.keys()
+        news = done.moved or lists & done.stats.keys()
         if news or now - self._told >= STATS_EVERY_S:
             self._told = now
             self._inbox.send(encode(done))

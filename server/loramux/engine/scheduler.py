@@ -115,6 +115,7 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next step's batch; None when no request can run now."""
+        self._settle_debt()
         budget = self._limits.max_batch_tokens
         rows: list[Row] = []
         # Decodes first: a long prompt must not cost the others a token.
@@ -174,7 +175,6 @@ class Scheduler:
         admitted: list[Row] = []
         held: list[str] = []  # what those ahead in line wait for must not be evicted by the rest
         passed: list[Request] = []
-        self._settle_debt()
         with closing(self.waiting.walk()) as line:
             while self._has_room(budget) and len(passed) < LOOKAHEAD:
                 if (request := next(line, None)) is None:
