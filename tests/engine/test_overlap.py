@@ -159,7 +159,9 @@ def test_the_process_does_not_sleep_while_a_request_waits(model: Path) -> None:
     start = loop._sampler.start
 
     def broken_for_the_first(*args: Any) -> Callable[[], SampleResult]:
-        def result(wait: Callable[[], SampleResult] = start(*args)) -> SampleResult:
+        wait = start(*args)
+
+        def result() -> SampleResult:
             sampled = wait()
             sampled.bad[:] = not process.told
             return sampled
