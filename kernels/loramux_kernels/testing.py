@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from loramux_kernels import dispatch
-from loramux_kernels.lora.table import MODULES, SITES, AdapterTable
+from loramux_kernels.lora.table import MODULES, SITES, VECTORS, AdapterTable
 
 
 def integer_tensor(
@@ -59,11 +59,13 @@ def counting() -> Iterator[Counter[str]]:
 
 @dataclass(frozen=True)
 class Weights:
-    """One adapter as matrices: A [rank, in] and B [rank, out] by (layer, module index)."""
+    """One adapter as matrices: A [rank, in] and B [rank, out] by (layer, module index). And its
+    vectors, by (layer, module index, kind)."""
 
     matrices: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]
     scale: float
     dtype: torch.dtype
+    vectors: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
 
 
 def random_weights(
@@ -107,12 +109,12 @@ def make_resident(
         num_layers=num_layers, widths=widths, slice_bytes=slice_bytes, chunk=chunk, device=device
     )
     packed = [_pack(adapter, num_layers, chunk) for adapter in adapters]
-    counts = [-(-stream.nbytes // slice_bytes) for stream, _, _, _ in packed]
+    counts = [-(-stream.nbytes // slice_bytes) for stream, *_ in packed]
     total = sum(counts) + 4
     arena = torch.full((total * slice_bytes,), 255, dtype=torch.uint8)
     order = np.random.default_rng(seed).permutation(total).astype(np.int64) * slice_bytes
     slots = []
-    for adapter, count, (stream, a_offset, b_offset, rank) in zip(
+    for adapter, count, (stream, rank, offsets, vector_offset) in zip(
         adapters, counts, packed, strict=True
     ):
         slices, order = order[:count], order[count:]
@@ -123,11 +125,12 @@ def make_resident(
         slots.append(
             table.add(
                 slices=slices,
-                a_offset=a_offset,
-                b_offset=b_offset,
+                a_offset=offsets[0],
+                b_offset=offsets[1],
                 rank=rank,
                 scale=np.full(rank.shape, adapter.scale, dtype=np.float32),
                 dtype=adapter.dtype,
+                vector_offset=vector_offset,
             )
         )
     return arena.to(device), table, slots
@@ -135,19 +138,28 @@ def make_resident(
 
 def _pack(
     adapter: Weights, num_layers: int, chunk: int
-) -> tuple[torch.Tensor, npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+) -> tuple[torch.Tensor, npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The stream, ranks, offsets of A and of B, offsets of vectors."""
     offsets = np.zeros((2, num_layers, len(MODULES)), dtype=np.int64)
     rank = np.zeros((num_layers, len(MODULES)), dtype=np.int32)
+    vector_offset = np.full((num_layers, len(MODULES), len(VECTORS)), -1, np.int64)
     pieces: list[torch.Tensor] = []
     end = 0
+
+    def put(matrix: torch.Tensor) -> int:
+        nonlocal end
+        padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[-1] % chunk))
+        pieces.append(padded.reshape(-1))
+        end += padded.numel()
+        return end - padded.numel()
+
     for (layer, module), pair in adapter.matrices.items():
         rank[layer, module] = len(pair[0])
         for side, matrix in enumerate(pair):
-            offsets[side, layer, module] = end
-            padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % chunk))
-            pieces.append(padded.reshape(-1))
-            end += padded.numel()
-    return torch.cat(pieces), offsets[0], offsets[1], rank
+            offsets[side, layer, module] = put(matrix)
+    for place, vector in adapter.vectors.items():
+        vector_offset[place] = put(vector)
+    return torch.cat(pieces), rank, offsets, vector_offset
 
 
 def dense_lora(

@@ -25,6 +25,7 @@ class BaseDescription(msgspec.Struct, frozen=True, kw_only=True):
     """What the ingest process must know of the base model to validate and pack for it.
 
     ``widths[module] = (in_features, out_features)``; ``slice_bytes`` is the pool's slice.
+    ``directory`` holds the checkpoint; ``quantized``: it is served rounded.
     """
 
     fingerprint: str
@@ -32,6 +33,8 @@ class BaseDescription(msgspec.Struct, frozen=True, kw_only=True):
     widths: dict[str, tuple[int, int]]
     slice_bytes: int
     max_rank: int
+    directory: str = ""
+    quantized: bool = False
 
 
 class Submit(msgspec.Struct, tag=True, kw_only=True):

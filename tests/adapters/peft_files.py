@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from loramux.adapters.base_weights import Float32
+from loramux.adapters.canonical import CanonicalAdapter
+from loramux.adapters.formats import import_adapter
+from loramux.adapters.safetensors_file import FileTensor
 from loramux.wire import MODULES, BaseDescription
 
 DTYPE_NAMES = {"<f4": "F32", "<f2": "F16", "<u2": "BF16"}
@@ -39,6 +44,25 @@ def base_description(
         slice_bytes=page_tokens * 2 * kv * 4,
         max_rank=max_rank,
     )
+
+
+class NoWeights:
+    """A base without biases whose weights nobody asks for."""
+
+    def blocks(self, layer: int, module: str) -> Iterator[Float32]:
+        """Only formats defined on the base's weights read them."""
+        raise AssertionError(f"{module} of layer {layer} was read")
+
+    def bias(self, layer: int, module: str) -> Float32 | None:
+        """There is none."""
+        return None
+
+
+def import_files(
+    config: Mapping[str, Any], tensors: Mapping[str, FileTensor], base: BaseDescription
+) -> CanonicalAdapter:
+    """``import_adapter`` for formats that do not read the base."""
+    return import_adapter(config, tensors, base, NoWeights())
 
 
 def module_name(layer: int, module: str) -> str:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -50,6 +51,10 @@ def test_the_rate_follows_what_transfers_took() -> None:
     for _ in range(60):
         link.took(1000, 2.0)
     assert link.s_per_byte == pytest.approx(0.002, rel=1e-3)
+
+
+def no_vectors(layers: int) -> npt.NDArray[np.int64]:
+    return np.full((layers, 7, 3), -1, np.int64)
 
 
 def arrival(lands: Sequence[float], blocks: Sequence[int], holds: list[Any]) -> Arrival:
@@ -137,7 +142,8 @@ def test_where_each_layer_ends_in_the_stream() -> None:
             a_offset[layer, module], b_offset[layer, module] = end, end + 32
             end += 96
         ends.append(end)
-    layout = Layout("float32", 16, end, a_offset, b_offset, rank, rank.astype(np.float32))
+    scale = rank.astype(np.float32)
+    layout = Layout("float32", 16, end, a_offset, b_offset, rank, scale, no_vectors(5))
     assert layout.layer_ends().tolist() == ends
 
 
@@ -151,7 +157,8 @@ def packed(name: str) -> Any:
     rank = np.array([[size > 0] + [0] * 6 for size in sizes], np.int32)
     a_offset = np.zeros((4, 7), np.int64)
     a_offset[:, 0] = np.cumsum([0, *sizes[:-1]])
-    layout = Layout("float32", 16, 256, a_offset, a_offset, rank, rank.astype(np.float32))
+    scale = rank.astype(np.float32)
+    layout = Layout("float32", 16, 256, a_offset, a_offset, rank, scale, no_vectors(4))
     return SimpleNamespace(
         digest=name,
         num_bytes=layout.num_bytes,
@@ -159,7 +166,10 @@ def packed(name: str) -> Any:
         dtype="float32",
         num_slices=layout.num_slices,
         layer_ends=layout.layer_ends,
-        **{key: getattr(layout, key) for key in ("a_offset", "b_offset", "rank", "scale")},
+        **{
+            key: getattr(layout, key)
+            for key in ("a_offset", "b_offset", "rank", "scale", "vector_offset")
+        },
     )
 
 

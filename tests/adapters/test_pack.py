@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.adapters.peft_files import (
     base_description,
+    import_files,
     make_config,
     make_tensors,
     safetensors_bytes,
 )
 
 from loramux.adapters import pack
-from loramux.adapters.peft import import_lora
 from loramux.adapters.safetensors_file import read_tensors
 from loramux.errors import AdapterInvalid, ConfigError, LoramuxError, StorageFull
 
@@ -30,7 +30,7 @@ def pack_random(folder: Path, path: Path) -> None:
     base = base_description()
     (folder / "weights").write_bytes(safetensors_bytes(make_tensors(base)))
     with open(folder / "weights", "rb") as file:
-        pack.pack(import_lora(make_config(), read_tensors(file), base), base, DIGEST, path)
+        pack.pack(import_files(make_config(), read_tensors(file), base), base, DIGEST, path)
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_the_stream_does_not_depend_on_the_slice(
     path.write_bytes(safetensors_bytes(tensors))
     with open(path, "rb") as file:
         config = make_config(r=3, target_modules=["q_proj", "up_proj", "down_proj"])
-        adapter = import_lora(config, read_tensors(file), one)
+        adapter = import_files(config, read_tensors(file), one)
         a, b = pack.lay_out(adapter, one), pack.lay_out(adapter, two)
     assert a.num_elems == b.num_elems
     assert (a.a_offset == b.a_offset).all() and (a.b_offset == b.b_offset).all()

@@ -44,6 +44,7 @@ class Bench:
             b_offset=empty,
             rank=empty.astype(np.int32),
             scale=empty.astype(np.float32),
+            vector_offset=np.full((1, 7, 3), -1, np.int64),
             path=self.path,
             digest=DIGEST,
             fingerprint="f",

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from tests.adapters.peft_files import make_config, module_name
 
-from loramux.adapters.lora_config import Pattern, Targets, compile_key, read_config
+from loramux.adapters.formats.fields import Pattern, Targets, compile_key
+from loramux.adapters.formats.lora import LoraConfig
 from loramux.adapters.problems import Problems
 from loramux.wire import MODULES
 
@@ -84,7 +85,7 @@ def test_literal_keys_are_never_refused(key: str) -> None:
 @pytest.mark.parametrize("key", ["(q", "*", "(?=q)q", r"(q)\1", "q_prøj", "[z-a]", "a" * 300, "\n"])
 def test_keys_outside_the_common_language_are_refused_by_name(key: str) -> None:
     problems = Problems()
-    read_config(make_config(rank_pattern={key: 4}), problems)
+    LoraConfig(make_config(rank_pattern={key: 4}), problems, [])
     with pytest.raises(Exception, match="rank_pattern"):
         problems.raise_any()
 
@@ -112,8 +113,8 @@ def test_expressions_that_would_backtrack_for_ever_end_at_once() -> None:
 
 def test_target_expressions_are_not_run() -> None:
     problems = Problems()
-    config = read_config(
-        make_config(target_modules="(.+)+\\d", exclude_modules="(.+)+\\d"), problems
+    config = LoraConfig(
+        make_config(target_modules="(.+)+\\d", exclude_modules="(.+)+\\d"), problems, []
     )
     problems.raise_any()
     assert config.targets.selects(NAMES[0] * 5, 0)

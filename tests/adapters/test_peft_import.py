@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from tests.adapters.peft_files import (
     base_description,
+    import_files,
     make_config,
     make_tensors,
     module_name,
@@ -22,8 +23,8 @@ from tests.adapters.peft_models import load_peft_adapter, save_peft_adapter
 
 from loramux.adapters import pack
 from loramux.adapters.canonical import ITEMSIZE, STORAGE
+from loramux.adapters.formats import parse_config
 from loramux.adapters.pack import PackedAdapter
-from loramux.adapters.peft import import_lora, parse_config
 from loramux.adapters.safetensors_file import read_tensors
 from loramux.wire import MODULES, BaseDescription
 
@@ -36,7 +37,7 @@ def pack_folder(folder: Path, base: BaseDescription) -> tuple[PackedAdapter, tup
     config = parse_config((folder / "adapter_config.json").read_bytes())
     path = pack.packed_path(folder, DIGEST, base.fingerprint)
     with open(folder / "adapter_model.safetensors", "rb") as file:
-        adapter = import_lora(config, read_tensors(file), base)
+        adapter = import_files(config, read_tensors(file), base)
         layout = pack.pack(adapter, base, DIGEST, path)
     packed = pack.read_header(path)
     assert pack.verify_payload(packed)

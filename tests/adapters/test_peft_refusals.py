@@ -13,6 +13,7 @@ import pytest
 from tests.adapters.peft_files import (
     Tensors,
     base_description,
+    import_files,
     make_config,
     make_tensors,
     module_name,
@@ -21,7 +22,7 @@ from tests.adapters.peft_files import (
 )
 
 from loramux.adapters.canonical import CanonicalAdapter
-from loramux.adapters.peft import import_lora, parse_config
+from loramux.adapters.formats import parse_config
 from loramux.adapters.problems import MAX_LISTED
 from loramux.adapters.safetensors_file import BLOCK_BYTES, read_tensors
 from loramux.errors import AdapterInvalid
@@ -39,7 +40,7 @@ def do_import(
     path.write_bytes(safetensors_bytes(tensors))
     text = config if isinstance(config, bytes) else json.dumps(config).encode()
     with open(path, "rb") as file:
-        return import_lora(parse_config(text), read_tensors(file), base)
+        return import_files(parse_config(text), read_tensors(file), base)
 
 
 def refusal(
@@ -53,13 +54,14 @@ def refusal(
 
 
 BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
-    ({"peft_type": "IA3"}, "IA3"),
+    ({"peft_type": "LOHA"}, "convert_to_lora"),
+    ({"peft_type": ["LORA"]}, "peft_type"),
     ({"peft_type": None}, "peft_type"),
-    ({"bias": "all"}, "bias"),
-    ({"bias": "lora_only"}, "bias"),
-    ({"use_dora": True}, "use_dora"),
-    ({"lora_bias": True}, "lora_bias"),
-    ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+    ({"bias": "some"}, "bias"),
+    ({"use_dora": True}, "has no magnitude"),
+    ({"use_dora": 1}, "use_dora"),
+    ({"lora_bias": True}, "has no B bias"),
+    ({"use_dora": True, "lora_bias": True}, "together"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
     ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
@@ -405,7 +407,7 @@ def test_a_large_file_is_read_in_blocks(tmp_path: Path) -> None:
     try:
         with open(path, "rb") as file:
             config = make_config(r=16, target_modules=["q_proj"])
-            import_lora(config, read_tensors(file), base)
+            import_files(config, read_tensors(file), base)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -32,6 +32,7 @@ class FakePacked:
     b_offset: Any = None
     rank: Any = None
     scale: Any = None
+    vector_offset: Any = None
 
 
 @dataclass

@@ -29,7 +29,7 @@ NO_TORCH = [
     "loramux.batch",
     "loramux.engine.scheduler",
     "loramux.engine.policy",
-    "loramux.adapters.peft",
+    "loramux.adapters.formats",
     "loramux.adapters.registry",
     "loramux.adapters.blobs",
     "loramux.ingest.main",

@@ -118,6 +118,7 @@ class FakeAdapters:
         error = {"code": "rank_mismatch", "message": "2 problems", "problems": ["one", "two"]}
         self.put(row("shout", 3), row("shout", 2))
         self.put(row("whisper"))
+        self.put(row("lonely", report={"vectors": ["input_gain"]}))
         self.put(row("slow", status="validating"))
         self.put(row("broken", status="failed", error=error))
         self.put(row("alien", status="incompatible"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.http import wire
 from tests.http.conftest import Running, Start
@@ -237,3 +238,22 @@ def test_capacity(start: Start) -> None:
     server.front.info = None
     answer = server.http.get("/v1/capacity")
     assert refusal(answer, 503) and answer.headers["retry-after"]
+
+
+def test_several_adapters_at_once_and_a_scale_for_one(start: Start) -> None:
+    server = start()
+    shout, whisper = (server.front.adapters.show(name).digest for name in ("shout", "whisper"))
+    entries = [{"id": "shout", "scale": 0.1}, {"id": "whisper"}, {"id": "shout@2", "scale": -2}]
+    answer = server.complete(model="base", adapters=entries)
+    assert answer.status_code == 200 and answer.json()["model"] == "base"
+    older = server.front.adapters.show("shout@2").digest
+    label = f"{shout};scale=0.1, {whisper}, {older};scale=-2"
+    assert answer.headers["x-loramux-adapter"] == label
+    refs = server.front.specs[-1].adapters
+    assert [ref.digest for ref in refs] == [shout, whisper, older]
+    assert [ref.scale for ref in refs] == [float(np.float32(0.1)), 1.0, -2.0]
+    answer = server.complete(model="lonely", scale=0.5)
+    assert answer.headers["x-loramux-adapter"].endswith(";scale=0.5")
+    assert server.complete(model="base", adapters=[{"id": "lonely"}]).status_code == 200
+    missing = server.complete(model="base", adapters=[{"id": "shout"}, {"id": "nobody"}])
+    assert missing.status_code == 404

@@ -119,6 +119,22 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"adapter_id": "a b"}, "adapter_id"),
     ({"adapter_id": "shout", "model": "whisper"}, "adapter_id"),
     ({"adapter_id": 1}, "adapter_id"),
+    ({"scale": 1.0}, "scale"),
+    ({"scale": "1", "model": "shout"}, "scale"),
+    ({"scale": 100.5, "model": "shout"}, "scale"),
+    ({"scale": True, "model": "shout"}, "scale"),
+    ({"adapters": []}, "adapters"),
+    ({"adapters": "shout"}, "adapters"),
+    ({"adapters": ["shout"]}, "adapters[0]"),
+    ({"adapters": [{"id": "shout"}] * 9}, "adapters"),
+    ({"adapters": [{"scale": 1.0}]}, "adapters[0].id"),
+    ({"adapters": [{"id": "shout", "scale": -101}]}, "adapters[0].scale"),
+    ({"adapters": [{"id": "shout"}, {"id": "a b"}]}, "adapters[1].id"),
+    ({"adapters": [{"id": "base"}]}, "adapters[0].id"),
+    ({"adapters": [{"id": "shout"}, {"id": "lonely"}]}, "adapters[1].id"),
+    ({"adapters": [{"id": "shout"}], "model": "whisper"}, "model"),
+    ({"adapters": [{"id": "shout"}], "adapter_id": "shout"}, "adapters"),
+    ({"adapters": [{"id": "shout"}], "scale": 1.0}, "scale"),
 ]
 
 CHATS: list[tuple[dict[str, Any], str]] = [

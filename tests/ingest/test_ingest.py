@@ -222,7 +222,7 @@ def test_a_bug_of_ours_is_an_answer_too(tmp_path: Path, monkeypatch: pytest.Monk
     def broken(*args: object) -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr(ingest_job, "import_lora", broken)
+    monkeypatch.setattr(ingest_job, "import_adapter", broken)
     done = ingest_job.run(make_job(tmp_path, make_config(), GOOD), tmp_path)
     assert done.code == "internal_error" and len(done.problems) == 1
     assert "secret" not in done.problems[0]

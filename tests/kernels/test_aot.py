@@ -19,9 +19,11 @@ from triton.compiler import ASTSource
 
 from loramux_kernels.attention import gpu as attention
 from loramux_kernels.attention import pages
-from loramux_kernels.lora import SITES, one_row, tiles
+from loramux_kernels.lora import MODULES, SITES, one_row, tiles
 from loramux_kernels.lora.runs import ROW_BLOCK
+from loramux_kernels.lora.table import GAIN, INPUT_GAIN, SHIFT, VECTORS
 from loramux_kernels.lora.work import RANK_TILE
+from loramux_kernels.modulate import gpu as modulate
 from loramux_kernels.norm import gpu as norm
 from loramux_kernels.tuning import Launch, Table, table_named
 
@@ -67,6 +69,7 @@ which sm_80 has no registers for (584 bytes spilled). Decodes are not concerned.
 
 TABLES = {
     **dict.fromkeys(("slices", "list_start", "a_offset", "b_offset", "h_start"), "*i64"),
+    "vector_offset": "*i64",
     **dict.fromkeys(("pages", "page_start", "layer_start", "positions"), "*i64"),
     **dict.fromkeys(("h", "parts", "cos", "sin", "request_scale"), "*fp32"),
     **dict.fromkeys(("eps", "scale"), "fp32"),
@@ -110,7 +113,8 @@ def compile_for(
             signature[name] = f"*{dtype}"
         else:
             signature[name] = TABLES.get(name, "*i32")
-    if kernel in (one_row.shrink_rows_kernel, tiles.shrink_tiles_kernel):
+    scaled = (one_row.shrink_rows_kernel, tiles.shrink_tiles_kernel, modulate.modulate_kernel)
+    if kernel in scaled:
         signature["scale"] = "*fp32"
     # What a launch finds out by itself: tensors start at multiples of 16 bytes.
     aligned = {
@@ -230,6 +234,27 @@ def norm_kernels(shape: Shape, tuned: Table, capability: int) -> Iterator[Built]
     yield compile_for(norm.silu_mul_kernel, capability, shape.dtype, launch, BLOCK=launch.block)
 
 
+def modulate_kernels(shape: Shape, capability: int) -> Iterator[Built]:
+    for width, gain, shift in ((shape.inter, GAIN, SHIFT), (shape.hidden, INPUT_GAIN, -1)):
+        yield compile_for(
+            modulate.modulate_kernel,
+            capability,
+            shape.dtype,
+            modulate.LAUNCH,
+            LAYERS=shape.layers,
+            MODULES=len(MODULES),
+            KINDS=len(VECTORS),
+            MODULE=0,
+            GAIN=gain,
+            SHIFT=shift,
+            ROW_WIDTH=width,
+            FIRST_COLUMN=0,
+            WIDTH=width,
+            SLICE_BYTES=shape.slice_bytes,
+            CHUNK=shape.chunk,
+        )
+
+
 def check(built: Iterator[Built], capability: int) -> None:
     """Every kernel within its budget; the table of what they take is part of a failure."""
     found = list(built)
@@ -275,3 +300,4 @@ def test_every_kernel_keeps_its_budget(shape: str, capability: int) -> None:
         else:
             check(built, capability)
     check(norm_kernels(SHAPES[shape], tuned, capability), capability)
+    check(modulate_kernels(SHAPES[shape], capability), capability)

@@ -9,6 +9,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from tests.kernels import test_modulate
 
 from loramux_kernels import dispatch, norm
 from loramux_kernels.attention import Pages, paged_attention, rope_store
@@ -88,6 +89,11 @@ def test_lora_equals_the_reference_exactly(batch: int, site: str) -> None:
         add_lora(y, x, **args)
     assert_same(y, expected)
     assert set(calls.values()) == {1}
+
+
+@pytest.mark.parametrize("slice_bytes", [64, 320])
+def test_gains_and_shifts_are_exact(slice_bytes: int) -> None:
+    test_modulate.check("gpu", slice_bytes, DEVICE)
 
 
 def test_a_lone_row_keeps_its_bits_whoever_wears_its_adapter() -> None:

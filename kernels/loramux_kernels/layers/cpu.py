@@ -21,13 +21,15 @@ from loramux_kernels.linear import cpu as linear
 from loramux_kernels.linear.matrix import DTYPES, PANEL
 from loramux_kernels.lora import cpu as lora
 from loramux_kernels.lora.runs import Runs
-from loramux_kernels.lora.table import SITES, AdapterTable
+from loramux_kernels.lora.table import GAIN, INPUT_GAIN, SHIFT, SITES, AdapterTable
+from loramux_kernels.modulate import cpu as modulation
 from loramux_kernels.norm import cpu as norm
 
 _QKV, _O, _GATE_UP, _DOWN = range(len(SITES))
 _INPUT_NORM, _POST_NORM, _Q_NORM, _K_NORM, _BIASES = Vector
 
 _add_lora: Any = lora.add_lora_at  # mypy counts no starred operands
+_modulate: Any = modulation.modulate_at
 _ITEMSIZES = tuple(dtype.itemsize for dtype in DTYPES)
 
 
@@ -82,6 +84,7 @@ def run_layers(
         table.b_offset,
         table.rank,
         table.scale,
+        table.vector_offset,
         table.in_width,
         table.out_width,
         runs.row_start,
@@ -95,6 +98,7 @@ def run_layers(
         runs.run_block,
         runs.run_block_row,
         runs.top_ranks(table),
+        runs.modulated(table),
         numba.get_num_threads(),
     )
 
@@ -132,11 +136,21 @@ def _site(
     table: Any,
     widths: Any,
     runs: Any,
+    vector_offset: Any,
     top_ranks: Any,
+    modulated: Any,
     threads: int,
 ) -> None:
     """The base's raw ``W x``, then each row's adapters, then the bias."""
+    slices, slice_bytes, _, list_start, *_ = table
+    where = (slices, slice_bytes, list_start, vector_offset, layer, first_module, num_modules)
+    row_start, entry_start, slot, scale, *_, run_block, run_block_row = runs
+    who = (row_start, entry_start, slot, scale, run_block, run_block_row, threads)
+    if modulated[layer, site, 1]:
+        _modulate(x, arena, *where, widths[0], INPUT_GAIN, -1, *who)
     _project(out, x, matrices[layer, site], scales[layer, site], dtypes[layer, site])
+    if modulated[layer, site, 0]:
+        _modulate(out, arena, *where, widths[1], GAIN, SHIFT, *who)
     if top_ranks[layer, site] > 0:
         _add_lora(
             out,
@@ -163,9 +177,10 @@ def _site(
     " int64[:,:,::1], int32[::1], int32[::1], int32[::1], int32[::1], int32[::1],"
     " int64, int64, int64,"
     " int64[::1], int64, int64, int64[::1], int32[::1],"
-    " int64[:,:,::1], int64[:,:,::1], int32[:,:,::1], float32[:,:,::1], int64[::1], int64[::1],"
+    " int64[:,:,::1], int64[:,:,::1], int32[:,:,::1], float32[:,:,::1], int64[:,:,:,::1],"
+    " int64[::1], int64[::1],"
     " int32[::1], int32[::1], int32[::1], float32[::1], int32[::1], int32[::1],"
-    " int32[::1], int32[::1], int32[::1], int32[::1], int64[:,::1], int64)"
+    " int32[::1], int32[::1], int32[::1], int32[::1], int64[:,::1], boolean[:,:,::1], int64)"
 )
 def _run_layers(
     residual: Any,
@@ -205,6 +220,7 @@ def _run_layers(
     b_offset: Any,
     rank: Any,
     adapter_scale: Any,
+    vector_offset: Any,
     in_width: Any,
     out_width: Any,
     row_start: Any,
@@ -218,6 +234,7 @@ def _run_layers(
     run_block: Any,
     run_block_row: Any,
     top_ranks: Any,
+    modulated: Any,
     threads: int,
 ) -> None:
     width = hidden.shape[1]
@@ -245,7 +262,8 @@ def _run_layers(
         run_block,
         run_block_row,
     )
-    rest = (matrices, scales, dtypes, vectors, arena, table, widths, runs, top_ranks, threads)
+    adapters = (arena, table, widths, runs, vector_offset, top_ranks, modulated, threads)
+    rest = (matrices, scales, dtypes, vectors, *adapters)
     for layer in range(len(windows)):
         input_norm = simd.floats(vectors[layer, _INPUT_NORM], width)
         norm.add_rms_norm_rows(normed, residual, hidden, input_norm, eps)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from loramux_kernels.blocks import row_blocks
-from loramux_kernels.lora.table import SITES, AdapterTable
+from loramux_kernels.lora.table import GAIN, INPUT_GAIN, SHIFT, SITES, AdapterTable
 
 if TYPE_CHECKING:
     from loramux_kernels.lora.work import LoraWork
@@ -44,6 +44,7 @@ class Runs:
     run_block: npt.NDArray[np.int32] = field(init=False)
     run_block_row: npt.NDArray[np.int32] = field(init=False)
     _top_ranks: list[npt.NDArray[np.int64]] = field(default_factory=list, init=False, repr=False)
+    _modulated: list[npt.NDArray[np.bool_]] = field(default_factory=list, init=False, repr=False)
     _on_device: list[tuple[LoraWork, dict[str, torch.Tensor]]] = field(
         default_factory=list, init=False, repr=False
     )
@@ -89,6 +90,17 @@ class Runs:
         launch (``bind`` without arrays) reaches every site: its replays may."""
         recorded = self._on_device and not self._on_device[0][0].arrays
         return bool(recorded) or self.top_rank(table, layer, site) > 0
+
+    def modulated(self, table: AdapterTable) -> npt.NDArray[np.bool_]:
+        """``[layers, 4, 2]``: whether any entry has vectors on the outputs (0), on the inputs (1)
+        of a layer's site."""
+        if not self._modulated:
+            last = table.vector_offset[self.slot].max(axis=0, initial=-1)
+            outputs = np.maximum(last[..., GAIN], last[..., SHIFT])
+            both = np.stack([outputs, last[..., INPUT_GAIN]], axis=-1) >= 0
+            sites = [both[:, list(modules)].any(axis=1) for modules in SITES.values()]
+            self._modulated.append(np.stack(sites, axis=1))
+        return self._modulated[0]
 
     def bind(self, work: LoraWork, tensors: dict[str, torch.Tensor]) -> None:
         """``tensors`` are the arrays of ``work``, this step's, as a device sees them."""

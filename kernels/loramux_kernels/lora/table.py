@@ -17,11 +17,15 @@ SITES: dict[str, tuple[int, ...]] = {"qkv": (0, 1, 2), "o": (3,), "gate_up": (4,
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Adapter dtypes; a slot stores the index."""
 
+GAIN, SHIFT, INPUT_GAIN = VECTORS = range(3)
+"""Vectors a module may have beside its pair, see :mod:`loramux_kernels.modulate`."""
+
 _ROWS: dict[str, type[np.generic]] = {
     "a_offset": np.int64,
     "b_offset": np.int64,
     "rank": np.int32,
     "scale": np.float32,
+    "vector_offset": np.int64,
 }
 
 
@@ -32,11 +36,14 @@ class AdapterTable:
     element e is at byte ``slices[e // n] + (e % n) * itemsize``, ``n = slice_bytes // itemsize``.
     ``a_offset`` and ``b_offset`` count elements of the stream. A is ``rank`` vectors of the
     module's in width, B ``rank`` vectors of its out width, each padded with zeros to a multiple
-    of ``chunk``. Rank 0 means the module is absent.
+    of ``chunk``. Rank 0 means there is no pair. An fp32 adapter may have vectors, padded alike:
+    ``vector_offset`` says where the GAIN and the SHIFT (of the out width) and the INPUT_GAIN (of
+    the in width) begin, -1 where there is none.
 
     Arrays, indexed by slot: ``a_offset``, ``b_offset``, ``rank``, ``scale`` [slots, layers, 7],
-    ``dtype`` (index into DTYPES) and ``list_start`` [slots]; the slice list of a slot begins at
-    ``slices[list_start[slot]]``. ``tensors`` holds the same arrays on ``device``.
+    ``vector_offset`` [slots, layers, 7, 3], ``dtype`` (index into DTYPES) and ``list_start``
+    [slots]; the slice list of a slot begins at ``slices[list_start[slot]]``. ``tensors`` holds the
+    same arrays on ``device``.
     """
 
     def __init__(
@@ -75,6 +82,9 @@ class AdapterTable:
         self.b_offset: npt.NDArray[np.int64] = np.zeros((0, num_layers, 7), dtype=np.int64)
         self.rank: npt.NDArray[np.int32] = np.zeros((0, num_layers, 7), dtype=np.int32)
         self.scale: npt.NDArray[np.float32] = np.zeros((0, num_layers, 7), dtype=np.float32)
+        self.vector_offset: npt.NDArray[np.int64] = np.zeros(
+            (0, num_layers, 7, len(VECTORS)), dtype=np.int64
+        )
         self.tensors: dict[str, torch.Tensor] = {
             "out_width": torch.from_numpy(self.out_width).to(self.device)
         }
@@ -90,15 +100,19 @@ class AdapterTable:
         rank: npt.NDArray[np.int32],
         scale: npt.NDArray[np.float32],
         dtype: torch.dtype,
+        vector_offset: npt.NDArray[np.int64] | None = None,
     ) -> int:
         """Make an adapter known and return its slot. ``slices`` are byte offsets into the arena;
-        the other arrays are [layers, 7]. ValueError when an array is off or a matrix would lie
-        outside the stream."""
+        the other arrays are [layers, 7], ``vector_offset`` [layers, 7, 3]. ValueError when an array
+        is off or a matrix or vector would lie outside the stream."""
+        if vector_offset is None:
+            vector_offset = np.full((*rank.shape, len(VECTORS)), -1, np.int64)
         row: dict[str, npt.NDArray[Any]] = {
             "a_offset": a_offset,
             "b_offset": b_offset,
             "rank": rank,
             "scale": scale,
+            "vector_offset": vector_offset,
         }
         self._check(slices, row, dtype)
         start = self._place(len(slices))
@@ -140,10 +154,11 @@ class AdapterTable:
         if dtype not in DTYPES:
             raise ValueError(f"AdapterTable.add: dtype {dtype} is not fp32, fp16 or bf16")
         for name, values in row.items():
-            if values.shape != (self.num_layers, 7) or values.dtype != _ROWS[name]:
+            shape = getattr(self, name).shape[1:]
+            if values.shape != shape or values.dtype != _ROWS[name]:
                 raise ValueError(
-                    f"AdapterTable.add: {name} must be {_ROWS[name].__name__} "
-                    f"[{self.num_layers}, 7], got {values.dtype} {list(values.shape)}"
+                    f"AdapterTable.add: {name} must be {_ROWS[name].__name__} {list(shape)}, "
+                    f"got {values.dtype} {list(values.shape)}"
                 )
         if slices.ndim != 1 or slices.dtype != np.int64:
             raise ValueError("AdapterTable.add: slices must be a 1-D int64 array")
@@ -163,6 +178,24 @@ class AdapterTable:
                     f"AdapterTable.add: {name} of layer {layer} {MODULES[module]} lies outside "
                     f"the stream of {elements} elements or off a chunk of {self.chunk}"
                 )
+
+        self._check_vectors(row["vector_offset"], elements, dtype)
+
+    def _check_vectors(
+        self, offset: npt.NDArray[np.int64], elements: int, dtype: torch.dtype
+    ) -> None:
+        present = offset >= 0
+        if present.any() and dtype != torch.float32:
+            raise ValueError("AdapterTable.add: an adapter with vectors must be fp32")
+        width = np.stack([self.out_width, self.out_width, self.in_width], axis=1)
+        padded = -(-width // self.chunk) * self.chunk
+        bad = present & ((offset % self.chunk != 0) | (offset + padded > elements))
+        if bad.any():
+            layer, module = (int(i[0]) for i in np.nonzero(bad)[:2])
+            raise ValueError(
+                f"AdapterTable.add: a vector of layer {layer} {MODULES[module]} lies outside "
+                f"the stream of {elements} elements or off a chunk of {self.chunk}"
+            )
 
     def _place(self, length: int) -> int:
         """First gap of ``length`` in ``slices``, which grows when there is none."""

@@ -1,13 +1,15 @@
 """What an adapter is once its file format is forgotten.
 
-Today: low-rank pairs, ``y += scale * B (A x)``, one per adapted (layer, module). The matrices are
-views of the uploaded file, read when they are packed. Formats with more to say than pairs will add
-optional vectors beside ``pairs``.
+Low-rank pairs, ``y += scale * B (A x)``, at most one per (layer, module), and vectors beside them:
+
+    x' = (1 + input_gain) * x        y = (1 + gain) * (W x') + shift + b_base + scale * B (A x')
+
+Matrices of the uploaded file are read when they are packed, others are computed then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -68,13 +70,49 @@ class LoraPair:
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """A float32 matrix made from others when it is read: ``compute`` gives [rows, columns]."""
+
+    shape: tuple[int, ...]
+    compute: Callable[[], npt.NDArray[np.float32]]
+
+    @property
+    def dtype(self) -> Dtype:
+        return "float32"
+
+    def read(self) -> Array:
+        """See Matrix."""
+        return self.compute()
+
+    def blocks(self) -> Iterator[Array]:
+        """See Matrix; one piece."""
+        yield self.compute().reshape(-1)
+
+
+VectorKind = Literal["gain", "shift", "input_gain"]
+VECTOR_KINDS: tuple[VectorKind, ...] = ("gain", "shift", "input_gain")
+"""In the order of the kernels' GAIN, SHIFT, INPUT_GAIN."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleVector:
+    """One of the vectors of a module: ``gain`` and ``shift`` [out], ``input_gain`` [in]."""
+
+    layer: int
+    module: str
+    kind: VectorKind
+    values: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class CanonicalAdapter:
     """An adapter validated against one base. ``pairs`` are ordered by layer, then as MODULES.
 
-    ``dtype`` holds every matrix exactly: the one they share, else float32. ``warnings`` are for
-    the uploader: things that are legal and perhaps not meant.
+    ``dtype`` holds every matrix exactly: the one they share, else float32; float32 when there are
+    ``vectors``. ``warnings`` are for the uploader: things that are legal and perhaps not meant.
     """
 
     dtype: Dtype
     pairs: tuple[LoraPair, ...]
+    vectors: tuple[ModuleVector, ...] = ()
     warnings: tuple[str, ...] = ()

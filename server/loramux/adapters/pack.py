@@ -11,8 +11,8 @@
 Matrices are rank-major: A is r vectors of ``in`` elements (as in the file), B is r vectors of
 ``out`` (transposed from the file's [out, r]). A vector takes its width rounded up to whole chunks,
 the rest being zero; vectors follow each other without gaps. Layers come in order, and within one
-the order of use: A of q, k, v, B of q, k, v, A and B of o, A of gate, up, B of gate, up, A and B of
-down. So a layer can run once the slices up to its end are there.
+the order of use: input gains, A, gains, shifts and B of q, k, v, then those of o, of gate and up,
+of down. So a layer can run once the slices up to its end are there.
 
 The packed form is derived: (digest, base, importer version) name it, and it is made again when it
 is missing. It depends on the widths of the base but not on the size of a slice: when one chunk
@@ -29,6 +29,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -44,23 +45,25 @@ from loramux.adapters.blobs import (
 from loramux.adapters.canonical import (
     ITEMSIZE,
     STORAGE,
+    VECTOR_KINDS,
     Array,
     CanonicalAdapter,
     Dtype,
     Matrix,
+    VectorKind,
     widen,
 )
 from loramux.errors import AdapterInvalid, ConfigError
 from loramux.wire import MODULES, BaseDescription
 
-IMPORTER_VERSION = 2
+IMPORTER_VERSION = 3
 """Raise it whenever import or packing would turn the same upload into other bytes."""
 MIN_CHUNK, MAX_CHUNK = 16, 128
 SITES = ((0, 1, 2), (3,), (4, 5), (6,))
 """Modules (indices of MODULES) that read the same input, in the order a layer runs them."""
 
 _MAGIC = b"loramux\x00"
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 _PREFIX = struct.Struct("<8sII32s")
 _ALIGN = 4096
 _SECTOR = 4096
@@ -74,9 +77,10 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where everything is in a stream, in elements. Tables are [num_layers, len(MODULES)].
+    """Where everything is in a stream, in elements. Tables are [num_layers, len(MODULES)], and
+    ``vector_offset`` has an axis more: VECTOR_KINDS.
 
-    A module that is not adapted has rank 0, scale 0 and offsets 0.
+    A module without a pair has rank 0, scale 0 and offsets 0; a vector that is not there has -1.
     """
 
     dtype: Dtype
@@ -86,6 +90,7 @@ class Layout:
     b_offset: Int64
     rank: Int32
     scale: Float32
+    vector_offset: Int64
 
     @property
     def num_layers(self) -> int:
@@ -104,8 +109,10 @@ class Layout:
 
     def layer_ends(self) -> Int64:
         """So many elements from the stream's beginning do layers 0 to l need: [num_layers]."""
-        # A layer begins with its first A: the next one that there is ends all before it.
-        starts = np.where(self.rank > 0, self.a_offset, self.num_elems).min(axis=1)
+        # A layer begins with the first thing it has: the next layer's first ends all before it.
+        vectors = np.where(self.vector_offset >= 0, self.vector_offset, self.num_elems)
+        pairs = np.where(self.rank > 0, self.a_offset, self.num_elems)
+        starts = np.minimum(pairs.min(axis=1), vectors.min(axis=(1, 2)))
         later = np.append(starts[1:], self.num_elems)
         return np.minimum.accumulate(later[::-1])[::-1]
 
@@ -145,6 +152,7 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
     b_offset: bytes
     rank: bytes
     scale: bytes
+    vector_offset: bytes
     payload_sum: str
 
 
@@ -220,16 +228,23 @@ def lay_out(adapter: CanonicalAdapter, base: BaseDescription) -> Layout:
     shape = (base.num_layers, len(MODULES))
     a_offset, b_offset = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     rank, scale = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    vector_offset = np.full((*shape, len(VECTOR_KINDS)), -1, np.int64)
     for pair in adapter.pairs:
         at = pair.layer, MODULES.index(pair.module)
         rank[at], scale[at] = pair.rank, pair.scale
+    vectors = {(v.layer, MODULES.index(v.module), v.kind) for v in adapter.vectors}
     end = 0
-    for layer, module, side in _stream_order(base.num_layers):
-        if rank[layer, module]:
-            (a_offset if side == 0 else b_offset)[layer, module] = end
-            width = base.widths[MODULES[module]][side]
-            end += int(rank[layer, module]) * _padded(width, chunk)
-    return Layout(adapter.dtype, chunk, end, a_offset, b_offset, rank, scale)
+    for layer, module, part in _stream_order(base.num_layers):
+        width_in, width_out = base.widths.get(MODULES[module], (0, 0))
+        width = _padded(width_in if part in ("A", "input_gain") else width_out, chunk)
+        if part in ("A", "B"):
+            if rank[layer, module]:
+                (a_offset if part == "A" else b_offset)[layer, module] = end
+                end += int(rank[layer, module]) * width
+        elif (layer, module, part) in vectors:
+            vector_offset[layer, module, VECTOR_KINDS.index(part)] = end
+            end += width
+    return Layout(adapter.dtype, chunk, end, a_offset, b_offset, rank, scale, vector_offset)
 
 
 def pack(adapter: CanonicalAdapter, base: BaseDescription, digest: str, path: Path) -> Layout:
@@ -250,6 +265,7 @@ def pack(adapter: CanonicalAdapter, base: BaseDescription, digest: str, path: Pa
         b_offset=layout.b_offset.astype("<i8").tobytes(),
         rank=layout.rank.astype("<i4").tobytes(),
         scale=layout.scale.astype("<f4").tobytes(),
+        vector_offset=layout.vector_offset.astype("<i8").tobytes(),
         payload_sum=PayloadSum().hexdigest(),
     )
     temporary = path.with_name(f"{secrets.token_hex(16)}.tmp")
@@ -303,6 +319,7 @@ def read_header(path: Path) -> PackedAdapter:
         b_offset=np.frombuffer(header.b_offset, "<i8").reshape(shape),
         rank=np.frombuffer(header.rank, "<i4").reshape(shape),
         scale=np.frombuffer(header.scale, "<f4").reshape(shape),
+        vector_offset=np.frombuffer(header.vector_offset, "<i8").reshape(*shape, -1),
         path=path,
         digest=header.digest,
         fingerprint=header.fingerprint,
@@ -333,23 +350,34 @@ def sweep(data_dir: Path) -> int:
     return len(leftovers)
 
 
-def _stream_order(num_layers: int) -> Iterator[tuple[int, int, int]]:
-    """(layer, module, side: 0 for A, 1 for B) of every matrix there can be, in stream order."""
+Part = VectorKind | Literal["A", "B"]
+_PARTS: tuple[Part, ...] = ("input_gain", "A", "gain", "shift", "B")
+
+
+def _stream_order(num_layers: int) -> Iterator[tuple[int, int, Part]]:
+    """(layer, module, part) of everything there can be, in stream order."""
     for layer in range(num_layers):
         for site in SITES:
-            for side in (0, 1):
+            for part in _PARTS:
                 for module in site:
-                    yield layer, module, side
+                    yield layer, module, part
 
 
 def _stream(adapter: CanonicalAdapter, layout: Layout) -> Iterator[Array]:
     """The stream's matrices, [rank, padded width] each, in ``STORAGE[adapter.dtype]``."""
     pairs = {(pair.layer, MODULES.index(pair.module)): pair for pair in adapter.pairs}
-    for layer, module, side in _stream_order(layout.num_layers):
+    beside = {(v.layer, MODULES.index(v.module), v.kind): v.values for v in adapter.vectors}
+    for layer, module, part in _stream_order(layout.num_layers):
         pair = pairs.get((layer, module))
-        if pair is None:
+        if part == "A" or part == "B":
+            if pair is None:
+                continue
+            read = _read(pair.a if part == "A" else pair.b, adapter.dtype)
+            vectors = read if part == "A" else read.T
+        elif (layer, module, part) in beside:
+            vectors = beside[layer, module, part][None]
+        else:
             continue
-        vectors = _read(pair.a, adapter.dtype) if side == 0 else _read(pair.b, adapter.dtype).T
         rank, width = vectors.shape
         padded = np.zeros((rank, _padded(width, layout.chunk)), STORAGE[adapter.dtype])
         padded[:, :width] = vectors

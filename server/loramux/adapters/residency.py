@@ -54,6 +54,7 @@ class Table(Protocol):
         rank: npt.NDArray[np.int32],
         scale: npt.NDArray[np.float32],
         dtype: torch.dtype,
+        vector_offset: npt.NDArray[np.int64],
     ) -> int: ...
     def remove(self, slot: int) -> None: ...
 
@@ -266,6 +267,7 @@ class Residency:
             rank=packed.rank,
             scale=packed.scale,
             dtype=getattr(torch, packed.dtype),
+            vector_offset=packed.vector_offset,
         )
         self.version += 1
         self._num_leased_frames += len(resident.frames)

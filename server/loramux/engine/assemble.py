@@ -33,6 +33,7 @@ from loramux.wire import MODULES, BaseDescription, Ready
 from loramux_kernels.attention import Pages
 from loramux_kernels.jit import keep_compiled_in, set_num_threads
 from loramux_kernels.lora import AdapterTable, Runs
+from loramux_kernels.lora.table import INPUT_GAIN, SITES, VECTORS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_POOL_SHARE = 0.25
@@ -122,6 +123,8 @@ def assemble(
             widths=architecture.widths,
             slice_bytes=kv.frame.slice_bytes,
             max_rank=config.max_rank,
+            directory=str(config.model),
+            quantized=config.quantize != "none",
         ),
         vocab_size=architecture.vocab_size,
         max_model_len=_max_model_len(config, architecture),
@@ -213,11 +216,15 @@ def _store(config: ServerConfig, files: PackedFiles, arena: Arena) -> Store:
 
 def _compile_kernels(decoder: Decoder, kv: KvFormat, table: AdapterTable) -> None:
     """Run every kernel once, on memory that nobody owns yet, so that no request waits for a
-    compiler. The adapter is one vector of whatever the arena holds, at every module."""
+    compiler. The adapter has whatever the arena holds for everything an adapter can have."""
     device = decoder.weights.norm.device
     shape = (kv.num_layers, len(MODULES))
     widest = max(max(pair) for pair in decoder.architecture.widths.values())
     num_slices = 2 + widest * WIDEST_ADAPTER_BYTES // kv.frame.slice_bytes
+    vector_offset = np.zeros((*shape, len(VECTORS)), np.int64)
+    for modules in SITES.values():
+        if len(modules) > 1:  # which share their input
+            vector_offset[:, list(modules), INPUT_GAIN] = -1
     slot = table.add(
         slices=np.zeros(num_slices, np.int64),
         a_offset=np.zeros(shape, np.int64),
@@ -225,6 +232,7 @@ def _compile_kernels(decoder: Decoder, kv: KvFormat, table: AdapterTable) -> Non
         rank=np.ones(shape, np.int32),
         scale=np.zeros(shape, np.float32),
         dtype=torch.float32,
+        vector_offset=vector_offset,
     )
     one = torch.zeros(1, dtype=torch.int64, device=device)
     pages = Pages(

@@ -42,12 +42,23 @@ class AdapterView(msgspec.Struct, kw_only=True):
 
 @dataclass(frozen=True)
 class Served:
-    """What a ``model`` string means now. The base has no adapters, digest "" and generation 0."""
+    """What a request's ``model`` means now. The base has no adapters and generation 0, and so has
+    a list of adapters no generation of its own."""
 
     adapters: Adapters
     name: str
-    digest: str
-    generation: int
+    generation: int = 0
+    combines: bool = True
+    """Whether it may be worn beside others: not when it changes what a module reads."""
+
+    @property
+    def label(self) -> str:
+        """The digests that answer, with their scales where those are not 1; "base" for none."""
+        entries = [
+            ref.digest if ref.scale == 1 else f"{ref.digest};scale={ref.scale:g}"
+            for ref in self.adapters
+        ]
+        return ", ".join(entries) or "base"
 
 
 class Catalog:
@@ -92,10 +103,11 @@ class Catalog:
     def resolve(self, model: str) -> Served:
         """See AdapterService.resolve."""
         if model == self.base_name:
-            return Served((), model, "", 0)
+            return Served((), model)
         view = self.show(model)
         if view.status == "ready":
-            return Served((AdapterRef(view.digest),), view.name, view.digest, view.generation)
+            combines = "input_gain" not in view.report.get("vectors", ())
+            return Served((AdapterRef(view.digest),), view.name, view.generation, combines)
         name = repr(view.name)
         if view.status == "failed":
             why = view.error["message"] if view.error else "it failed validation"

@@ -45,7 +45,7 @@ class Chat:
             strict=front.config.strict_fields,
             ignored=self._exporter.ignored,
         )
-        served = resolve(front, body.model, body.adapter_id)
+        served = resolve(front, body)
         self._exporter.asked(body.num_choices)
         with front.admit(body.num_choices):
             prompt = await self._prompt(body)

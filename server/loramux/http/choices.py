@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+import struct
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loramux.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from loramux.front.catalog import Served
 from loramux.front.front import Front
 from loramux.front.generation import Delta, Done, Generation, GenerationSpec
 from loramux.http.answers import PromptDetails, Usage
-from loramux.http.schemas import Sampling
+from loramux.http.schemas import AdapterChoice, Sampling
+from loramux.request import AdapterRef, Adapters
 
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,255}")
 """What could be a model's name at all; anything else is a 400 and not a 404."""
@@ -28,21 +30,57 @@ class Prompt:
     text: str = ""
 
 
-def resolve(front: Front, model: str, adapter_id: str | None = None) -> Served:
-    """What ``model``, or ``adapter_id`` beside the base's name, means now.
+def resolve(front: Front, body: Sampling) -> Served:
+    """What the request's ``model``, ``adapter_id`` or ``adapters`` mean now.
 
-    Raises InvalidRequest for what can be no name, else what AdapterService.resolve raises.
+    Raises InvalidRequest for what can be no name or does not go together, else what
+    AdapterService.resolve raises.
     """
-    for param, name in (("model", model), ("adapter_id", adapter_id)):
-        if name is not None and name != front.base_name and not _MODEL.fullmatch(name):
-            raise InvalidRequest(f"{param}: not a valid model name", param=param)
-    if adapter_id is None:
-        return front.adapters.resolve(model)
-    if model not in (front.base_name, adapter_id):
-        raise InvalidRequest(
-            "adapter_id: give it beside the base model's name only", param="adapter_id"
-        )
-    return front.adapters.resolve(adapter_id)
+    served = named(front, "model", body.model)
+    if body.adapters is not None:
+        return _several(front, served, body.adapters)
+    if body.adapter_id is not None:
+        if body.model not in (front.base_name, body.adapter_id):
+            raise InvalidRequest(
+                "adapter_id: give it beside the base model's name only", param="adapter_id"
+            )
+        served = named(front, "adapter_id", body.adapter_id)
+    if body.scale is None:
+        return served
+    if not served.adapters:
+        raise InvalidRequest("scale: the base model has no adapter to scale", param="scale")
+    return replace(served, adapters=_scaled(served, body.scale))
+
+
+def named(front: Front, param: str, name: str) -> Served:
+    """What one name means; ``param`` is the field that holds it."""
+    if name != front.base_name and not _MODEL.fullmatch(name):
+        raise InvalidRequest(f"{param}: not a valid model name", param=param)
+    return front.adapters.resolve(name)
+
+
+def _several(front: Front, base: Served, choices: Sequence[AdapterChoice]) -> Served:
+    """All of ``choices`` at once, beside the base's name."""
+    if base.adapters:
+        raise InvalidRequest("adapters: give them beside the base model's name only", param="model")
+    adapters: Adapters = ()
+    for index, choice in enumerate(choices):
+        param = f"adapters[{index}].id"
+        served = named(front, param, choice.id)
+        if not served.adapters:
+            raise InvalidRequest(f"{param}: the base model is no adapter", param=param)
+        if len(choices) > 1 and not served.combines:
+            raise InvalidRequest(
+                f"{param}: {choice.id!r} scales what modules read, so it stands alone", param=param
+            )
+        adapters += _scaled(served, choice.scale)
+    return replace(base, adapters=adapters)
+
+
+def _scaled(served: Served, scale: float) -> Adapters:
+    # The kernels' scale: what equals it there is the same list, and shares its prefix cache.
+    (ref,) = served.adapters
+    return (AdapterRef(ref.digest, struct.unpack("f", struct.pack("f", scale))[0]),)
 
 
 def max_model_len(front: Front) -> int:
@@ -126,8 +164,8 @@ class Choices:
             raise
 
     def headers(self) -> dict[str, str]:
-        """``x-loramux-adapter``: the digest that answers, ``base`` when there is none."""
-        return {"x-loramux-adapter": self._served.digest or "base"}
+        """``x-loramux-adapter``: what answers, see Served.label."""
+        return {"x-loramux-adapter": self._served.label}
 
     def cancel(self) -> None:
         """Nobody wants the rest. Harmless at the end."""

@@ -38,7 +38,7 @@ class Completions:
             strict=front.config.strict_fields,
             ignored=self._exporter.ignored,
         )
-        served = resolve(front, body.model, body.adapter_id)
+        served = resolve(front, body)
         self._exporter.asked(body.num_choices)
         with front.admit(len(body.prompt) * body.num_choices):
             prompts = await self._prompts(body)

@@ -34,6 +34,8 @@ MAX_BIASES = 1024
 MAX_STOP_TOKENS = 128
 MAX_MESSAGES = 4096
 MAX_TOKENS = 2**31 - 1
+MAX_ADAPTERS = 8
+MAX_ADAPTER_SCALE = 100.0
 
 LABELS = frozenset(
     {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
@@ -173,11 +175,25 @@ class StreamOptions(Strict):
     continuous_usage_stats: Literal[False] | None = None
 
 
+Scale = Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE)]
+
+
+class AdapterChoice(Strict):
+    """One of several adapters that a request wears at once."""
+
+    id: str
+    scale: Scale = 1.0
+
+
 class Sampling(Strict):
     """What completions and chat have in common."""
 
     model: str
     adapter_id: str | None = None
+    scale: Scale | None = None
+    adapters: (
+        Annotated[list[AdapterChoice], Field(min_length=1, max_length=MAX_ADAPTERS)] | None
+    ) = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
@@ -217,6 +233,10 @@ class Sampling(Strict):
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream", param="stream_options")
+        if self.adapters is not None and self.adapter_id is not None:
+            raise InvalidRequest("give adapters or adapter_id, not both", param="adapters")
+        if self.adapters is not None and self.scale is not None:
+            raise InvalidRequest("with adapters, each entry has its own scale", param="scale")
 
     @property
     def num_choices(self) -> int:

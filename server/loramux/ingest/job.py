@@ -8,10 +8,11 @@ from typing import Any
 
 from loramux.adapters import pack
 from loramux.adapters.blobs import BlobStore, adapter_digest
-from loramux.adapters.canonical import CanonicalAdapter
-from loramux.adapters.peft import MAX_CONFIG_BYTES, import_lora, parse_config
+from loramux.adapters.canonical import VECTOR_KINDS, CanonicalAdapter
+from loramux.adapters.formats import MAX_CONFIG_BYTES, import_adapter, parse_config
 from loramux.adapters.safetensors_file import read_tensors
 from loramux.errors import AdapterInvalid, LoramuxError
+from loramux.ingest.base import CheckpointWeights
 from loramux.wire import MODULES, IngestDone, IngestJob
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ def _run(job: IngestJob, data_dir: Path) -> IngestDone:
         config_bytes = file.read(MAX_CONFIG_BYTES + 1)
     with blobs.open(job.weights_digest) as file:
         tensors = read_tensors(file)
-        adapter = import_lora(parse_config(config_bytes), tensors, job.base)
+        weights = CheckpointWeights(Path(job.base.directory))
+        adapter = import_adapter(parse_config(config_bytes), tensors, job.base, weights)
         if job.pack:
             path = pack.packed_path(data_dir, digest, job.base.fingerprint)
             layout = pack.pack(adapter, job.base, digest, path)
@@ -55,14 +57,17 @@ def _run(job: IngestJob, data_dir: Path) -> IngestDone:
 def _report(
     adapter: CanonicalAdapter, layout: pack.Layout, slice_bytes: int, num_tensors: int
 ) -> dict[str, Any]:
-    used = {pair.module for pair in adapter.pairs}
+    changed = {(pair.layer, pair.module) for pair in adapter.pairs}
+    changed |= {(vector.layer, vector.module) for vector in adapter.vectors}
+    used = {module for _, module in changed}
     return {
         "rank": layout.max_rank,
         "num_bytes": layout.num_bytes,
         "num_frames": layout.num_frames(slice_bytes),
         "dtype": layout.dtype,
+        "vectors": [kind for kind in VECTOR_KINDS if any(v.kind == kind for v in adapter.vectors)],
         "tensors": num_tensors,
         "modules": [module for module in MODULES if module in used],
-        "layers": sorted({pair.layer for pair in adapter.pairs}),
+        "layers": sorted({layer for layer, _ in changed}),
         "warnings": list(adapter.warnings),
     }

@@ -13,6 +13,7 @@ from loramux_kernels.dispatch import backend
 from loramux_kernels.layers import LayerTable, Work, run_layers
 from loramux_kernels.linear import Matrix, gather, project
 from loramux_kernels.lora import AdapterTable, add_lora
+from loramux_kernels.modulate import modulate_inputs, modulate_outputs
 from loramux_kernels.norm import add_rms_norm, head_rms_norm, silu_mul
 
 
@@ -156,7 +157,10 @@ class Decoder:
         site: str,
     ) -> None:
         """The base's raw ``W x``, then each row's adapters, then the bias."""
+        where = (self.arena, self.table, inputs.runs, layer, site)
+        modulate_inputs(x, *where)
         project(out, x, weight)
+        modulate_outputs(out, *where)
         add_lora(
             out, x, arena=self.arena, table=self.table, runs=inputs.runs, layer=layer, site=site
         )

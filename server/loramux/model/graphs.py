@@ -113,11 +113,14 @@ class DeviceForward:
         return self._decoder.forward(replace(inputs, before_layer=step.before_layer))
 
     def bucket(self, step: StepArrays) -> int | None:
-        """The rows of the graph that can run ``step``: a decode of all its rows, none too many."""
+        """The rows of the graph that can run ``step``: a decode of all its rows, none too many, by
+        adapters that are pairs alone."""
         rows = len(step.token_ids)
         if self._recorder is None or rows > self._buckets[-1]:
             return None
         if not step.alone.all() or len(step.scored) != rows:
+            return None
+        if step.runs.modulated(self._decoder.table).any():
             return None
         return self._buckets[bisect_left(self._buckets, rows)]
 

@@ -1,8 +1,8 @@
-"""What an adapter_config.json of PEFT says, and whether we can do exactly that.
+"""What the fields of an adapter_config.json mean in every format of PEFT.
 
 A field is implemented, or neutral (it changes nothing once training is over), or refused by name
-unless it is switched off. Fields this list has never heard of are refused too: the next LoRA
-variant will arrive as one, and ignoring it would serve wrong tokens.
+unless it is switched off. Fields nobody here has heard of are refused too: the next variant will
+arrive as one, and ignoring it would serve wrong tokens.
 
 Facts checked against PEFT 0.21; the upload is never handed to PEFT or to ``re``.
 """
@@ -13,7 +13,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar
 
 import re2
@@ -27,46 +27,25 @@ overflow in half precision."""
 MAX_PATTERNS = 4096
 MAX_PATTERN_CHARS = 256
 
-IMPLEMENTED = frozenset(
-    "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern init_lora_weights"
-    " target_modules exclude_modules layers_to_transform layers_pattern".split()
+_TARGETING = frozenset(
+    "peft_type target_modules exclude_modules layers_to_transform layers_pattern".split()
 )
-
-NEUTRAL = {
+_NEUTRAL = {
     "base_model_name_or_path": "informational; shapes are checked against the base served",
     "revision": "informational",
     "task_type": "a head of its own would be in the file's tensors, where it is refused",
     "auto_mapping": "names Python classes; nothing is imported",
     "peft_version": "informational",
     "inference_mode": "training only",
-    "lora_dropout": "training only",
-    "velora_config": "compresses activations for the backward pass",
     "runtime_config": "how PEFT itself moves weights",
-    "eva_config": "initialisation only",
-    "corda_config": "read by an initialisation that is refused",
-    "loftq_config": "read by an initialisation that is refused",
-    "lora_ga_config": "read by an initialisation that is refused",
-    "megatron_core": "read only with megatron_config, which is refused",
-    "qalora_group_size": "read only with use_qalora, which is refused",
+    "fan_in_fan_out": "says how Conv1D weights lie; PEFT ignores it for linear modules, as here",
 }
-
-REFUSED = {
-    "bias": "trained biases are not served",
-    "use_dora": "DoRA is not served",
-    "lora_bias": "biases of B are not served",
-    "fan_in_fan_out": "transposed base weights are not served",
+_REFUSED = {
+    "bias": "trained biases are not served for this format",
     "modules_to_save": "fully trained modules are not served",
-    "target_parameters": "LoRA on bare parameters is not served",
+    "target_parameters": "adapters on bare parameters are not served",
     "trainable_token_indices": "trained token embeddings are not served",
     "ensure_weight_tying": "tied adapters are not served",
-    "layer_replication": "replicated layers are not served",
-    "alora_invocation_tokens": "activated LoRA is not served",
-    "use_qalora": "QALoRA is not served",
-    "use_bdlora": "block-diagonal LoRA is not served",
-    "kasa_config": "KaSA changes the base weights",
-    "monteclora_config": "Monte Carlo LoRA is not served",
-    "arrow_config": "Arrow routing is not served",
-    "megatron_config": "Megatron layers are not served",
 }
 
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
@@ -160,73 +139,56 @@ def suffixes(module_name: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class LoraConfig:
-    """The implemented fields. ``rank`` is None when it was refused."""
+class Rules:
+    """The fields of one format: those it implements, those that change nothing once training is
+    over (and why), those that would (and are refused unless switched off)."""
 
-    rank: int | None
-    alpha: float | None
-    use_rslora: bool
-    rank_pattern: Pattern
-    alpha_pattern: Pattern
-    targets: Targets
-    notes: list[str] = field(default_factory=list)
+    implemented: frozenset[str]
+    neutral: Mapping[str, str]
+    refused: Mapping[str, str]
 
-    def rank_of(self, module_name: str) -> int | None:
-        """The rank the config gives a module."""
-        return None if self.rank is None else self.rank_pattern.lookup(module_name, self.rank)
-
-    def scale_of(self, module_name: str, rank: int) -> float | None:
-        """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732), in double precision."""
-        if self.alpha is None:
-            return None
-        alpha = self.alpha_pattern.lookup(module_name, self.alpha)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+    def check(self, config: Mapping[str, Any], problems: Problems) -> None:
+        """Every field that is none of the first two and is not switched off is a problem."""
+        for name, value in config.items():
+            known = name in self.implemented or name in self.neutral or name in _NEUTRAL
+            if known or _off(value) or name in _TARGETING or (name, value) == ("bias", "none"):
+                continue
+            reason = self.refused.get(name) or _REFUSED.get(name)
+            reason = reason or "the field is unknown, so its effect is too"
+            problems.add(f"{shown(name)} is {shown(value)}: {reason}")
 
 
-def read_config(config: Mapping[str, Any], problems: Problems) -> LoraConfig:
-    """Read the fields of an adapter_config.json, adding to ``problems`` all that are refused."""
-    if config.get("peft_type") != "LORA":
-        problems.add(f"peft_type is {shown(config.get('peft_type'))}; only LORA is served")
-    for name, value in config.items():
-        if name in IMPLEMENTED or name in NEUTRAL or _off(value):
-            continue
-        if name == "bias" and value == "none":
-            continue
-        reason = REFUSED.get(name, "the field is unknown, so its effect is too")
-        problems.add(f"{shown(name)} is {shown(value)}: {reason}")
-    init = config.get("init_lora_weights")
+def flag(config: Mapping[str, Any], name: str, problems: Problems) -> bool:
+    """A switch that may be missing or null; anything but true and false is a problem."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        problems.add(f"{name} is {shown(value)}, not true or false")
+    return value is True
+
+
+def check_init(init: object, problems: Problems) -> None:
+    """``init_lora_weights``: where training began, as long as that left the base as it is."""
     plain = isinstance(init, str) and init.lower() in _PLAIN_INITS
     if not plain and not (init is None or isinstance(init, bool)):
         problems.add(
             f"init_lora_weights is {shown(init)}: it changes the base weights; save the adapter "
             "converted to plain LoRA (path_initial_model_for_weight_conversion)"
         )
-    use_rslora = config.get("use_rslora")
-    if use_rslora is not None and not isinstance(use_rslora, bool):
-        problems.add(f"use_rslora is {shown(use_rslora)}, not true or false")
-    notes: list[str] = []
-    return LoraConfig(
-        rank=_value(config, "r", _rank, problems),
-        alpha=_value(config, "lora_alpha", _alpha, problems),
-        use_rslora=use_rslora is True,
-        rank_pattern=_pattern(config, "rank_pattern", _rank, problems),
-        alpha_pattern=_pattern(config, "alpha_pattern", _alpha, problems),
-        targets=_targets(config, problems, notes),
-        notes=notes,
-    )
 
 
 def _off(value: object) -> bool:
     return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
 
-def _rank(value: object) -> int:
+def as_rank(value: object) -> int:
+    """ValueError unless it is a rank."""
     if type(value) is not int or value < 1:
         raise ValueError("is not an integer of at least 1")
     return value
 
 
-def _alpha(value: object) -> float:
+def as_alpha(value: object) -> float:
+    """ValueError unless it is a finite number other than 0."""
     if type(value) not in (int, float):
         raise ValueError("is not a number")
     try:
@@ -238,9 +200,10 @@ def _alpha(value: object) -> float:
     return alpha
 
 
-def _value(
+def value_of(
     config: Mapping[str, Any], name: str, parse: Callable[[object], T], problems: Problems
 ) -> T | None:
+    """A field that has to be there, parsed; None with a problem when it is not or is off."""
     if name not in config:
         problems.add(f"{name} is missing")
         return None
@@ -251,9 +214,10 @@ def _value(
         return None
 
 
-def _pattern(
+def pattern_of(
     config: Mapping[str, Any], name: str, parse: Callable[[object], T], problems: Problems
 ) -> Pattern:
+    """A field of values by module name; empty when it is missing or null."""
     pattern = Pattern()
     entries = config.get(name)
     if entries is None:
@@ -272,7 +236,8 @@ def _pattern(
     return pattern
 
 
-def _targets(config: Mapping[str, Any], problems: Problems, notes: list[str]) -> Targets:
+def targets_of(config: Mapping[str, Any], problems: Problems, notes: list[str]) -> Targets:
+    """Which modules the config says were adapted; ``notes`` are for the uploader."""
     modules = config.get("target_modules")
     if isinstance(modules, str):
         notes.append(

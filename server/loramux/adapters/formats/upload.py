@@ -1,0 +1,230 @@
+"""One upload while it is read: what its tensors are parts of, and what was found so far."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from loramux.adapters.base_weights import BaseWeights, Float32
+from loramux.adapters.canonical import (
+    CanonicalAdapter,
+    Dtype,
+    LoraPair,
+    Matrix,
+    ModuleVector,
+    VectorKind,
+    widen,
+)
+from loramux.adapters.formats.fields import MAX_SCALE, Targets, suffixes
+from loramux.adapters.problems import Problems
+from loramux.adapters.safetensors_file import FileTensor
+from loramux.adapters.strict_json import shown
+from loramux.wire import MODULES, BaseDescription
+
+_BLOCK = {m: "self_attn" if m in MODULES[:4] else "mlp" for m in MODULES}
+_NAME = re.compile(
+    r"(?P<prefix>(?:base_model\.model\.)?)"
+    r"(?P<model>(?:model\.)?)layers\.(?P<layer>0|[1-9][0-9]{0,5})\."
+    r"(?:self_attn\.(?P<attn>[qkvo]_proj)|mlp\.(?P<mlp>gate_proj|up_proj|down_proj))"
+    r"\.(?P<part>.+)"
+)
+_WHY_NOT = (
+    ("lora_magnitude_vector", "the base has no such linear module"),
+    ("lora_embedding", "LoRA on embeddings is not served"),
+    ("lm_head", "changes of lm_head are not served"),
+    ("embed_tokens", "changes of the embeddings are not served"),
+    ("modules_to_save", "fully trained modules are not served"),
+    ("lora_diag", "KaSA is not served"),
+    (".bias", "the bias is of no linear module of the base"),
+    ("norm", "changes of norms are not served"),
+    ("lora_", "the base has no such linear module"),
+)
+"""Why a tensor that is a part of nothing is refused: the first text that its name contains."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bits:
+    """A floating-point format as integers: without the sign bit they sort like the values."""
+
+    unsigned: str
+    magnitude: int
+    infinity: int
+    limit: int  # MAX_SCALE, or the next value below
+
+
+_BITS: dict[Dtype, _Bits] = {
+    "float32": _Bits("<u4", 0x7FFFFFFF, 0x7F800000, 0x477FE000),
+    "float16": _Bits("<u2", 0x7FFF, 0x7C00, 0x7BFF),
+    "bfloat16": _Bits("<u2", 0x7FFF, 0x7F80, 0x477F),
+}
+
+Module = tuple[int, str]
+Parts = dict[str, FileTensor]
+
+
+@dataclass
+class Upload:
+    """``modules`` and ``rest`` are there after ``match``: the parts of every linear module by
+    name, and the tensors that are parts of none."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, FileTensor]
+    base: BaseDescription
+    weights: BaseWeights
+    problems: Problems
+    warnings: list[str] = field(default_factory=list)
+    pairs: dict[Module, LoraPair] = field(default_factory=dict)
+    vectors: dict[tuple[Module, VectorKind], Float32] = field(default_factory=dict)
+    modules: dict[Module, Parts] = field(default_factory=dict)
+    rest: dict[str, FileTensor] = field(default_factory=dict)
+    _model_prefix: str = "model."
+
+    def match(self, parts: Mapping[str, str]) -> None:
+        """Sort the tensors into ``modules`` and ``rest``. ``parts``: what a tensor's name may say
+        after the module's, and how that part is called here."""
+        prefixes: dict[tuple[str, str], str] = {}
+        for name, tensor in self.tensors.items():
+            match = _NAME.fullmatch(name)
+            part = match and parts.get(match["part"].replace(".default", "", 1))
+            if not match or part is None:
+                self.rest[name] = tensor
+                continue
+            layer, module = int(match["layer"]), match["attn"] or match["mlp"]
+            if layer >= self.base.num_layers:
+                why = f"the base has {self.base.num_layers} layers"
+            elif module not in self.base.widths:
+                why = "the base has no such linear module"
+            elif part in self.modules.setdefault((layer, module), {}):
+                why = "the same weight is given twice"
+            else:
+                self.modules[layer, module][part] = tensor
+                prefixes.setdefault((match["prefix"], match["model"]), name)
+                continue
+            self.problems.add(f"tensor {shown(name)}: {why}")
+        if len(prefixes) > 1:
+            names = shown(list(prefixes.values()))
+            self.problems.add(f"tensor names begin differently: {names}")
+        self._model_prefix = next((model for _, model in prefixes), "model.")
+
+    def take(self, *names: str) -> FileTensor | None:
+        """The first of ``names`` among ``rest``, which it leaves."""
+        return next((self.rest.pop(name) for name in names if name in self.rest), None)
+
+    def refuse_rest(self) -> None:
+        """Whatever is left in ``rest`` is a problem."""
+        for name in self.rest:
+            why = next((w for part, w in _WHY_NOT if part in name), "it is no weight of its format")
+            self.problems.add(f"tensor {shown(name)}: {why}")
+
+    def name(self, module: Module) -> str:
+        """A module as the file calls it, like ``model.layers.0.self_attn.q_proj``."""
+        layer, what = module
+        return f"{self._model_prefix}layers.{layer}.{_BLOCK[what]}.{what}"
+
+    def ordered(self) -> list[Module]:
+        """The keys of ``modules`` by layer, then as MODULES."""
+        return sorted(self.modules, key=lambda at: (at[0], MODULES.index(at[1])))
+
+    def fits(self, tensor: FileTensor, *shape: int | None) -> bool:
+        """Whether the tensor has ``shape`` (None: any length); a problem when not."""
+        good = len(tensor.shape) == len(shape) and all(
+            want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
+        )
+        if not good:
+            wanted = ", ".join("r" if want is None else str(want) for want in shape)
+            self.problems.add(
+                f"tensor {shown(tensor.name)} is {list(tensor.shape)}; the base needs [{wanted}]"
+            )
+        return good
+
+    def scan(self, tensor: FileTensor) -> bool:
+        """Whether any value is not zero; values that are not finite or too large are problems."""
+        bits = _BITS[tensor.dtype]
+        nonzero, largest = False, 0
+        for block in tensor.blocks():
+            top = int((block.view(bits.unsigned) & bits.magnitude).max())
+            nonzero = nonzero or top > 0
+            largest = max(largest, top)
+        name = shown(tensor.name)
+        if largest >= bits.infinity:
+            self.problems.add(f"tensor {name} holds NaN or infinity", "non_finite")
+        elif largest > bits.limit:
+            self.problems.add(f"tensor {name} holds values beyond {MAX_SCALE:g}", "out_of_range")
+        return nonzero
+
+    def good_rank(self, module: Module, rank: int) -> bool:
+        """Whether this server takes the rank; a problem when not."""
+        if rank > self.base.max_rank:
+            self.problems.add(
+                f"{self.name(module)} has rank {rank}; this server takes up to"
+                f" {self.base.max_rank}",
+                "rank_too_large",
+            )
+        return rank <= self.base.max_rank
+
+    def add_pair(self, at: Module, scale: float, a: Matrix, b: Matrix) -> None:
+        """``y += scale * B (A x)``; a scale no training gives is a problem."""
+        if abs(scale) > MAX_SCALE or np.float32(scale) == 0:
+            text = f"{self.name(at)}: its scale would be {scale:g}"
+            self.problems.add(text, "out_of_range")
+            return
+        self.pairs[at] = LoraPair(*at, a.shape[0], float(np.float32(scale)), a, b)
+
+    def add_vector(self, at: Module, kind: VectorKind, values: Float32) -> None:
+        """To be added to what the module has of that kind. All zeros change nothing."""
+        if not np.isfinite(values).all() or (np.abs(values) > MAX_SCALE).any():
+            text = f"{self.name(at)}: the {kind.replace('_', ' ')} it would have is out of range"
+            self.problems.add(text, "out_of_range")
+        elif values.any():
+            before = self.vectors.get((at, kind), np.float32(0))
+            self.vectors[at, kind] = np.ascontiguousarray(before + values, np.float32)
+
+    def check_targets(self, targets: Targets) -> None:
+        """target_modules and layers_to_transform must name exactly what the file holds."""
+        for layer in sorted(targets.layers or ()):
+            if not 0 <= layer < self.base.num_layers:
+                text = f"layers_to_transform: {layer}; the base has {self.base.num_layers} layers"
+                self.problems.add(text)
+        if targets.modules is None:
+            return
+        present = {
+            (layer, module): self.name((layer, module))
+            for layer in range(self.base.num_layers)
+            for module in MODULES
+            if module in self.base.widths
+        }
+        known = {suffix for name in present.values() for suffix in suffixes(name)}
+        for entry in sorted(targets.modules - known):
+            text = f"target_modules: {shown(entry)} is no linear module of the base's layers"
+            self.problems.add(text)
+        for (layer, module), name in present.items():
+            held, selected = (layer, module) in self.modules, targets.selects(name, layer)
+            if held and not selected:
+                self.problems.add(f"{name} has weights, but the config does not target it")
+            if selected and not held and targets.exact:
+                text = f"{name} is targeted by the config and has no weights in the file"
+                self.problems.add(text)
+
+    def warn_of_empty(self, empty: Iterable[Module]) -> None:
+        """Say that the pairs of these modules change nothing."""
+        if count := len(list(empty)):
+            self.warnings.append(
+                f"B is all zero in {count} of {len(self.pairs)} modules: these change nothing"
+            )
+
+    def canonical(self) -> CanonicalAdapter:
+        """What was found, once there are no problems."""
+        pairs = [self.pairs[at] for at in self.ordered() if at in self.pairs]
+        dtypes = {half.dtype for pair in pairs for half in (pair.a, pair.b)}
+        dtype = dtypes.pop() if len(dtypes) == 1 and not self.vectors else "float32"
+        vectors = [ModuleVector(*at, kind, values) for (at, kind), values in self.vectors.items()]
+        return CanonicalAdapter(dtype, tuple(pairs), tuple(vectors), tuple(self.warnings))
+
+
+def values_of(tensor: FileTensor) -> Float32:
+    """A tensor as float32."""
+    return widen(tensor.read(), tensor.dtype)

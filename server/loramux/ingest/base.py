@@ -1,0 +1,53 @@
+"""The base's weights as its checkpoint holds them, read when a format needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from loramux.adapters.base_weights import Float32
+from loramux.adapters.canonical import ITEMSIZE, STORAGE, widen
+from loramux.model.checkpoint import TensorBytes, read_checkpoint
+from loramux.wire import MODULES
+
+_BLOCK_ELEMENTS = 1 << 22
+
+
+class CheckpointWeights:
+    """``BaseWeights`` of a model directory. Opened when something is asked for, and not before:
+    most adapters do not. Raises ConfigError when the directory is no longer what it was."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    @cached_property
+    def _tensors(self) -> dict[str, TensorBytes]:
+        return read_checkpoint(self._directory)
+
+    def blocks(self, layer: int, module: str) -> Iterator[Float32]:
+        """See BaseWeights."""
+        tensor = self._tensors[f"{_prefix(layer, module)}.weight"]
+        rows, width = tensor.shape
+        step = max(1, _BLOCK_ELEMENTS // width)
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            yield _read(tensor, row * width, count * width).reshape(count, width)
+
+    def bias(self, layer: int, module: str) -> Float32 | None:
+        """See BaseWeights."""
+        tensor = self._tensors.get(f"{_prefix(layer, module)}.bias")
+        return None if tensor is None else _read(tensor, 0, tensor.shape[0])
+
+
+def _prefix(layer: int, module: str) -> str:
+    block = "self_attn" if module in MODULES[:4] else "mlp"
+    return f"model.layers.{layer}.{block}.{module}"
+
+
+def _read(tensor: TensorBytes, first: int, count: int) -> Float32:
+    offset = tensor.offset + first * ITEMSIZE[tensor.dtype]
+    values = np.fromfile(tensor.path, STORAGE[tensor.dtype], count, offset=offset)
+    return widen(values, tensor.dtype)
