@@ -28,6 +28,19 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "dora_bias_all": ("LoraConfig", {"r": 8, "bias": "all", "use_dora": True}),
     "fan_in_fan_out": ("LoraConfig", {"r": 8, "fan_in_fan_out": True}),
     "one_layer": ("LoraConfig", {"r": 8, "layers_to_transform": [1]}),
+    "embeddings": ("LoraConfig", {"r": 8, "target_modules": [*ALL, "embed_tokens"]}),
+    "head": ("LoraConfig", {"r": 8, "target_modules": ["q_proj", "lm_head"]}),
+    "dora_head": (
+        "LoraConfig",
+        {"r": 4, "use_dora": True, "target_modules": ["v_proj", "lm_head"]},
+    ),
+    "saved_embeddings": ("LoraConfig", {"r": 8, "modules_to_save": ["embed_tokens"]}),
+    "saved_head": ("LoraConfig", {"r": 8, "modules_to_save": ["lm_head"]}),
+    "saved_norms": (
+        "LoraConfig",
+        {"r": 8, "modules_to_save": ["input_layernorm", "post_attention_layernorm", "model.norm"]},
+    ),
+    "tokens": ("LoraConfig", {"r": 8, "trainable_token_indices": [5, 319, 40]}),
     "adalora": ("AdaLoraConfig", {"init_r": 8, "target_r": 4, "total_step": 10}),
     "vera": ("VeraConfig", {"r": 16, "save_projection": True}),
     "miss": ("MissConfig", {"r": 8}),
@@ -79,6 +92,8 @@ def write(directory: Path, model_dir: Path, name: str, *, seed: int = 0) -> Path
 def _trained(name: str, start: Any, noise: Any) -> Any:
     if "magnitude" in name or "ia3_l" in name:
         return start * (1 + 0.3 * noise)
+    if "modules_to_save" in name or "trainable_tokens" in name:
+        return start + 0.3 * start.std() * noise if "norm" not in name else start + 0.3 * noise
     if name.endswith("bias") or "lora_B.default.bias" in name:
         return start + 0.3 * noise
     for part, size in _SIZES.items():

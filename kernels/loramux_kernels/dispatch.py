@@ -41,7 +41,7 @@ def _module(package: str, backend: Backend) -> Any:
 
 def warm_up() -> None:
     """Compile every CPU kernel, or load it from numba's cache on disk."""
-    for operation in ("attention", "layers", "linear", "lora", "modulate", "norm"):
+    for operation in ("attention", "layers", "linear", "lora", "modulate", "norm", "vocabulary"):
         _module(f"loramux_kernels.{operation}", "cpu")
 
 

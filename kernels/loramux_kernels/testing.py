@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from loramux_kernels import dispatch
-from loramux_kernels.lora.table import MODULES, SITES, VECTORS, AdapterTable
+from loramux_kernels.lora.table import MODULES, SITES, TABLE_MODULES, VECTORS, AdapterTable
 
 
 def integer_tensor(
@@ -140,9 +140,9 @@ def _pack(
     adapter: Weights, num_layers: int, chunk: int
 ) -> tuple[torch.Tensor, npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """The stream, ranks, offsets of A and of B, offsets of vectors."""
-    offsets = np.zeros((2, num_layers, len(MODULES)), dtype=np.int64)
-    rank = np.zeros((num_layers, len(MODULES)), dtype=np.int32)
-    vector_offset = np.full((num_layers, len(MODULES), len(VECTORS)), -1, np.int64)
+    offsets = np.zeros((2, num_layers, len(TABLE_MODULES)), dtype=np.int64)
+    rank = np.zeros((num_layers, len(TABLE_MODULES)), dtype=np.int32)
+    vector_offset = np.full((num_layers, len(TABLE_MODULES), len(VECTORS)), -1, np.int64)
     pieces: list[torch.Tensor] = []
     end = 0
 

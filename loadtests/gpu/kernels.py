@@ -13,6 +13,7 @@ from timing import Action, Ceilings, replayed, seconds
 
 from loramux_kernels.attention import Pages, paged_attention
 from loramux_kernels.lora import MODULES, SITES, AdapterTable, Runs, add_lora
+from loramux_kernels.lora.table import TABLE_MODULES
 
 HIDDEN, KV, INTER, HEADS, KV_HEADS, DIM = 4096, 1024, 14336, 32, 8, 128
 WIDTHS = dict.fromkeys(MODULES, (HIDDEN, HIDDEN)) | {
@@ -44,14 +45,14 @@ class Adapters:
         self.values = numbers.to(torch.bfloat16)
         self.arena = self.values.view(torch.uint8)
         self.starts = [i * slices * SLICE_BYTES // 2 for i in range(count)]
-        self.offsets = np.zeros((2, LAYERS, len(MODULES)), np.int64)
+        self.offsets = np.zeros((2, LAYERS, len(TABLE_MODULES)), np.int64)
         end = 0
         for layer in range(LAYERS):
             for module, name in enumerate(MODULES):
                 for side in (0, 1):
                     self.offsets[side, layer, module] = end
                     end += rank * WIDTHS[name][side]
-        shape = (LAYERS, len(MODULES))
+        shape = (LAYERS, len(TABLE_MODULES))
         self.slots = [
             self.table.add(
                 slices=np.arange(i * slices, (i + 1) * slices, dtype=np.int64) * SLICE_BYTES,

@@ -53,6 +53,12 @@ class ServerConfig(BaseSettings):
     max_num_seqs: int = Field(64, ge=1, description="most requests in one batch")
     max_batch_tokens: int = Field(512, ge=16, description="most tokens in one step")
     max_rank: int = Field(256, ge=1, description="adapters of a larger rank are refused")
+    max_adapter_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="refuse adapters that take more of the pool (default: for those with whole"
+        " embeddings a quarter of it)",
+    )
     threads: int = Field(0, ge=0, description="compute threads; 0: one per core")
     prefix_caching: bool = Field(True, description="reuse KV of equal prompt beginnings")
     strict_fields: bool = Field(False, description="refuse unknown request fields")

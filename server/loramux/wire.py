@@ -11,6 +11,7 @@ front has started; anything from an older epoch is dropped by the front.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -20,12 +21,39 @@ from loramux.request import AdapterRef, FinishReason, SamplingParams
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear modules of a decoder layer, in the order every table of loramux uses."""
 
+TABLE_MODULES = (
+    *MODULES,
+    "input_layernorm",
+    "post_attention_layernorm",
+    "norm",
+    "lm_head",
+    "embed_tokens",
+)
+"""All that an adapter may change. The last three are not a layer's: ``embed_tokens`` stands with
+the first layer, ``norm`` and ``lm_head`` with the last."""
+
+
+def table_widths(
+    widths: Mapping[str, tuple[int, int]], vocab_size: int
+) -> dict[str, tuple[int, int]]:
+    """``widths`` and those of the other TABLE_MODULES; a norm's width is its in and its out."""
+    hidden = widths["q_proj"][0]
+    norms = dict.fromkeys(TABLE_MODULES[len(MODULES) : -2], (hidden, hidden))
+    return {
+        **widths,
+        **norms,
+        "lm_head": (hidden, vocab_size),
+        "embed_tokens": (vocab_size, hidden),
+    }
+
 
 class BaseDescription(msgspec.Struct, frozen=True, kw_only=True):
     """What the ingest process must know of the base model to validate and pack for it.
 
     ``widths[module] = (in_features, out_features)``; ``slice_bytes`` is the pool's slice.
-    ``directory`` holds the checkpoint; ``quantized``: it is served rounded.
+    ``max_adapter_bytes`` is what one may take of the pool's ``pool_bytes``, 0 when nothing is set.
+    ``directory`` holds the checkpoint; ``quantized``: it is served rounded; ``tied``: lm_head is
+    embed_tokens.
     """
 
     fingerprint: str
@@ -33,8 +61,17 @@ class BaseDescription(msgspec.Struct, frozen=True, kw_only=True):
     widths: dict[str, tuple[int, int]]
     slice_bytes: int
     max_rank: int
+    vocab_size: int = 0
+    max_adapter_bytes: int = 0
+    pool_bytes: int = 0
     directory: str = ""
     quantized: bool = False
+    tied: bool = False
+
+    @property
+    def table_widths(self) -> dict[str, tuple[int, int]]:
+        """See the function."""
+        return table_widths(self.widths, self.vocab_size)
 
 
 class Submit(msgspec.Struct, tag=True, kw_only=True):

@@ -25,6 +25,7 @@ from loramux.adapters.staging import CudaDevice, TieredStore
 from loramux.memory.arena import Arena
 from loramux.memory.formats import AdapterFormat, FrameShape
 from loramux.memory.pool import Pool
+from loramux.wire import TABLE_MODULES
 
 
 class Clock:
@@ -53,8 +54,10 @@ def test_the_rate_follows_what_transfers_took() -> None:
     assert link.s_per_byte == pytest.approx(0.002, rel=1e-3)
 
 
-def no_vectors(layers: int) -> npt.NDArray[np.int64]:
-    return np.full((layers, 7, 3), -1, np.int64)
+def nothing_else(layers: int) -> list[npt.NDArray[Any]]:
+    """A layout's last fields, for an adapter of pairs alone."""
+    vectors = np.full((layers, len(TABLE_MODULES), 3), -1, np.int64)
+    return [vectors, np.zeros(2, np.int64), np.zeros(2, np.int64), np.zeros(2, np.int32)]
 
 
 def arrival(lands: Sequence[float], blocks: Sequence[int], holds: list[Any]) -> Arrival:
@@ -133,8 +136,11 @@ def test_a_forward_pass_waits_once_for_each_block_it_comes_to() -> None:
 
 
 def test_where_each_layer_ends_in_the_stream() -> None:
-    rank = np.zeros((5, 7), np.int32)
-    a_offset, b_offset = np.zeros((5, 7), np.int64), np.zeros((5, 7), np.int64)
+    rank = np.zeros((5, len(TABLE_MODULES)), np.int32)
+    a_offset, b_offset = (
+        np.zeros((5, len(TABLE_MODULES)), np.int64),
+        np.zeros((5, len(TABLE_MODULES)), np.int64),
+    )
     end, ends = 0, []
     for layer, modules in enumerate([(0, 2, 3), (), (6,), (), (0, 1)]):
         for module in modules:
@@ -143,10 +149,14 @@ def test_where_each_layer_ends_in_the_stream() -> None:
             end += 96
         ends.append(end)
     scale = rank.astype(np.float32)
-    layout = Layout("float32", 16, end, a_offset, b_offset, rank, scale, no_vectors(5))
+    layout = Layout("float32", 16, end, a_offset, b_offset, rank, scale, *nothing_else(5))
     assert layout.layer_ends().tolist() == ends
 
 
+TABLE_FIELDS = (
+    *("a_offset", "b_offset", "rank", "scale", "vector_offset"),
+    *("token_ids_offset", "token_rows_offset", "num_token_rows"),
+)
 FRAME = FrameShape(num_slices=4, slice_bytes=64)
 LAYERS = 4
 
@@ -154,11 +164,11 @@ LAYERS = 4
 def packed(name: str) -> Any:
     """Four layers of 256, 0, 640 and 128 bytes."""
     sizes = [64, 0, 160, 32]
-    rank = np.array([[size > 0] + [0] * 6 for size in sizes], np.int32)
-    a_offset = np.zeros((4, 7), np.int64)
+    rank = np.array([[size > 0] + [0] * (len(TABLE_MODULES) - 1) for size in sizes], np.int32)
+    a_offset = np.zeros((4, len(TABLE_MODULES)), np.int64)
     a_offset[:, 0] = np.cumsum([0, *sizes[:-1]])
     scale = rank.astype(np.float32)
-    layout = Layout("float32", 16, 256, a_offset, a_offset, rank, scale, no_vectors(4))
+    layout = Layout("float32", 16, 256, a_offset, a_offset, rank, scale, *nothing_else(4))
     return SimpleNamespace(
         digest=name,
         num_bytes=layout.num_bytes,
@@ -166,10 +176,7 @@ def packed(name: str) -> Any:
         dtype="float32",
         num_slices=layout.num_slices,
         layer_ends=layout.layer_ends,
-        **{
-            key: getattr(layout, key)
-            for key in ("a_offset", "b_offset", "rank", "scale", "vector_offset")
-        },
+        **{key: getattr(layout, key) for key in TABLE_FIELDS},
     )
 
 

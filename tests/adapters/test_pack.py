@@ -227,5 +227,5 @@ def test_sweep_removes_only_what_was_interrupted(
 
 def test_scales_survive_as_float32(packed: pack.PackedAdapter) -> None:
     assert packed.scale.dtype == np.float32
-    assert packed.scale.tolist() == [[2.0, 0, 2.0, 0, 0, 0, 0]] * 3
-    assert packed.rank.tolist() == [[4, 0, 4, 0, 0, 0, 0]] * 3
+    assert packed.scale.tolist() == [[2.0, 0, 2.0, *[0] * 9]] * 3
+    assert packed.rank.tolist() == [[4, 0, 4, *[0] * 9]] * 3

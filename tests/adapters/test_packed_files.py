@@ -21,6 +21,7 @@ from loramux.adapters.packed_files import FrameStore, PackedFiles
 from loramux.errors import AdapterLoadFailed
 from loramux.memory.arena import Arena
 from loramux.memory.formats import FrameShape
+from loramux.wire import TABLE_MODULES
 
 DIGEST = "a" * 64
 FRAME = FrameShape(num_slices=3, slice_bytes=1088)  # no multiple of a sector
@@ -35,7 +36,7 @@ class Bench:
         self.path.write_bytes(b"header, padded" * 10 + self.data)
         payload_sum = PayloadSum()
         payload_sum.update(memoryview(self.data))
-        empty = np.zeros((1, 7), np.int64)
+        empty = np.zeros((1, len(TABLE_MODULES)), np.int64)
         self.packed = PackedAdapter(
             dtype="float32",
             chunk=16,
@@ -44,7 +45,10 @@ class Bench:
             b_offset=empty,
             rank=empty.astype(np.int32),
             scale=empty.astype(np.float32),
-            vector_offset=np.full((1, 7, 3), -1, np.int64),
+            vector_offset=np.full((1, len(TABLE_MODULES), 3), -1, np.int64),
+            token_ids_offset=np.zeros(2, np.int64),
+            token_rows_offset=np.zeros(2, np.int64),
+            num_token_rows=np.zeros(2, np.int32),
             path=self.path,
             digest=DIGEST,
             fingerprint="f",

@@ -33,6 +33,9 @@ class FakePacked:
     rank: Any = None
     scale: Any = None
     vector_offset: Any = None
+    token_ids_offset: Any = None
+    token_rows_offset: Any = None
+    num_token_rows: Any = None
 
 
 @dataclass

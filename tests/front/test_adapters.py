@@ -33,7 +33,7 @@ def test_an_upload_becomes_a_model(tmp_path: Path) -> None:
             assert hashlib.sha256(b"weights").hexdigest() in blobs(tmp_path)
             for model in ["cat", "cat@1", f"cat@sha256:{view.digest[:12]}"]:
                 served = front.adapters.resolve(model)
-                assert (served.name, served.digest, served.generation) == ("cat", view.digest, 1)
+                assert (served.name, served.label, served.generation) == ("cat", view.digest, 1)
                 assert [ref.digest for ref in served.adapters] == [view.digest]
             delta = await collect(front.submit(spec("r", adapters=served.adapters)))
             assert delta.token_ids
@@ -80,12 +80,12 @@ def test_generations(tmp_path: Path) -> None:
             assert caught.value.code == "generation_conflict"
             waiting = await upload(front, "cat", b"two", wait_s=0, wait=0.3, expected_generation=1)
             assert (waiting.status, waiting.generation) == ("validating", 2)
-            assert front.adapters.resolve("cat").digest == one.digest
+            assert front.adapters.resolve("cat").label == one.digest
             with pytest.raises(Conflict) as caught:
                 front.adapters.resolve("cat@2")
             assert caught.value.code == "adapter_not_ready" and caught.value.retry_after_s
             await until(lambda: front.adapters.resolve("cat").generation == 2)
-            assert front.adapters.resolve("cat@1").digest == one.digest
+            assert front.adapters.resolve("cat@1").label == one.digest
             await front.adapters.delete("cat")
             await until(lambda: front.adapters.list() == [])
             three = await upload(front, "cat", b"three")

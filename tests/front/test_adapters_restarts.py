@@ -38,7 +38,7 @@ def test_adapters_survive_a_restart(tmp_path: Path) -> None:
         stray.commit()
         (config.data_dir / "blobs" / "tmp" / "half").write_bytes(b"half")
         async with running(config) as front:
-            assert front.adapters.resolve("kept").digest == kept.digest
+            assert front.adapters.resolve("kept").label == kept.digest
             assert [view.status for view in front.adapters.list()] == ["ready"] * 3
             assert len(files(tmp_path)) == 3
             assert len(blobs(tmp_path)) == 5  # three weights, two configs
@@ -221,6 +221,6 @@ def test_with_the_real_ingest_process(tmp_path: Path) -> None:
             assert any("use_dora" in problem for problem in caught.value.problems)
             with pytest.raises(AdapterInvalid):
                 await upload(front, "worse", b"no safetensors", validate_only=True, **config)
-            assert front.adapters.resolve("good").digest == good.digest
+            assert front.adapters.resolve("good").label == good.digest
 
     asyncio.run(main())

@@ -193,7 +193,7 @@ def test_list_show_delete(start: Start) -> None:
     listed = http.get("/v1/adapters").json()
     assert listed["object"] == "list"
     names = [view["name"] for view in listed["data"]]
-    assert names == ["alien", "broken", "shout", "slow", "whisper"]
+    assert names == ["alien", "broken", "lonely", "shout", "slow", "whisper"]
     shout = http.get("/v1/adapters/shout").json()
     assert shout["id"] == "shout@3" and shout["rank"] == 8 and shout["status"] == "ready"
     assert http.get("/v1/adapters/shout@2").json()["generation"] == 2

@@ -128,7 +128,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"adapters": ["shout"]}, "adapters[0]"),
     ({"adapters": [{"id": "shout"}] * 9}, "adapters"),
     ({"adapters": [{"scale": 1.0}]}, "adapters[0].id"),
-    ({"adapters": [{"id": "shout", "scale": -101}]}, "adapters[0].scale"),
+    ({"adapters": [{"id": "shout", "scale": -101}]}, "adapters[0]"),
     ({"adapters": [{"id": "shout"}, {"id": "a b"}]}, "adapters[1].id"),
     ({"adapters": [{"id": "base"}]}, "adapters[0].id"),
     ({"adapters": [{"id": "shout"}, {"id": "lonely"}]}, "adapters[1].id"),

@@ -225,7 +225,7 @@ def test_chat_without_a_limit_gets_what_the_context_leaves(
 
 def test_models(client: openai.OpenAI) -> None:
     cards = list(client.models.list())
-    assert [card.id for card in cards] == ["base", "shout", "whisper"]
+    assert [card.id for card in cards] == ["base", "lonely", "shout", "whisper"]
     assert cards[0].model_extra == {"root": "base", "parent": None, "max_model_len": 128}
     assert cards[1].model_extra == {"root": "base", "parent": "base", "max_model_len": 128}
     assert all(card.object == "model" and card.owned_by == "loramux" for card in cards)

@@ -110,6 +110,8 @@ def test_a_good_adapter_is_reported_and_packed(process: Process) -> None:
         "tensors": 12,
         "modules": ["q_proj", "v_proj"],
         "layers": [0, 1, 2],
+        "vectors": [],
+        "token_rows": {},
         "warnings": [],
     }
 

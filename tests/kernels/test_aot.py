@@ -19,9 +19,9 @@ from triton.compiler import ASTSource
 
 from loramux_kernels.attention import gpu as attention
 from loramux_kernels.attention import pages
-from loramux_kernels.lora import MODULES, SITES, one_row, tiles
+from loramux_kernels.lora import SITES, one_row, tiles
 from loramux_kernels.lora.runs import ROW_BLOCK
-from loramux_kernels.lora.table import GAIN, INPUT_GAIN, SHIFT, VECTORS
+from loramux_kernels.lora.table import GAIN, INPUT_GAIN, SHIFT, TABLE_MODULES, VECTORS
 from loramux_kernels.lora.work import RANK_TILE
 from loramux_kernels.modulate import gpu as modulate
 from loramux_kernels.norm import gpu as norm
@@ -152,6 +152,7 @@ def lora_kernels(shape: Shape, tuned: Table, capability: int, site: str) -> Iter
         "LAYERS": shape.layers,
         "FIRST_MODULE": modules[0],
         "MODULES": len(modules),
+        "TABLE": len(TABLE_MODULES),
         "SLICE_BYTES": shape.slice_bytes,
         "CHUNK": shape.chunk,
     }
@@ -242,7 +243,7 @@ def modulate_kernels(shape: Shape, capability: int) -> Iterator[Built]:
             shape.dtype,
             modulate.LAUNCH,
             LAYERS=shape.layers,
-            MODULES=len(MODULES),
+            MODULES=len(TABLE_MODULES),
             KINDS=len(VECTORS),
             MODULE=0,
             GAIN=gain,

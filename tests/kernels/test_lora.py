@@ -12,6 +12,7 @@ import torch
 
 from loramux_kernels import dispatch
 from loramux_kernels.lora import MODULES, SITES, AdapterTable, Runs, add_lora
+from loramux_kernels.lora.table import TABLE_MODULES
 from loramux_kernels.testing import (
     Weights,
     assert_close,
@@ -27,6 +28,7 @@ from loramux_kernels.testing import (
 torch.set_num_threads(1)
 
 LAYERS = 2
+SHAPE = (1, len(TABLE_MODULES))
 # Grouped-query widths; 24, 8 and 40 are no multiples of a chunk, so vectors are padded.
 WIDTHS = {name: (24, 24) for name in MODULES}
 WIDTHS |= {"k_proj": (24, 8), "v_proj": (24, 8), "down_proj": (40, 24)}
@@ -287,13 +289,13 @@ class TestAdapterTable:
         return AdapterTable(num_layers=1, widths=WIDTHS, slice_bytes=256, chunk=16, device="cpu")
 
     def add(self, table: AdapterTable, slices: int, rank: int = 1, offset: int = 0) -> int:
-        where = np.full((1, 7), offset, dtype=np.int64)
+        where = np.full(SHAPE, offset, dtype=np.int64)
         return table.add(
             slices=np.arange(slices, dtype=np.int64) * 256,
             a_offset=where,
             b_offset=where,
-            rank=np.full((1, 7), rank, dtype=np.int32),
-            scale=np.ones((1, 7), dtype=np.float32),
+            rank=np.full(SHAPE, rank, dtype=np.int32),
+            scale=np.ones(SHAPE, dtype=np.float32),
             dtype=torch.float32,
         )
 
@@ -329,13 +331,13 @@ class TestAdapterTable:
             self.add(self.table(), 9, offset=8)
 
     def test_wrong_array(self) -> None:
-        with pytest.raises(ValueError, match=r"rank must be int32 \[1, 7\], got int64"):
+        with pytest.raises(ValueError, match=r"rank must be int32 \[1, 12\], got int64"):
             self.table().add(
                 slices=np.zeros(1, dtype=np.int64),
-                a_offset=np.zeros((1, 7), dtype=np.int64),
-                b_offset=np.zeros((1, 7), dtype=np.int64),
-                rank=np.zeros((1, 7), dtype=np.int64),  # type: ignore[arg-type]
-                scale=np.zeros((1, 7), dtype=np.float32),
+                a_offset=np.zeros(SHAPE, dtype=np.int64),
+                b_offset=np.zeros(SHAPE, dtype=np.int64),
+                rank=np.zeros(SHAPE, dtype=np.int64),  # type: ignore[arg-type]
+                scale=np.zeros(SHAPE, dtype=np.float32),
                 dtype=torch.float32,
             )
 
@@ -343,10 +345,10 @@ class TestAdapterTable:
         with pytest.raises(ValueError, match="dtype torch.int8"):
             self.table().add(
                 slices=np.zeros(1, dtype=np.int64),
-                a_offset=np.zeros((1, 7), dtype=np.int64),
-                b_offset=np.zeros((1, 7), dtype=np.int64),
-                rank=np.zeros((1, 7), dtype=np.int32),
-                scale=np.zeros((1, 7), dtype=np.float32),
+                a_offset=np.zeros(SHAPE, dtype=np.int64),
+                b_offset=np.zeros(SHAPE, dtype=np.int64),
+                rank=np.zeros(SHAPE, dtype=np.int32),
+                scale=np.zeros(SHAPE, dtype=np.float32),
                 dtype=torch.int8,
             )
 

@@ -8,7 +8,7 @@ import torch
 
 from loramux_kernels import dispatch
 from loramux_kernels.lora import MODULES, SITES, AdapterTable, Runs
-from loramux_kernels.lora.table import GAIN, INPUT_GAIN, SHIFT
+from loramux_kernels.lora.table import GAIN, INPUT_GAIN, SHIFT, TABLE_MODULES
 from loramux_kernels.modulate import modulate_inputs, modulate_outputs
 from loramux_kernels.testing import (
     Weights,
@@ -139,7 +139,7 @@ def test_many_rows_have_the_bits_of_one() -> None:
 
 def test_vectors_outside_the_stream_or_of_half_precision_are_refused() -> None:
     _, _, table, _ = resident(320)
-    shape = (LAYERS, len(MODULES))
+    shape = (LAYERS, len(TABLE_MODULES))
     nothing = np.zeros(shape, np.int64)
     fields = {
         "slices": np.zeros(4, np.int64),

@@ -17,7 +17,7 @@ from loramux.model.architecture import Architecture, read_architecture
 from loramux.model.decoder import Decoder
 from loramux.model.inputs import ModelInputs
 from loramux.model.loader import Weights, load_weights
-from loramux.wire import MODULES
+from loramux.wire import TABLE_MODULES, table_widths
 from loramux_kernels.attention import Pages
 from loramux_kernels.lora import AdapterTable, Runs
 
@@ -58,7 +58,7 @@ class Paged:
         self.random.shuffle(self.free)
         self.table = AdapterTable(
             num_layers=arch.num_layers,
-            widths=arch.widths,
+            widths=table_widths(arch.widths, arch.vocab_size),
             slice_bytes=self.slice_bytes,
             chunk=CHUNK,
             device=CPU,
@@ -87,6 +87,7 @@ class Paged:
             pages=self._tables(parts),
             runs=Runs.build([n for _, n in parts], [r.adapters for r, _ in parts]),
             scored=torch.arange(len(ids)),
+            scored_rows=np.arange(len(ids)),
         )
 
     def step(self, parts: Sequence[tuple[Request, int]]) -> list[torch.Tensor]:
@@ -118,12 +119,12 @@ class Paged:
         """Put a PEFT adapter (no patterns) into the pool; its slot."""
         config = json.loads((directory / "adapter_config.json").read_text())
         tensors = load_file(directory / "adapter_model.safetensors")
-        shape = (self.architecture.num_layers, len(MODULES))
+        shape = (self.architecture.num_layers, len(TABLE_MODULES))
         offsets = {"lora_A": np.zeros(shape, np.int64), "lora_B": np.zeros(shape, np.int64)}
         rank, stream = np.zeros(shape, np.int32), [torch.zeros(0)]
         for name, tensor in tensors.items():
             parts = name.split(".")
-            at = int(parts[parts.index("layers") + 1]), MODULES.index(parts[-3])
+            at = int(parts[parts.index("layers") + 1]), TABLE_MODULES.index(parts[-3])
             vectors = tensor if parts[-2] == "lora_A" else tensor.T
             offsets[parts[-2]][at] = sum(part.numel() for part in stream)
             rank[at] = len(vectors)

@@ -21,11 +21,27 @@ from loramux_kernels.linear import cpu as linear
 from loramux_kernels.linear.matrix import DTYPES, PANEL
 from loramux_kernels.lora import cpu as lora
 from loramux_kernels.lora.runs import Runs
-from loramux_kernels.lora.table import GAIN, INPUT_GAIN, SHIFT, SITES, AdapterTable
+from loramux_kernels.lora.table import (
+    GAIN,
+    INPUT_GAIN,
+    SHIFT,
+    SITES,
+    TABLE_MODULES,
+    TABLE_SITES,
+    AdapterTable,
+)
 from loramux_kernels.modulate import cpu as modulation
 from loramux_kernels.norm import cpu as norm
 
 _QKV, _O, _GATE_UP, _DOWN = range(len(SITES))
+_AFTER_INPUT_NORM = (
+    TABLE_MODULES.index("input_layernorm"),
+    list(TABLE_SITES).index("input_layernorm"),
+)
+_AFTER_POST_NORM = (
+    TABLE_MODULES.index("post_attention_layernorm"),
+    list(TABLE_SITES).index("post_attention_layernorm"),
+)
 _INPUT_NORM, _POST_NORM, _Q_NORM, _K_NORM, _BIASES = Vector
 
 _add_lora: Any = lora.add_lora_at  # mypy counts no starred operands
@@ -121,6 +137,28 @@ def _add_bias(out: Any, address: int) -> None:
 
 
 @counting
+def _apply(
+    values: Any,
+    widths: Any,
+    gain: int,
+    shift: int,
+    layer: int,
+    first_module: int,
+    num_modules: int,
+    arena: Any,
+    table: Any,
+    vector_offset: Any,
+    runs: Any,
+    threads: int,
+) -> None:
+    """Each row's own vectors of a site."""
+    slices, slice_bytes, list_start = table[0], table[1], table[3]
+    where = (slices, slice_bytes, list_start, vector_offset, layer, first_module, num_modules)
+    who = (runs[0], runs[1], runs[2], runs[3], runs[8], runs[9], threads)
+    _modulate(values, arena, *where, widths, gain, shift, *who)
+
+
+@counting
 def _site(
     out: Any,
     x: Any,
@@ -142,15 +180,13 @@ def _site(
     threads: int,
 ) -> None:
     """The base's raw ``W x``, then each row's adapters, then the bias."""
-    slices, slice_bytes, _, list_start, *_ = table
-    where = (slices, slice_bytes, list_start, vector_offset, layer, first_module, num_modules)
-    row_start, entry_start, slot, scale, *_, run_block, run_block_row = runs
-    who = (row_start, entry_start, slot, scale, run_block, run_block_row, threads)
+    modules = (layer, first_module, num_modules)
+    rest = (arena, table, vector_offset, runs, threads)
     if modulated[layer, site, 1]:
-        _modulate(x, arena, *where, widths[0], INPUT_GAIN, -1, *who)
+        _apply(x, widths[0], INPUT_GAIN, -1, *modules, *rest)
     _project(out, x, matrices[layer, site], scales[layer, site], dtypes[layer, site])
     if modulated[layer, site, 0]:
-        _modulate(out, arena, *where, widths[1], GAIN, SHIFT, *who)
+        _apply(out, widths[1], GAIN, SHIFT, *modules, *rest)
     if top_ranks[layer, site] > 0:
         _add_lora(
             out,
@@ -264,9 +300,13 @@ def _run_layers(
     )
     adapters = (arena, table, widths, runs, vector_offset, top_ranks, modulated, threads)
     rest = (matrices, scales, dtypes, vectors, *adapters)
+    beside = (arena, table, vector_offset, runs, threads)
     for layer in range(len(windows)):
         input_norm = simd.floats(vectors[layer, _INPUT_NORM], width)
         norm.add_rms_norm_rows(normed, residual, hidden, input_norm, eps)
+        module, site = _AFTER_INPUT_NORM
+        if modulated[layer, site, 0]:
+            _apply(normed, out_width, GAIN, SHIFT, layer, module, 1, *beside)
         _site(qkv, normed, _QKV, 0, 3, layer, *rest)
         if vectors[layer, _Q_NORM] != 0:
             q_norm = simd.floats(vectors[layer, _Q_NORM], dim)
@@ -309,6 +349,9 @@ def _run_layers(
         _site(hidden, attended, _O, 3, 1, layer, *rest)
         post_norm = simd.floats(vectors[layer, _POST_NORM], width)
         norm.add_rms_norm_rows(normed, residual, hidden, post_norm, eps)
+        module, site = _AFTER_POST_NORM
+        if modulated[layer, site, 0]:
+            _apply(normed, out_width, GAIN, SHIFT, layer, module, 1, *beside)
         _site(gate_up, normed, _GATE_UP, 4, 2, layer, *rest)
         norm.silu_mul_rows(inner_, gate_up)
         _site(hidden, inner_, _DOWN, 6, 1, layer, *rest)

@@ -20,7 +20,7 @@ from loramux_kernels.jit import inner, parallel
 from loramux_kernels.lora.expand import expand_with
 from loramux_kernels.lora.runs import ROW_BLOCK, Runs
 from loramux_kernels.lora.shrink import shrink_with
-from loramux_kernels.lora.table import SITES, AdapterTable
+from loramux_kernels.lora.table import TABLE_SITES, AdapterTable
 
 RANK_TILE = 16
 COLUMN_TILE = 512
@@ -37,7 +37,7 @@ def add_lora(
 ) -> None:
     """See :func:`loramux_kernels.lora.add_lora`."""
     dispatch.calls["cpu:add_lora"] += 1
-    modules = SITES[site]
+    modules = TABLE_SITES[site]
     add_lora_at(
         y.numpy(),
         x.numpy(),

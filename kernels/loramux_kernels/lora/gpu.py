@@ -19,7 +19,7 @@ import torch
 from loramux_kernels import dispatch
 from loramux_kernels.lora import one_row, tiles
 from loramux_kernels.lora.runs import ROW_BLOCK, Runs
-from loramux_kernels.lora.table import SITES, AdapterTable
+from loramux_kernels.lora.table import TABLE_MODULES, TABLE_SITES, AdapterTable
 from loramux_kernels.lora.work import RANK_TILE, LoraWork, lora_work
 from loramux_kernels.mirror import mirror, scratch
 from loramux_kernels.tuning import Launch, num_programs, table_of
@@ -37,7 +37,7 @@ def add_lora(
     """See :func:`loramux_kernels.lora.add_lora`."""
     work, step = on_device(runs, table, y.device)
     h = scratch("lora_h", y.device, work.h_elements)
-    where, modules = table.tensors, SITES[site]
+    where, modules = table.tensors, TABLE_SITES[site]
     in_width, row_width = table.site_widths[site]
     widths = [int(table.out_width[m]) for m in modules] + [0, 0]
     weights = (arena, where["slices"], where["list_start"], where["dtype"])
@@ -46,6 +46,7 @@ def add_lora(
         "LAYERS": table.num_layers,
         "FIRST_MODULE": modules[0],
         "MODULES": len(modules),
+        "TABLE": len(TABLE_MODULES),
         "SLICE_BYTES": table.slice_bytes,
         "CHUNK": table.chunk,
     }

@@ -66,6 +66,7 @@ def shrink_rows_kernel(
     LAYERS: tl.constexpr,
     FIRST_MODULE: tl.constexpr,
     MODULES: tl.constexpr,
+    TABLE: tl.constexpr,
     SLICE_BYTES: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -78,7 +79,7 @@ def shrink_rows_kernel(
         which = index % MODULES
         entry = tl.load(item)
         adapter = tl.load(slot + entry)
-        place = (adapter.to(tl.int64) * LAYERS + layer) * 7 + FIRST_MODULE + which
+        place = (adapter.to(tl.int64) * LAYERS + layer) * TABLE + FIRST_MODULE + which
         vectors = tl.load(rank + place)
         ranks = tl.load(item + 3) * RANKS + tl.arange(0, RANKS)
         known = ranks < vectors
@@ -162,6 +163,7 @@ def expand_rows_kernel(
     LAYERS: tl.constexpr,
     FIRST_MODULE: tl.constexpr,
     MODULES: tl.constexpr,
+    TABLE: tl.constexpr,
     SLICE_BYTES: tl.constexpr,
     CHUNK: tl.constexpr,
     RANKS: tl.constexpr,
@@ -181,7 +183,7 @@ def expand_rows_kernel(
             acc = tl.zeros((RANKS, CHUNK), dtype=tl.float32)
             for entry in range(tl.load(entry_start + run), tl.load(entry_start + run + 1)):
                 adapter = tl.load(slot + entry)
-                place = (adapter.to(tl.int64) * LAYERS + layer) * 7 + FIRST_MODULE + which
+                place = (adapter.to(tl.int64) * LAYERS + layer) * TABLE + FIRST_MODULE + which
                 vectors = tl.load(rank + place)
                 pair = (row - tl.load(first_row + entry)).to(tl.int64)
                 hs = (

@@ -6,7 +6,7 @@ import torch
 
 from loramux_kernels import dispatch
 from loramux_kernels.lora.runs import Runs
-from loramux_kernels.lora.table import DTYPES, SITES, AdapterTable
+from loramux_kernels.lora.table import DTYPES, TABLE_SITES, AdapterTable
 
 
 def add_lora(
@@ -23,7 +23,7 @@ def add_lora(
     for run in range(len(runs.row_start) - 1):
         rows = slice(int(runs.row_start[run]), int(runs.row_start[run + 1]))
         column = 0
-        for module in SITES[site]:
+        for module in TABLE_SITES[site]:
             out = int(table.out_width[module])
             delta = torch.zeros(rows.stop - rows.start, out, device=y.device)
             for entry in range(int(runs.entry_start[run]), int(runs.entry_start[run + 1])):
@@ -40,20 +40,11 @@ def matrices(
     arena: torch.Tensor, table: AdapterTable, slot: int, layer: int, module: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A [rank, in] and B [rank, out] of one module as fp32 copies."""
-    dtype = DTYPES[int(table.dtype[slot])]
     rank = int(table.rank[slot, layer, module])
-    start = int(table.list_start[slot])
-    per_slice = table.slice_bytes // dtype.itemsize
 
     def read(offset: int, width: int) -> torch.Tensor:
         padded = -(-width // table.chunk) * table.chunk
-        first, last = offset // per_slice, (offset + rank * padded - 1) // per_slice
-        pieces = [
-            arena[int(at) : int(at) + table.slice_bytes]
-            for at in table.slices[start + first : start + last + 1]
-        ]
-        stream = torch.cat(pieces).view(dtype)[offset - first * per_slice :]
-        return stream[: rank * padded].view(rank, padded)[:, :width].float()
+        return stream_of(arena, table, slot, offset, rank * padded).view(rank, padded)[:, :width]
 
     in_width, out_width = int(table.in_width[module]), int(table.out_width[module])
     if rank == 0:
@@ -62,3 +53,21 @@ def matrices(
         read(int(table.a_offset[slot, layer, module]), in_width),
         read(int(table.b_offset[slot, layer, module]), out_width),
     )
+
+
+def stream_of(
+    arena: torch.Tensor, table: AdapterTable, slot: int, offset: int, count: int
+) -> torch.Tensor:
+    """``count`` elements of an adapter's stream from ``offset``, as an fp32 copy; an fp32
+    adapter's bits are kept."""
+    dtype = DTYPES[int(table.dtype[slot])]
+    if count == 0:
+        return torch.zeros(0, device=arena.device)
+    per_slice = table.slice_bytes // dtype.itemsize
+    start = int(table.list_start[slot])
+    first, last = offset // per_slice, (offset + count - 1) // per_slice
+    pieces = [
+        arena[int(at) : int(at) + table.slice_bytes]
+        for at in table.slices[start + first : start + last + 1]
+    ]
+    return torch.cat(pieces).view(dtype)[offset - first * per_slice :][:count].float()

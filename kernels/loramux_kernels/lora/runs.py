@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from loramux_kernels.blocks import row_blocks
-from loramux_kernels.lora.table import GAIN, INPUT_GAIN, SHIFT, SITES, AdapterTable
+from loramux_kernels.lora.table import GAIN, INPUT_GAIN, SHIFT, SITES, TABLE_SITES, AdapterTable
 
 if TYPE_CHECKING:
     from loramux_kernels.lora.work import LoraWork
@@ -74,16 +74,16 @@ class Runs:
         )
 
     def top_ranks(self, table: AdapterTable) -> npt.NDArray[np.int64]:
-        """``[layers, 4]``: the largest rank any entry has at a layer's site; 0 when none changes
-        it. Looked up once, since residency does not change during a step."""
+        """``[layers, sites]``: the largest rank any entry has at a layer's site; 0 when none
+        changes it. Looked up once, since residency does not change during a step."""
         if not self._top_ranks:
             ranks = table.rank[self.slot].max(axis=0, initial=0)
-            sites = [ranks[:, list(modules)].max(axis=1) for modules in SITES.values()]
+            sites = [ranks[:, list(modules)].max(axis=1) for modules in TABLE_SITES.values()]
             self._top_ranks.append(np.stack(sites, axis=1).astype(np.int64))
         return self._top_ranks[0]
 
     def top_rank(self, table: AdapterTable, layer: int, site: str) -> int:
-        return int(self.top_ranks(table)[layer, list(SITES).index(site)])
+        return int(self.top_ranks(table)[layer, list(TABLE_SITES).index(site)])
 
     def reaches(self, table: AdapterTable, layer: int, site: str) -> bool:
         """False when no entry changes the site and nothing need be launched for it. A recorded
@@ -92,15 +92,37 @@ class Runs:
         return bool(recorded) or self.top_rank(table, layer, site) > 0
 
     def modulated(self, table: AdapterTable) -> npt.NDArray[np.bool_]:
-        """``[layers, 4, 2]``: whether any entry has vectors on the outputs (0), on the inputs (1)
-        of a layer's site."""
+        """``[layers, sites, 2]``: whether any entry has vectors on the outputs (0), on the inputs
+        (1) of a layer's site."""
         if not self._modulated:
             last = table.vector_offset[self.slot].max(axis=0, initial=-1)
             outputs = np.maximum(last[..., GAIN], last[..., SHIFT])
             both = np.stack([outputs, last[..., INPUT_GAIN]], axis=-1) >= 0
-            sites = [both[:, list(modules)].any(axis=1) for modules in SITES.values()]
+            sites = [both[:, list(modules)].any(axis=1) for modules in TABLE_SITES.values()]
             self._modulated.append(np.stack(sites, axis=1))
         return self._modulated[0]
+
+    def of_rows(self, rows: npt.NDArray[np.int64]) -> Runs:
+        """These token rows, in this order, each with its own entries."""
+        run = np.searchsorted(self.row_start, rows, side="right") - 1
+        first = np.flatnonzero(np.diff(run, prepend=-1))
+        counts = np.diff(first, append=len(rows)).tolist()
+        bounds = [(self.entry_start[i], self.entry_start[i + 1]) for i in run[first]]
+        lists = [
+            list(zip(self.slot[a:b].tolist(), self.scale[a:b].tolist(), strict=True))
+            for a, b in bounds
+        ]
+        return Runs.build(counts, lists)
+
+    def names_tokens(self, table: AdapterTable, where: int) -> bool:
+        """Whether any entry has rows for single tokens in EMBEDDING or HEAD."""
+        return bool(table.num_token_rows[self.slot, where].any())
+
+    def is_plain(self, table: AdapterTable) -> bool:
+        """Whether all entries are pairs at the modules of layers and nothing else."""
+        elsewhere = self.top_ranks(table)[:, len(SITES) :]
+        tokens = table.num_token_rows[self.slot]
+        return not (self.modulated(table).any() or elsewhere.any() or tokens.any())
 
     def bind(self, work: LoraWork, tensors: dict[str, torch.Tensor]) -> None:
         """``tensors`` are the arrays of ``work``, this step's, as a device sees them."""

@@ -14,11 +14,29 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 SITES: dict[str, tuple[int, ...]] = {"qkv": (0, 1, 2), "o": (3,), "gate_up": (4, 5), "down": (6,)}
 """Modules that share an input and an output buffer, so that one kernel call serves them."""
 
+TABLE_MODULES = (
+    *MODULES,
+    "input_layernorm",
+    "post_attention_layernorm",
+    "norm",
+    "lm_head",
+    "embed_tokens",
+)
+"""All that an adapter may change. The last three are not a layer's: ``embed_tokens`` stands with
+the first layer, ``norm`` and ``lm_head`` with the last. A norm's width is its in and its out."""
+
+TABLE_SITES: dict[str, tuple[int, ...]] = SITES | {
+    name: (index,) for index, name in enumerate(TABLE_MODULES) if index >= len(MODULES)
+}
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Adapter dtypes; a slot stores the index."""
 
 GAIN, SHIFT, INPUT_GAIN = VECTORS = range(3)
 """Vectors a module may have beside its pair, see :mod:`loramux_kernels.modulate`."""
+
+EMBEDDING, HEAD = VOCABULARIES = range(2)
+"""Where an adapter may have rows for single tokens, see :mod:`loramux_kernels.vocabulary`."""
 
 _ROWS: dict[str, type[np.generic]] = {
     "a_offset": np.int64,
@@ -26,6 +44,9 @@ _ROWS: dict[str, type[np.generic]] = {
     "rank": np.int32,
     "scale": np.float32,
     "vector_offset": np.int64,
+    "token_ids_offset": np.int64,
+    "token_rows_offset": np.int64,
+    "num_token_rows": np.int32,
 }
 
 
@@ -38,12 +59,14 @@ class AdapterTable:
     module's in width, B ``rank`` vectors of its out width, each padded with zeros to a multiple
     of ``chunk``. Rank 0 means there is no pair. An fp32 adapter may have vectors, padded alike:
     ``vector_offset`` says where the GAIN and the SHIFT (of the out width) and the INPUT_GAIN (of
-    the in width) begin, -1 where there is none.
+    the in width) begin, -1 where there is none. And rows for single tokens: ``num_token_rows``
+    increasing int32 ids, and as many rows of the hidden width, padded alike.
 
-    Arrays, indexed by slot: ``a_offset``, ``b_offset``, ``rank``, ``scale`` [slots, layers, 7],
-    ``vector_offset`` [slots, layers, 7, 3], ``dtype`` (index into DTYPES) and ``list_start``
-    [slots]; the slice list of a slot begins at ``slices[list_start[slot]]``. ``tensors`` holds the
-    same arrays on ``device``.
+    Arrays, indexed by slot: ``a_offset``, ``b_offset``, ``rank``, ``scale`` [slots, layers, M],
+    M being the TABLE_MODULES, ``vector_offset`` [slots, layers, M, 3], ``token_ids_offset``,
+    ``token_rows_offset`` and ``num_token_rows`` [slots, 2], ``dtype`` (index into DTYPES) and
+    ``list_start`` [slots]; the slice list of a slot begins at ``slices[list_start[slot]]``.
+    ``tensors`` holds the same arrays on ``device``.
     """
 
     def __init__(
@@ -67,10 +90,11 @@ class AdapterTable:
         self.slice_bytes = slice_bytes
         self.chunk = chunk
         self.device = torch.device(device)
-        self.in_width = np.array([widths[m][0] for m in MODULES], dtype=np.int64)
-        self.out_width = np.array([widths[m][1] for m in MODULES], dtype=np.int64)
+        known = [widths.get(module, (0, 0)) for module in TABLE_MODULES]
+        self.in_width = np.array([pair[0] for pair in known], dtype=np.int64)
+        self.out_width = np.array([pair[1] for pair in known], dtype=np.int64)
         self.site_widths: dict[str, tuple[int, int]] = {}
-        for site, modules in SITES.items():
+        for site, modules in TABLE_SITES.items():
             ins = {int(self.in_width[m]) for m in modules}
             if len(ins) != 1:
                 raise ValueError(f"AdapterTable: the modules of {site!r} differ in input width")
@@ -78,13 +102,24 @@ class AdapterTable:
         self.slices: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self.list_start: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self.dtype: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
-        self.a_offset: npt.NDArray[np.int64] = np.zeros((0, num_layers, 7), dtype=np.int64)
-        self.b_offset: npt.NDArray[np.int64] = np.zeros((0, num_layers, 7), dtype=np.int64)
-        self.rank: npt.NDArray[np.int32] = np.zeros((0, num_layers, 7), dtype=np.int32)
-        self.scale: npt.NDArray[np.float32] = np.zeros((0, num_layers, 7), dtype=np.float32)
-        self.vector_offset: npt.NDArray[np.int64] = np.zeros(
-            (0, num_layers, 7, len(VECTORS)), dtype=np.int64
+        self.a_offset: npt.NDArray[np.int64] = np.zeros(
+            (0, num_layers, len(TABLE_MODULES)), dtype=np.int64
         )
+        self.b_offset: npt.NDArray[np.int64] = np.zeros(
+            (0, num_layers, len(TABLE_MODULES)), dtype=np.int64
+        )
+        self.rank: npt.NDArray[np.int32] = np.zeros(
+            (0, num_layers, len(TABLE_MODULES)), dtype=np.int32
+        )
+        self.scale: npt.NDArray[np.float32] = np.zeros(
+            (0, num_layers, len(TABLE_MODULES)), dtype=np.float32
+        )
+        self.vector_offset: npt.NDArray[np.int64] = np.zeros(
+            (0, num_layers, len(TABLE_MODULES), len(VECTORS)), dtype=np.int64
+        )
+        self.token_ids_offset: npt.NDArray[np.int64] = np.zeros((0, 2), dtype=np.int64)
+        self.token_rows_offset: npt.NDArray[np.int64] = np.zeros((0, 2), dtype=np.int64)
+        self.num_token_rows: npt.NDArray[np.int32] = np.zeros((0, 2), dtype=np.int32)
         self.tensors: dict[str, torch.Tensor] = {
             "out_width": torch.from_numpy(self.out_width).to(self.device)
         }
@@ -101,9 +136,12 @@ class AdapterTable:
         scale: npt.NDArray[np.float32],
         dtype: torch.dtype,
         vector_offset: npt.NDArray[np.int64] | None = None,
+        token_ids_offset: npt.NDArray[np.int64] | None = None,
+        token_rows_offset: npt.NDArray[np.int64] | None = None,
+        num_token_rows: npt.NDArray[np.int32] | None = None,
     ) -> int:
         """Make an adapter known and return its slot. ``slices`` are byte offsets into the arena;
-        the other arrays are [layers, 7], ``vector_offset`` [layers, 7, 3]. ValueError when an array
+        the other arrays are [layers, M], ``vector_offset`` [layers, M, 3]. ValueError when an array
         is off or a matrix or vector would lie outside the stream."""
         if vector_offset is None:
             vector_offset = np.full((*rank.shape, len(VECTORS)), -1, np.int64)
@@ -113,6 +151,9 @@ class AdapterTable:
             "rank": rank,
             "scale": scale,
             "vector_offset": vector_offset,
+            "token_ids_offset": _or_zeros(token_ids_offset, np.int64),
+            "token_rows_offset": _or_zeros(token_rows_offset, np.int64),
+            "num_token_rows": _or_zeros(num_token_rows, np.int32),
         }
         self._check(slices, row, dtype)
         start = self._place(len(slices))
@@ -146,6 +187,7 @@ class AdapterTable:
             raise KeyError(f"AdapterTable: slot {slot} holds no adapter")
         del self._extents[slot]
         self.rank[slot] = 0
+        self.num_token_rows[slot] = 0
         self._free_slots.append(slot)
 
     def _check(
@@ -175,11 +217,20 @@ class AdapterTable:
             if (bad & present).any():
                 layer, module = (int(i[0]) for i in np.nonzero(bad & present))
                 raise ValueError(
-                    f"AdapterTable.add: {name} of layer {layer} {MODULES[module]} lies outside "
-                    f"the stream of {elements} elements or off a chunk of {self.chunk}"
+                    f"AdapterTable.add: {name} of layer {layer} {TABLE_MODULES[module]} lies "
+                    f"outside the stream of {elements} elements or off a chunk of {self.chunk}"
                 )
 
         self._check_vectors(row["vector_offset"], elements, dtype)
+        count, hidden = row["num_token_rows"], self.in_width[0]
+        padded = -(-hidden // self.chunk) * self.chunk
+        for offset, size in (("token_ids_offset", 1), ("token_rows_offset", padded)):
+            at = row[offset]
+            bad = (at < 0) | (at % self.chunk != 0) | (at + count * size > elements)
+            if (bad & (count > 0)).any() or (count < 0).any():
+                raise ValueError(f"AdapterTable.add: {offset} is off, or lies outside the stream")
+        if count.any() and dtype != torch.float32:
+            raise ValueError("AdapterTable.add: an adapter with rows for tokens must be fp32")
 
     def _check_vectors(
         self, offset: npt.NDArray[np.int64], elements: int, dtype: torch.dtype
@@ -193,7 +244,7 @@ class AdapterTable:
         if bad.any():
             layer, module = (int(i[0]) for i in np.nonzero(bad)[:2])
             raise ValueError(
-                f"AdapterTable.add: a vector of layer {layer} {MODULES[module]} lies outside "
+                f"AdapterTable.add: a vector of layer {layer} {TABLE_MODULES[module]} lies outside "
                 f"the stream of {elements} elements or off a chunk of {self.chunk}"
             )
 
@@ -229,3 +280,7 @@ class AdapterTable:
             new[:before] = old
             setattr(self, name, new)
         self._free_slots.extend(reversed(range(before, after)))
+
+
+def _or_zeros(values: npt.NDArray[Any] | None, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    return np.zeros(len(VOCABULARIES), dtype) if values is None else values

@@ -64,6 +64,7 @@ def shrink_tiles_kernel(
     LAYERS: tl.constexpr,
     FIRST_MODULE: tl.constexpr,
     MODULES: tl.constexpr,
+    TABLE: tl.constexpr,
     SLICE_BYTES: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -77,7 +78,7 @@ def shrink_tiles_kernel(
         which = index % MODULES
         entry = tl.load(item)
         adapter = tl.load(slot + entry)
-        place = (adapter.to(tl.int64) * LAYERS + layer) * 7 + FIRST_MODULE + which
+        place = (adapter.to(tl.int64) * LAYERS + layer) * TABLE + FIRST_MODULE + which
         vectors = tl.load(rank + place)
         tile = tl.load(item + 3)
         if tile * RANKS < vectors:
@@ -162,6 +163,7 @@ def expand_tiles_kernel(
     LAYERS: tl.constexpr,
     FIRST_MODULE: tl.constexpr,
     MODULES: tl.constexpr,
+    TABLE: tl.constexpr,
     SLICE_BYTES: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -183,7 +185,7 @@ def expand_tiles_kernel(
         acc = tl.zeros((ROWS, CHUNK), dtype=tl.float32)
         for entry in range(tl.load(entry_start + run), tl.load(entry_start + run + 1)):
             adapter = tl.load(slot + entry)
-            place = (adapter.to(tl.int64) * LAYERS + layer) * 7 + FIRST_MODULE + which
+            place = (adapter.to(tl.int64) * LAYERS + layer) * TABLE + FIRST_MODULE + which
             vectors = tl.load(rank + place)
             pairs = (rows - tl.load(first_row + entry)).to(tl.int64)
             hs = h + tl.load(h_start + entry) + (pairs * MODULES + which) * tl.load(pitch + entry)

@@ -10,7 +10,7 @@ import torch
 
 from loramux_kernels.dispatch import implementation
 from loramux_kernels.lora.runs import Runs
-from loramux_kernels.lora.table import GAIN, INPUT_GAIN, SHIFT, SITES, AdapterTable
+from loramux_kernels.lora.table import GAIN, INPUT_GAIN, SHIFT, TABLE_SITES, AdapterTable
 
 __all__ = ["modulate_inputs", "modulate_outputs"]
 
@@ -28,9 +28,9 @@ def modulate_outputs(
     """Apply every row's own gains and shifts to ``y`` ([T, sum of the site's out widths],
     contiguous) in place, before pairs or a bias are added. Rows without any keep their bits."""
     _check(y, table.site_widths[site][1], runs)
-    if runs.modulated(table)[layer, list(SITES).index(site), _OUTPUTS]:
+    if runs.modulated(table)[layer, list(TABLE_SITES).index(site), _OUTPUTS]:
         modulate = implementation(__name__, y).modulate
-        modulate(y, arena, table, runs, layer, SITES[site], table.out_width, (GAIN, SHIFT))
+        modulate(y, arena, table, runs, layer, TABLE_SITES[site], table.out_width, (GAIN, SHIFT))
 
 
 def modulate_inputs(
@@ -44,11 +44,11 @@ def modulate_inputs(
     """Apply every row's own input gains to ``x`` ([T, in], contiguous), the input of the site's
     only module, in place. ValueError for a site whose modules share their input."""
     _check(x, table.site_widths[site][0], runs)
-    if runs.modulated(table)[layer, list(SITES).index(site), _INPUTS]:
-        if len(SITES[site]) > 1:
+    if runs.modulated(table)[layer, list(TABLE_SITES).index(site), _INPUTS]:
+        if len(TABLE_SITES[site]) > 1:
             raise ValueError(f"modulate_inputs: the modules of {site!r} share their input")
         modulate = implementation(__name__, x).modulate
-        modulate(x, arena, table, runs, layer, SITES[site], table.in_width, (INPUT_GAIN, -1))
+        modulate(x, arena, table, runs, layer, TABLE_SITES[site], table.in_width, (INPUT_GAIN, -1))
 
 
 def _check(values: torch.Tensor, width: int, runs: Runs) -> None:

@@ -16,8 +16,7 @@ import triton.language as tl
 from loramux_kernels import dispatch
 from loramux_kernels.lora.gpu import on_device
 from loramux_kernels.lora.runs import Runs
-from loramux_kernels.lora.streams import starts
-from loramux_kernels.lora.table import MODULES, VECTORS, AdapterTable
+from loramux_kernels.lora.table import TABLE_MODULES, VECTORS, AdapterTable
 from loramux_kernels.tuning import Launch
 
 LAUNCH = Launch(warps=1, stages=1)
@@ -57,7 +56,7 @@ def modulate(
                 step[name],
                 layer,
                 LAYERS=table.num_layers,
-                MODULES=len(MODULES),
+                MODULES=len(TABLE_MODULES),
                 KINDS=len(VECTORS),
                 MODULE=module,
                 GAIN=kinds[0],
@@ -74,11 +73,13 @@ def modulate(
 
 @triton.jit
 def _chunk(arena, slices, offset, tile, SLICE_BYTES: tl.constexpr, CHUNK: tl.constexpr):
-    """The ``tile``-th chunk of the fp32 vector at ``offset``; zeros when there is none."""
-    known = offset >= 0
-    at = starts(slices, tl.maximum(offset, 0) + tile * CHUNK, known, tl.float32, SLICE_BYTES)
+    """The ``tile``-th chunk of the fp32 vector at ``offset``."""
+    PER_SLICE: tl.constexpr = SLICE_BYTES // 4
+    element = offset + tile * CHUNK
+    # A chunk lies within one slice.
+    at = tl.load(slices + element // PER_SLICE) // 4 + element % PER_SLICE
     pool = arena.to(tl.pointer_type(tl.float32))
-    return tl.load(pool + at + tl.arange(0, CHUNK), mask=known, other=0)
+    return tl.load(pool + at + tl.arange(0, CHUNK))
 
 
 @triton.jit
@@ -119,12 +120,14 @@ def modulate_kernel(
         stream = slices + tl.load(list_start + adapter)
         place = ((adapter.to(tl.int64) * LAYERS + layer) * MODULES + MODULE) * KINDS
         offset = tl.load(vector_offset + place + GAIN)
-        factor += c * _chunk(arena, stream, offset, tile, SLICE_BYTES, CHUNK)
-        found += (offset >= 0).to(tl.int32)
+        if offset >= 0:
+            factor += c * _chunk(arena, stream, offset, tile, SLICE_BYTES, CHUNK)
+            found += 1
         if SHIFT >= 0:
             offset = tl.load(vector_offset + place + SHIFT)
-            added += c * _chunk(arena, stream, offset, tile, SLICE_BYTES, CHUNK)
-            found += (offset >= 0).to(tl.int32)
+            if offset >= 0:
+                added += c * _chunk(arena, stream, offset, tile, SLICE_BYTES, CHUNK)
+                found += 1
     if found > 0:
         columns = tile * CHUNK + tl.arange(0, CHUNK)
         for r in range(rows):

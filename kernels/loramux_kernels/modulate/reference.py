@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from loramux_kernels import dispatch
+from loramux_kernels.lora.reference import stream_of
 from loramux_kernels.lora.runs import Runs
 from loramux_kernels.lora.table import AdapterTable
 
@@ -61,12 +62,4 @@ def _vector(
     if offset < 0:
         return None
     width = int((table.out_width, table.out_width, table.in_width)[kind][module])
-    per_slice = table.slice_bytes // 4
-    first, last = offset // per_slice, (offset + width - 1) // per_slice
-    start = int(table.list_start[slot])
-    pieces = [
-        arena[int(at) : int(at) + table.slice_bytes]
-        for at in table.slices[start + first : start + last + 1]
-    ]
-    stream = torch.cat(pieces).view(torch.float32)[offset - first * per_slice :]
-    return stream[:width]
+    return stream_of(arena, table, slot, offset, width)

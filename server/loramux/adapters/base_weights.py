@@ -15,7 +15,8 @@ class BaseWeights(Protocol):
     """The weights as the base's files hold them, widened to float32."""
 
     def blocks(self, layer: int, module: str) -> Iterator[Float32]:
-        """A linear module's weight [out, in] in pieces of whole rows, first to last."""
+        """A module's weight [out, in] in pieces of whole rows, first to last; a norm's is one row.
+        That of a tied lm_head is embed_tokens'."""
         ...
 
     def bias(self, layer: int, module: str) -> Float32 | None:

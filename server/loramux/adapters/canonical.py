@@ -4,6 +4,8 @@ Low-rank pairs, ``y += scale * B (A x)``, at most one per (layer, module), and v
 
     x' = (1 + input_gain) * x        y = (1 + gain) * (W x') + shift + b_base + scale * B (A x')
 
+A norm's gain is its new weight over the base's. Rows of embed_tokens and lm_head may change singly.
+
 Matrices of the uploaded file are read when they are packed, others are computed then.
 """
 
@@ -104,15 +106,32 @@ class ModuleVector:
     values: npt.NDArray[np.float32]
 
 
+TokenModule = Literal["embed_tokens", "lm_head"]
+TOKEN_MODULES: tuple[TokenModule, ...] = ("embed_tokens", "lm_head")
+"""In the order of the kernels' EMBEDDING, HEAD."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenRows:
+    """What is added to single rows of embed_tokens or lm_head: increasing ``ids`` [n], ``rows``
+    [n, hidden]."""
+
+    module: TokenModule
+    ids: npt.NDArray[np.int32]
+    rows: Matrix
+
+
 @dataclass(frozen=True, slots=True)
 class CanonicalAdapter:
-    """An adapter validated against one base. ``pairs`` are ordered by layer, then as MODULES.
+    """An adapter validated against one base. ``pairs`` are ordered by layer, then as TABLE_MODULES.
 
     ``dtype`` holds every matrix exactly: the one they share, else float32; float32 when there are
-    ``vectors``. ``warnings`` are for the uploader: things that are legal and perhaps not meant.
+    ``vectors`` or ``tokens``. ``warnings`` are for the uploader: things that are legal and perhaps
+    not meant.
     """
 
     dtype: Dtype
     pairs: tuple[LoraPair, ...]
     vectors: tuple[ModuleVector, ...] = ()
+    tokens: tuple[TokenRows, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -11,8 +11,9 @@
 Matrices are rank-major: A is r vectors of ``in`` elements (as in the file), B is r vectors of
 ``out`` (transposed from the file's [out, r]). A vector takes its width rounded up to whole chunks,
 the rest being zero; vectors follow each other without gaps. Layers come in order, and within one
-the order of use: input gains, A, gains, shifts and B of q, k, v, then those of o, of gate and up,
-of down. So a layer can run once the slices up to its end are there.
+the order of use: what changes embeddings (with the first layer), the input norm; input gains, A,
+gains, shifts and B of q, k, v, then those of o; the second norm; gate and up, down; the final norm
+and lm_head (with the last). So a layer can run once the slices up to its end are there.
 
 The packed form is derived: (digest, base, importer version) name it, and it is made again when it
 is missing. It depends on the widths of the base but not on the size of a slice: when one chunk
@@ -27,7 +28,7 @@ import re
 import secrets
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +46,7 @@ from loramux.adapters.blobs import (
 from loramux.adapters.canonical import (
     ITEMSIZE,
     STORAGE,
+    TOKEN_MODULES,
     VECTOR_KINDS,
     Array,
     CanonicalAdapter,
@@ -54,16 +56,26 @@ from loramux.adapters.canonical import (
     widen,
 )
 from loramux.errors import AdapterInvalid, ConfigError
-from loramux.wire import MODULES, BaseDescription
+from loramux.wire import TABLE_MODULES, BaseDescription
 
-IMPORTER_VERSION = 3
+IMPORTER_VERSION = 4
 """Raise it whenever import or packing would turn the same upload into other bytes."""
 MIN_CHUNK, MAX_CHUNK = 16, 128
-SITES = ((0, 1, 2), (3,), (4, 5), (6,))
-"""Modules (indices of MODULES) that read the same input, in the order a layer runs them."""
+_ORDER = (
+    ("embed_tokens",),
+    ("input_layernorm",),
+    ("q_proj", "k_proj", "v_proj"),
+    ("o_proj",),
+    ("post_attention_layernorm",),
+    ("gate_proj", "up_proj"),
+    ("down_proj",),
+    ("norm",),
+    ("lm_head",),
+)
+"""Modules that read the same input, in the order they run."""
 
 _MAGIC = b"loramux\x00"
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 _PREFIX = struct.Struct("<8sII32s")
 _ALIGN = 4096
 _SECTOR = 4096
@@ -77,8 +89,9 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where everything is in a stream, in elements. Tables are [num_layers, len(MODULES)], and
-    ``vector_offset`` has an axis more: VECTOR_KINDS.
+    """Where everything is in a stream, in elements. Tables are [num_layers, len(TABLE_MODULES)],
+    and ``vector_offset`` has an axis more: VECTOR_KINDS. Those of token rows are [2]: embed_tokens,
+    lm_head.
 
     A module without a pair has rank 0, scale 0 and offsets 0; a vector that is not there has -1.
     """
@@ -91,6 +104,9 @@ class Layout:
     rank: Int32
     scale: Float32
     vector_offset: Int64
+    token_ids_offset: Int64
+    token_rows_offset: Int64
+    num_token_rows: Int32
 
     @property
     def num_layers(self) -> int:
@@ -153,6 +169,9 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
     rank: bytes
     scale: bytes
     vector_offset: bytes
+    token_ids_offset: bytes
+    token_rows_offset: bytes
+    num_token_rows: bytes
     payload_sum: str
 
 
@@ -225,26 +244,41 @@ def chunk_elems(widths: Mapping[str, tuple[int, int]], slice_bytes: int, itemsiz
 def lay_out(adapter: CanonicalAdapter, base: BaseDescription) -> Layout:
     """Give every matrix of the adapter its place in the stream."""
     chunk = chunk_elems(base.widths, base.slice_bytes, ITEMSIZE[adapter.dtype])
-    shape = (base.num_layers, len(MODULES))
-    a_offset, b_offset = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    rank, scale = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    vector_offset = np.full((*shape, len(VECTOR_KINDS)), -1, np.int64)
+    shape = (base.num_layers, len(TABLE_MODULES))
+    layout = Layout(
+        adapter.dtype,
+        chunk,
+        num_elems=0,
+        a_offset=np.zeros(shape, np.int64),
+        b_offset=np.zeros(shape, np.int64),
+        rank=np.zeros(shape, np.int32),
+        scale=np.zeros(shape, np.float32),
+        vector_offset=np.full((*shape, len(VECTOR_KINDS)), -1, np.int64),
+        token_ids_offset=np.zeros(2, np.int64),
+        token_rows_offset=np.zeros(2, np.int64),
+        num_token_rows=np.zeros(2, np.int32),
+    )
     for pair in adapter.pairs:
-        at = pair.layer, MODULES.index(pair.module)
-        rank[at], scale[at] = pair.rank, pair.scale
-    vectors = {(v.layer, MODULES.index(v.module), v.kind) for v in adapter.vectors}
+        at = pair.layer, TABLE_MODULES.index(pair.module)
+        layout.rank[at], layout.scale[at] = pair.rank, pair.scale
     end = 0
-    for layer, module, part in _stream_order(base.num_layers):
-        width_in, width_out = base.widths.get(MODULES[module], (0, 0))
-        width = _padded(width_in if part in ("A", "input_gain") else width_out, chunk)
-        if part in ("A", "B"):
-            if rank[layer, module]:
-                (a_offset if part == "A" else b_offset)[layer, module] = end
-                end += int(rank[layer, module]) * width
-        elif (layer, module, part) in vectors:
-            vector_offset[layer, module, VECTOR_KINDS.index(part)] = end
-            end += width
-    return Layout(adapter.dtype, chunk, end, a_offset, b_offset, rank, scale, vector_offset)
+    for (layer, module, part), source in _pieces(adapter, base).items():
+        count, width = _shape(part, source)
+        at = layer, TABLE_MODULES.index(module)
+        if part == "A":
+            layout.a_offset[at] = end
+        elif part == "B":
+            layout.b_offset[at] = end
+        elif part == "ids":
+            layout.token_ids_offset[TOKEN_MODULES.index(module)] = end
+        elif part == "rows":
+            layout.token_rows_offset[TOKEN_MODULES.index(module)] = end
+        else:
+            layout.vector_offset[*at, VECTOR_KINDS.index(part)] = end
+        end += count * _padded(width, chunk)
+    for tokens in adapter.tokens:
+        layout.num_token_rows[TOKEN_MODULES.index(tokens.module)] = len(tokens.ids)
+    return replace(layout, num_elems=end)
 
 
 def pack(adapter: CanonicalAdapter, base: BaseDescription, digest: str, path: Path) -> Layout:
@@ -266,6 +300,9 @@ def pack(adapter: CanonicalAdapter, base: BaseDescription, digest: str, path: Pa
         rank=layout.rank.astype("<i4").tobytes(),
         scale=layout.scale.astype("<f4").tobytes(),
         vector_offset=layout.vector_offset.astype("<i8").tobytes(),
+        token_ids_offset=layout.token_ids_offset.astype("<i8").tobytes(),
+        token_rows_offset=layout.token_rows_offset.astype("<i8").tobytes(),
+        num_token_rows=layout.num_token_rows.astype("<i4").tobytes(),
         payload_sum=PayloadSum().hexdigest(),
     )
     temporary = path.with_name(f"{secrets.token_hex(16)}.tmp")
@@ -276,7 +313,7 @@ def pack(adapter: CanonicalAdapter, base: BaseDescription, digest: str, path: Pa
                 # The sum is known at the end; every sum is as long, so the header keeps its size.
                 file.seek(_payload_offset(msgspec.msgpack.encode(header)))
                 payload_sum = PayloadSum()
-                for values in _stream(adapter, layout):
+                for values in _stream(adapter, base, layout.chunk):
                     data = values.data.cast("B")
                     payload_sum.update(data)
                     file.write(data)
@@ -310,7 +347,7 @@ def read_header(path: Path) -> PackedAdapter:
             raise _invalid("its header is damaged")
         file_bytes = os.fstat(file.fileno()).st_size
     header = msgspec.msgpack.decode(encoded, type=_Header)
-    shape = (header.num_layers, len(MODULES))
+    shape = (header.num_layers, len(TABLE_MODULES))
     packed = PackedAdapter(
         dtype=header.dtype,
         chunk=header.chunk,
@@ -320,6 +357,9 @@ def read_header(path: Path) -> PackedAdapter:
         rank=np.frombuffer(header.rank, "<i4").reshape(shape),
         scale=np.frombuffer(header.scale, "<f4").reshape(shape),
         vector_offset=np.frombuffer(header.vector_offset, "<i8").reshape(*shape, -1),
+        token_ids_offset=np.frombuffer(header.token_ids_offset, "<i8"),
+        token_rows_offset=np.frombuffer(header.token_rows_offset, "<i8"),
+        num_token_rows=np.frombuffer(header.num_token_rows, "<i4"),
         path=path,
         digest=header.digest,
         fingerprint=header.fingerprint,
@@ -350,37 +390,52 @@ def sweep(data_dir: Path) -> int:
     return len(leftovers)
 
 
-Part = VectorKind | Literal["A", "B"]
-_PARTS: tuple[Part, ...] = ("input_gain", "A", "gain", "shift", "B")
+Part = VectorKind | Literal["A", "B", "ids", "rows"]
+_PARTS: tuple[Part, ...] = ("input_gain", "A", "gain", "shift", "B", "ids", "rows")
+Piece = tuple[int, str, Part]
+Source = Matrix | Array
 
 
-def _stream_order(num_layers: int) -> Iterator[tuple[int, int, Part]]:
-    """(layer, module, part) of everything there can be, in stream order."""
-    for layer in range(num_layers):
-        for site in SITES:
-            for part in _PARTS:
-                for module in site:
-                    yield layer, module, part
+def _pieces(adapter: CanonicalAdapter, base: BaseDescription) -> dict[Piece, Source]:
+    """All that the adapter has, (layer, module, part), in stream order."""
+    found: dict[Piece, Source] = {}
+    for pair in adapter.pairs:
+        found[pair.layer, pair.module, "A"] = pair.a
+        found[pair.layer, pair.module, "B"] = pair.b
+    for vector in adapter.vectors:
+        found[vector.layer, vector.module, vector.kind] = vector.values
+    for tokens in adapter.tokens:
+        layer = 0 if tokens.module == "embed_tokens" else base.num_layers - 1
+        found[layer, tokens.module, "ids"] = tokens.ids
+        found[layer, tokens.module, "rows"] = tokens.rows
+    order = [
+        (layer, module, part)
+        for layer in range(base.num_layers)
+        for site in _ORDER
+        for part in _PARTS
+        for module in site
+    ]
+    return {piece: found[piece] for piece in order if piece in found}
 
 
-def _stream(adapter: CanonicalAdapter, layout: Layout) -> Iterator[Array]:
-    """The stream's matrices, [rank, padded width] each, in ``STORAGE[adapter.dtype]``."""
-    pairs = {(pair.layer, MODULES.index(pair.module)): pair for pair in adapter.pairs}
-    beside = {(v.layer, MODULES.index(v.module), v.kind): v.values for v in adapter.vectors}
-    for layer, module, part in _stream_order(layout.num_layers):
-        pair = pairs.get((layer, module))
-        if part == "A" or part == "B":
-            if pair is None:
-                continue
-            read = _read(pair.a if part == "A" else pair.b, adapter.dtype)
-            vectors = read if part == "A" else read.T
-        elif (layer, module, part) in beside:
-            vectors = beside[layer, module, part][None]
-        else:
-            continue
-        rank, width = vectors.shape
-        padded = np.zeros((rank, _padded(width, layout.chunk)), STORAGE[adapter.dtype])
-        padded[:, :width] = vectors
+def _shape(part: Part, source: Source) -> tuple[int, int]:
+    """How many vectors a piece is, and how wide they are."""
+    if part in ("A", "rows"):
+        return source.shape[0], source.shape[1]
+    if part == "B":
+        return source.shape[1], source.shape[0]
+    return 1, source.shape[0]
+
+
+def _stream(adapter: CanonicalAdapter, base: BaseDescription, chunk: int) -> Iterator[Array]:
+    """The stream's pieces, [vectors, padded width] each, in ``STORAGE[adapter.dtype]``."""
+    for (_, _, part), source in _pieces(adapter, base).items():
+        count, width = _shape(part, source)
+        values = source if isinstance(source, np.ndarray) else _read(source, adapter.dtype)
+        if part == "ids":  # integers among floats: their bits
+            values = values.astype("<i4").view("<f4")
+        padded = np.zeros((count, _padded(width, chunk)), STORAGE[adapter.dtype])
+        padded[:, :width] = values.T if part == "B" else values
         yield padded
 
 

@@ -55,6 +55,9 @@ class Table(Protocol):
         scale: npt.NDArray[np.float32],
         dtype: torch.dtype,
         vector_offset: npt.NDArray[np.int64],
+        token_ids_offset: npt.NDArray[np.int64],
+        token_rows_offset: npt.NDArray[np.int64],
+        num_token_rows: npt.NDArray[np.int32],
     ) -> int: ...
     def remove(self, slot: int) -> None: ...
 
@@ -268,6 +271,9 @@ class Residency:
             scale=packed.scale,
             dtype=getattr(torch, packed.dtype),
             vector_offset=packed.vector_offset,
+            token_ids_offset=packed.token_ids_offset,
+            token_rows_offset=packed.token_rows_offset,
+            num_token_rows=packed.num_token_rows,
         )
         self.version += 1
         self._num_leased_frames += len(resident.frames)

@@ -19,7 +19,7 @@ from loramux.engine.engine import Engine
 from loramux.engine.scheduler import Limits, Scheduler
 from loramux.errors import ConfigError
 from loramux.memory.arena import Arena
-from loramux.memory.formats import AdapterFormat, KvFormat
+from loramux.memory.formats import AdapterFormat, FrameShape, KvFormat
 from loramux.memory.pool import Pool
 from loramux.model.architecture import Architecture, read_architecture
 from loramux.model.decoder import Decoder
@@ -29,11 +29,11 @@ from loramux.model.loader import Progress, Weights, load_weights
 from loramux.model.runner import ModelRunner
 from loramux.request import BASE_MODEL_ID
 from loramux.sampling.sampler import Sampler
-from loramux.wire import MODULES, BaseDescription, Ready
+from loramux.wire import BaseDescription, Ready, table_widths
 from loramux_kernels.attention import Pages
 from loramux_kernels.jit import keep_compiled_in, set_num_threads
 from loramux_kernels.lora import AdapterTable, Runs
-from loramux_kernels.lora.table import INPUT_GAIN, SITES, VECTORS
+from loramux_kernels.lora.table import INPUT_GAIN, TABLE_MODULES, VECTORS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_POOL_SHARE = 0.25
@@ -92,7 +92,7 @@ def assemble(
     arena = Arena(frames, kv.frame, device, poison=poison)
     table = AdapterTable(
         num_layers=architecture.num_layers,
-        widths=architecture.widths,
+        widths=table_widths(architecture.widths, architecture.vocab_size),
         slice_bytes=kv.frame.slice_bytes,
         chunk=chunk_elems(architecture.widths, kv.frame.slice_bytes, WIDEST_ADAPTER_BYTES),
         device=device,
@@ -117,15 +117,7 @@ def assemble(
     timer.done("graphs")
     ready = Ready(
         engine_epoch=epoch,
-        base=BaseDescription(
-            fingerprint=base,
-            num_layers=architecture.num_layers,
-            widths=architecture.widths,
-            slice_bytes=kv.frame.slice_bytes,
-            max_rank=config.max_rank,
-            directory=str(config.model),
-            quantized=config.quantize != "none",
-        ),
+        base=_describe(config, architecture, base, kv.frame, frames),
         vocab_size=architecture.vocab_size,
         max_model_len=_max_model_len(config, architecture),
         page_tokens=config.page_tokens,
@@ -214,17 +206,34 @@ def _store(config: ServerConfig, files: PackedFiles, arena: Arena) -> Store:
     return store
 
 
+def _describe(
+    config: ServerConfig, architecture: Architecture, base: str, frame: FrameShape, frames: int
+) -> BaseDescription:
+    return BaseDescription(
+        fingerprint=base,
+        num_layers=architecture.num_layers,
+        widths=architecture.widths,
+        slice_bytes=frame.slice_bytes,
+        max_rank=config.max_rank,
+        vocab_size=architecture.vocab_size,
+        max_adapter_bytes=config.max_adapter_bytes or 0,
+        pool_bytes=frames * frame.frame_bytes,
+        tied=architecture.tie_embeddings,
+        directory=str(config.model),
+        quantized=config.quantize != "none",
+    )
+
+
 def _compile_kernels(decoder: Decoder, kv: KvFormat, table: AdapterTable) -> None:
     """Run every kernel once, on memory that nobody owns yet, so that no request waits for a
     compiler. The adapter has whatever the arena holds for everything an adapter can have."""
     device = decoder.weights.norm.device
-    shape = (kv.num_layers, len(MODULES))
-    widest = max(max(pair) for pair in decoder.architecture.widths.values())
+    shape = (kv.num_layers, len(TABLE_MODULES))
+    widest = int(max(table.in_width.max(), table.out_width.max()))
     num_slices = 2 + widest * WIDEST_ADAPTER_BYTES // kv.frame.slice_bytes
     vector_offset = np.zeros((*shape, len(VECTORS)), np.int64)
-    for modules in SITES.values():
-        if len(modules) > 1:  # which share their input
-            vector_offset[:, list(modules), INPUT_GAIN] = -1
+    shared = [module for module in TABLE_MODULES if module not in ("o_proj", "down_proj")]
+    vector_offset[:, [TABLE_MODULES.index(module) for module in shared], INPUT_GAIN] = -1
     slot = table.add(
         slices=np.zeros(num_slices, np.int64),
         a_offset=np.zeros(shape, np.int64),
@@ -233,6 +242,7 @@ def _compile_kernels(decoder: Decoder, kv: KvFormat, table: AdapterTable) -> Non
         scale=np.zeros(shape, np.float32),
         dtype=torch.float32,
         vector_offset=vector_offset,
+        num_token_rows=np.ones(2, np.int32),
     )
     one = torch.zeros(1, dtype=torch.int64, device=device)
     pages = Pages(
@@ -244,7 +254,8 @@ def _compile_kernels(decoder: Decoder, kv: KvFormat, table: AdapterTable) -> Non
         head_dim=kv.head_dim,
         dtype=decoder.weights.norm.dtype,
     )
-    decoder.forward(ModelInputs(one, one, pages, Runs.build([1], [[(slot, 1.0)]]), one))
+    runs = Runs.build([1], [[(slot, 1.0)]])
+    decoder.forward(ModelInputs(one, one, pages, runs, one, np.zeros(1, np.int64)))
     table.remove(slot)
 
 

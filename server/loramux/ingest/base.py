@@ -29,8 +29,11 @@ class CheckpointWeights:
 
     def blocks(self, layer: int, module: str) -> Iterator[Float32]:
         """See BaseWeights."""
-        tensor = self._tensors[f"{_prefix(layer, module)}.weight"]
-        rows, width = tensor.shape
+        name = f"{_prefix(layer, module)}.weight"
+        if module == "lm_head" and name not in self._tensors:  # tied
+            name = "model.embed_tokens.weight"
+        tensor = self._tensors[name]
+        rows, width = tensor.shape if len(tensor.shape) == 2 else (1, tensor.shape[0])
         step = max(1, _BLOCK_ELEMENTS // width)
         for row in range(0, rows, step):
             count = min(step, rows - row)
@@ -43,6 +46,12 @@ class CheckpointWeights:
 
 
 def _prefix(layer: int, module: str) -> str:
+    if module == "lm_head":
+        return module
+    if module in ("embed_tokens", "norm"):
+        return f"model.{module}"
+    if module not in MODULES:
+        return f"model.layers.{layer}.{module}"
     block = "self_attn" if module in MODULES[:4] else "mlp"
     return f"model.layers.{layer}.{block}.{module}"
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from loramux.adapters import pack
 from loramux.adapters.blobs import BlobStore, adapter_digest
-from loramux.adapters.canonical import VECTOR_KINDS, CanonicalAdapter
+from loramux.adapters.canonical import TOKEN_MODULES, VECTOR_KINDS, CanonicalAdapter
 from loramux.adapters.formats import MAX_CONFIG_BYTES, import_adapter, parse_config
 from loramux.adapters.safetensors_file import read_tensors
 from loramux.errors import AdapterInvalid, LoramuxError
 from loramux.ingest.base import CheckpointWeights
-from loramux.wire import MODULES, IngestDone, IngestJob
+from loramux.wire import TABLE_MODULES, BaseDescription, IngestDone, IngestJob
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ def _run(job: IngestJob, data_dir: Path) -> IngestDone:
         tensors = read_tensors(file)
         weights = CheckpointWeights(Path(job.base.directory))
         adapter = import_adapter(parse_config(config_bytes), tensors, job.base, weights)
+        _check_size(adapter, job.base)
         if job.pack:
             path = pack.packed_path(data_dir, digest, job.base.fingerprint)
             layout = pack.pack(adapter, job.base, digest, path)
@@ -54,12 +55,25 @@ def _run(job: IngestJob, data_dir: Path) -> IngestDone:
     return IngestDone(job_id=job.job_id, digest=digest, report=report)
 
 
+def _check_size(adapter: CanonicalAdapter, base: BaseDescription) -> None:
+    """Before anything is packed: one adapter must not crowd out the others. Without a limit set,
+    whole embeddings may take a quarter of the pool."""
+    size = pack.lay_out(adapter, base).num_bytes
+    limit = base.max_adapter_bytes or (base.pool_bytes // 4 if adapter.tokens else 0)
+    if limit and size > limit:
+        text = (
+            f"the adapter takes {size} bytes of the memory pool; this server takes up to {limit} "
+            "(--max-adapter-bytes)"
+        )
+        raise AdapterInvalid(text, problems=[text], code="adapter_too_large")
+
+
 def _report(
     adapter: CanonicalAdapter, layout: pack.Layout, slice_bytes: int, num_tensors: int
 ) -> dict[str, Any]:
     changed = {(pair.layer, pair.module) for pair in adapter.pairs}
     changed |= {(vector.layer, vector.module) for vector in adapter.vectors}
-    used = {module for _, module in changed}
+    used = {module for _, module in changed} | {tokens.module for tokens in adapter.tokens}
     return {
         "rank": layout.max_rank,
         "num_bytes": layout.num_bytes,
@@ -67,7 +81,8 @@ def _report(
         "dtype": layout.dtype,
         "vectors": [kind for kind in VECTOR_KINDS if any(v.kind == kind for v in adapter.vectors)],
         "tensors": num_tensors,
-        "modules": [module for module in MODULES if module in used],
-        "layers": sorted({layer for layer, _ in changed}),
+        "modules": [module for module in TABLE_MODULES if module in used],
+        "layers": sorted({layer for layer, module in changed if module not in TOKEN_MODULES}),
+        "token_rows": {tokens.module: len(tokens.ids) for tokens in adapter.tokens},
         "warnings": list(adapter.warnings),
     }

@@ -12,9 +12,11 @@ from loramux_kernels.attention import paged_attention, rope_store
 from loramux_kernels.dispatch import backend
 from loramux_kernels.layers import LayerTable, Work, run_layers
 from loramux_kernels.linear import Matrix, gather, project
-from loramux_kernels.lora import AdapterTable, add_lora
+from loramux_kernels.lora import AdapterTable, Runs, add_lora
+from loramux_kernels.lora.table import HEAD, TABLE_SITES
 from loramux_kernels.modulate import modulate_inputs, modulate_outputs
 from loramux_kernels.norm import add_rms_norm, head_rms_norm, silu_mul
+from loramux_kernels.vocabulary import change_embeddings, change_logits
 
 
 class Decoder:
@@ -78,6 +80,7 @@ class Decoder:
         work = self._workspace.first(rows)
         work.residual.zero_()
         gather(work.hidden, self.weights.embedding, inputs.token_ids)
+        change_embeddings(work.hidden, inputs.token_ids, self.arena, self.table, inputs.runs)
         if self._layers is not None and backend(work.hidden) == "cpu":
             run_layers(
                 work,
@@ -97,11 +100,15 @@ class Decoder:
                 self._feed_forward(index, layer, inputs, work)
         eps = self.architecture.rms_eps
         add_rms_norm(work.normed, work.residual, work.hidden, self.weights.norm, eps)
-        return self._logits(work.normed, inputs.scored)
+        last = self.architecture.num_layers - 1
+        modulate_outputs(work.normed, self.arena, self.table, inputs.runs, last, "norm")
+        return self._logits(work.normed, inputs)
 
     def _attend(self, index: int, layer: LayerWeights, inputs: ModelInputs, work: Work) -> None:
         arch = self.architecture
         add_rms_norm(work.normed, work.residual, work.hidden, layer.input_norm, arch.rms_eps)
+        where = (self.arena, self.table, inputs.runs, index)
+        modulate_outputs(work.normed, *where, "input_layernorm")
         self._linear(work.qkv, work.normed, layer.qkv, layer.qkv_bias, inputs, index, "qkv")
         if layer.q_norm is not None and layer.k_norm is not None:
             head_rms_norm(
@@ -140,6 +147,8 @@ class Decoder:
     ) -> None:
         eps = self.architecture.rms_eps
         add_rms_norm(work.normed, work.residual, work.hidden, layer.post_norm, eps)
+        where = (self.arena, self.table, inputs.runs, index)
+        modulate_outputs(work.normed, *where, "post_attention_layernorm")
         self._linear(
             work.gate_up, work.normed, layer.gate_up, layer.gate_up_bias, inputs, index, "gate_up"
         )
@@ -167,20 +176,36 @@ class Decoder:
         if bias is not None:
             out += bias
 
-    def _logits(self, normed: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+    def _logits(self, normed: torch.Tensor, inputs: ModelInputs) -> torch.Tensor:
         """The output matrix, on the scored rows only."""
-        count = scored.shape[0]
+        count = inputs.scored.shape[0]
         picked = self._workspace.hidden[:count]
-        torch.index_select(normed, 0, scored, out=picked)
+        torch.index_select(normed, 0, inputs.scored, out=picked)
         if self._logit_rows.shape[0] < count:
             self.reserve_logits(count)
         logits = self._logit_rows[:count]
-        if normed.dtype == torch.float32:
-            project(logits, picked, self.weights.lm_head)
-            return logits
-        narrow = self._narrow_logits[:count]
+        narrow = logits if normed.dtype == torch.float32 else self._narrow_logits[:count]
         project(narrow, picked, self.weights.lm_head)
-        return logits.copy_(narrow)
+        if self._changes_logits(inputs.runs):
+            self._adapt_logits(narrow, picked, inputs.runs.of_rows(inputs.scored_rows))
+        return logits if narrow is logits else logits.copy_(narrow)
+
+    def _changes_logits(self, runs: Runs) -> bool:
+        last = self.architecture.num_layers - 1
+        site = list(TABLE_SITES).index("lm_head")
+        vectors = bool(runs.modulated(self.table)[last, site].any())
+        pairs = runs.top_rank(self.table, last, "lm_head") > 0
+        return vectors or pairs or runs.names_tokens(self.table, HEAD)
+
+    def _adapt_logits(self, logits: torch.Tensor, x: torch.Tensor, runs: Runs) -> None:
+        """Each scored row's own changes of lm_head."""
+        last = self.architecture.num_layers - 1
+        where = (self.arena, self.table, runs, last, "lm_head")
+        modulate_outputs(logits, *where)
+        add_lora(
+            logits, x, arena=self.arena, table=self.table, runs=runs, layer=last, site="lm_head"
+        )
+        change_logits(logits, x, self.arena, self.table, runs)
 
 
 def _allocate(arch: Architecture, rows: int, like: torch.Tensor) -> Work:

@@ -110,7 +110,8 @@ class DeviceForward:
         step.pages.bind(self._mirror.tensors, num_parts)
         step.runs.bind(work, self._mirror.tensors)
         inputs = self._inputs(tokens, scored, step.pages, step.runs)
-        return self._decoder.forward(replace(inputs, before_layer=step.before_layer))
+        inputs = replace(inputs, scored_rows=step.scored, before_layer=step.before_layer)
+        return self._decoder.forward(inputs)
 
     def bucket(self, step: StepArrays) -> int | None:
         """The rows of the graph that can run ``step``: a decode of all its rows, none too many, by
@@ -120,7 +121,7 @@ class DeviceForward:
             return None
         if not step.alone.all() or len(step.scored) != rows:
             return None
-        if step.runs.modulated(self._decoder.table).any():
+        if not step.runs.is_plain(self._decoder.table):
             return None
         return self._buckets[bisect_left(self._buckets, rows)]
 
@@ -197,6 +198,7 @@ class DeviceForward:
             pages=pages,
             runs=runs,
             scored=tensors["scored"][:scored],
+            scored_rows=np.arange(scored),
         )
 
     def _reserve(self, h_elements: int, num_parts: int) -> None:

@@ -19,9 +19,10 @@ class ModelInputs:
 
     ``token_ids`` and ``positions`` are int64 ``[T]``. ``pages`` says where each request's KV lies,
     ``runs`` which rows wear which adapters; both count the same T rows. ``scored`` is int64
-    ``[S]``: the rows whose logits are wanted, in the order they are wanted. All tensors are on the
-    model's device. ``before_layer`` is told each layer of a device before it is launched: there the
-    device waits for adapters that are still arriving.
+    ``[S]``: the rows whose logits are wanted, in the order they are wanted, and ``scored_rows`` the
+    same on the host. All other tensors are on the model's device. ``before_layer`` is told each
+    layer of a device before it is launched: there the device waits for adapters that are still
+    arriving.
     """
 
     token_ids: torch.Tensor
@@ -29,6 +30,7 @@ class ModelInputs:
     pages: Pages
     runs: Runs
     scored: torch.Tensor
+    scored_rows: npt.NDArray[np.int64]
     before_layer: Callable[[int], None] = lambda layer: None
 
 
@@ -53,5 +55,6 @@ class StepArrays:
             pages=self.pages,
             runs=self.runs,
             scored=torch.from_numpy(self.scored),
+            scored_rows=self.scored,
             before_layer=self.before_layer,
         )

@@ -8,6 +8,7 @@ import numpy as np
 
 from loramux.adapters.base_weights import Float32
 from loramux.adapters.canonical import Computed
+from loramux.adapters.formats import lora
 from loramux.adapters.formats.fields import Rules, check_init, targets_of, value_of
 from loramux.adapters.formats.upload import Module, Upload, values_of
 from loramux.adapters.safetensors_file import FileTensor
@@ -15,6 +16,7 @@ from loramux.adapters.safetensors_file import FileTensor
 RULES = Rules(
     implemented=frozenset("init_r lora_alpha init_lora_weights".split()),
     neutral={
+        **lora.RULES.neutral,
         "r": "replaced by init_r",
         "target_r": "training only",
         "tinit": "training only",
@@ -24,12 +26,12 @@ RULES = Rules(
         "beta2": "training only",
         "orth_reg_weight": "training only",
         "total_step": "training only",
-        "lora_dropout": "training only",
         "rank_pattern": "which ranks were kept; the file holds those alone",
         "alpha_pattern": "not read by AdaLoRA",
         "use_rslora": "not read by AdaLoRA",
     },
     refused={
+        **lora.RULES.refused,
         "use_dora": "AdaLoRA with DoRA is not defined",
         "lora_bias": "AdaLoRA with biases of B is not defined",
     },

@@ -42,9 +42,9 @@ _NEUTRAL = {
 }
 _REFUSED = {
     "bias": "trained biases are not served for this format",
-    "modules_to_save": "fully trained modules are not served",
+    "modules_to_save": "fully trained modules are not served for this format",
     "target_parameters": "adapters on bare parameters are not served",
-    "trainable_token_indices": "trained token embeddings are not served",
+    "trainable_token_indices": "trained tokens are not served for this format",
     "ensure_weight_tying": "tied adapters are not served",
 }
 

@@ -22,6 +22,8 @@ from loramux.adapters.formats.fields import (
     value_of,
 )
 from loramux.adapters.formats.upload import Module, Upload, values_of
+from loramux.adapters.formats.whole import PARTS as WHOLE
+from loramux.adapters.formats.whole import read_whole
 from loramux.adapters.problems import Problems
 from loramux.adapters.safetensors_file import FileTensor
 from loramux.adapters.strict_json import shown
@@ -29,7 +31,7 @@ from loramux.adapters.strict_json import shown
 RULES = Rules(
     implemented=frozenset(
         "r lora_alpha use_rslora rank_pattern alpha_pattern init_lora_weights use_dora lora_bias"
-        " bias".split()
+        " bias modules_to_save trainable_token_indices".split()
     ),
     neutral={
         "lora_dropout": "training only",
@@ -59,8 +61,11 @@ PARTS = {
     "lora_B.bias": "B bias",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
     "base_layer.bias": "bias",
     "bias": "bias",
+    **WHOLE,
 }
 
 
@@ -111,6 +116,7 @@ def read(upload: Upload) -> None:
     config = LoraConfig(upload.config, upload.problems, upload.warnings)
     upload.match(PARTS)
     upload.refuse_rest()
+    read_whole(upload)
     biases = _take_biases(upload)
     empty = []
     for at in upload.ordered():
@@ -141,7 +147,7 @@ def _scale(
         problems.add(f"{name} has {has} without lora_{missing}")
         return None
     a, b = parts["A"], parts["B"]
-    width_in, width_out = upload.base.widths[at[1]]
+    width_in, width_out = upload.base.table_widths[at[1]]
     fits = [upload.fits(a, None, width_in), upload.fits(b, width_out, None)]
     if not all(fits):
         return None
@@ -170,7 +176,7 @@ def _check_parts(
             if not used:
                 name = shown(parts[part].name)
                 upload.problems.add(f"tensor {name}: the config does not say {field}")
-            upload.fits(parts[part], upload.base.widths[at[1]][1])
+            upload.fits(parts[part], upload.base.table_widths[at[1]][1])
     if config.use_dora and config.lora_bias:
         upload.problems.add("use_dora and lora_bias together are not defined")
 
@@ -179,12 +185,15 @@ def _add(
     upload: Upload, config: LoraConfig, at: Module, parts: dict[str, FileTensor], scale: float
 ) -> None:
     a, b = parts["A"], parts["B"]
-    width_out = upload.base.widths[at[1]][1]
+    width_out = upload.base.table_widths[at[1]][1]
     given = {part: values_of(t) for part, t in parts.items() if t.shape == (width_out,)}
     if "B bias" in given:
         upload.add_vector(at, "shift", np.float32(scale) * given["B bias"])
     if not (config.use_dora and "magnitude" in given):
         upload.add_pair(at, scale, a, b)
+        return
+    if at[1] == "embed_tokens":
+        upload.problems.add(f"{upload.name(at)}: DoRA on embeddings is not served")
         return
     if upload.base.quantized:
         upload.problems.add(

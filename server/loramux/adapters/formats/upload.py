@@ -16,6 +16,8 @@ from loramux.adapters.canonical import (
     LoraPair,
     Matrix,
     ModuleVector,
+    TokenModule,
+    TokenRows,
     VectorKind,
     widen,
 )
@@ -23,24 +25,26 @@ from loramux.adapters.formats.fields import MAX_SCALE, Targets, suffixes
 from loramux.adapters.problems import Problems
 from loramux.adapters.safetensors_file import FileTensor
 from loramux.adapters.strict_json import shown
-from loramux.wire import MODULES, BaseDescription
+from loramux.wire import MODULES, TABLE_MODULES, BaseDescription
 
 _BLOCK = {m: "self_attn" if m in MODULES[:4] else "mlp" for m in MODULES}
 _NAME = re.compile(
     r"(?P<prefix>(?:base_model\.model\.)?)"
     r"(?P<model>(?:model\.)?)layers\.(?P<layer>0|[1-9][0-9]{0,5})\."
-    r"(?:self_attn\.(?P<attn>[qkvo]_proj)|mlp\.(?P<mlp>gate_proj|up_proj|down_proj))"
+    r"(?:self_attn\.(?P<attn>[qkvo]_proj)|mlp\.(?P<mlp>gate_proj|up_proj|down_proj)|"
+    r"(?P<norm>input_layernorm|post_attention_layernorm))"
+    r"\.(?P<part>.+)"
+)
+_END = re.compile(
+    r"(?:base_model\.model\.)?(?:(?:model\.)?(?P<inner>embed_tokens|norm)|(?P<head>lm_head))"
     r"\.(?P<part>.+)"
 )
 _WHY_NOT = (
     ("lora_magnitude_vector", "the base has no such linear module"),
-    ("lora_embedding", "LoRA on embeddings is not served"),
-    ("lm_head", "changes of lm_head are not served"),
-    ("embed_tokens", "changes of the embeddings are not served"),
-    ("modules_to_save", "fully trained modules are not served"),
+    ("modules_to_save", "it is not named as PEFT saves it"),
     ("lora_diag", "KaSA is not served"),
     (".bias", "the bias is of no linear module of the base"),
-    ("norm", "changes of norms are not served"),
+    ("norm", "the base has no such norm, or it is one of heads, whose changes are not served"),
     ("lora_", "the base has no such linear module"),
 )
 """Why a tensor that is a part of nothing is refused: the first text that its name contains."""
@@ -79,8 +83,10 @@ class Upload:
     warnings: list[str] = field(default_factory=list)
     pairs: dict[Module, LoraPair] = field(default_factory=dict)
     vectors: dict[tuple[Module, VectorKind], Float32] = field(default_factory=dict)
+    tokens: dict[TokenModule, TokenRows] = field(default_factory=dict)
     modules: dict[Module, Parts] = field(default_factory=dict)
     rest: dict[str, FileTensor] = field(default_factory=dict)
+    replaced: set[Module] = field(default_factory=set)
     _model_prefix: str = "model."
 
     def match(self, parts: Mapping[str, str]) -> None:
@@ -89,14 +95,19 @@ class Upload:
         prefixes: dict[tuple[str, str], str] = {}
         for name, tensor in self.tensors.items():
             match = _NAME.fullmatch(name)
-            part = match and parts.get(match["part"].replace(".default", "", 1))
+            end = None if match else _END.fullmatch(name)
+            found = match or end
+            part = found and parts.get(found["part"].replace(".default", "", 1))
+            if end and part:
+                self._match_end(end["inner"] or end["head"], part, tensor)
+                continue
             if not match or part is None:
                 self.rest[name] = tensor
                 continue
-            layer, module = int(match["layer"]), match["attn"] or match["mlp"]
+            layer, module = int(match["layer"]), match["attn"] or match["mlp"] or match["norm"]
             if layer >= self.base.num_layers:
                 why = f"the base has {self.base.num_layers} layers"
-            elif module not in self.base.widths:
+            elif module not in self.base.table_widths:
                 why = "the base has no such linear module"
             elif part in self.modules.setdefault((layer, module), {}):
                 why = "the same weight is given twice"
@@ -109,6 +120,12 @@ class Upload:
             names = shown(list(prefixes.values()))
             self.problems.add(f"tensor names begin differently: {names}")
         self._model_prefix = next((model for _, model in prefixes), "model.")
+
+    def _match_end(self, module: str, part: str, tensor: FileTensor) -> None:
+        at = (0 if module == "embed_tokens" else self.base.num_layers - 1), module
+        if part in self.modules.setdefault(at, {}):
+            self.problems.add(f"tensor {shown(tensor.name)}: the same weight is given twice")
+        self.modules[at][part] = tensor
 
     def take(self, *names: str) -> FileTensor | None:
         """The first of ``names`` among ``rest``, which it leaves."""
@@ -123,11 +140,16 @@ class Upload:
     def name(self, module: Module) -> str:
         """A module as the file calls it, like ``model.layers.0.self_attn.q_proj``."""
         layer, what = module
-        return f"{self._model_prefix}layers.{layer}.{_BLOCK[what]}.{what}"
+        if what == "lm_head":
+            return what
+        if what in ("embed_tokens", "norm"):
+            return f"{self._model_prefix}{what}"
+        block = _BLOCK.get(what)
+        return f"{self._model_prefix}layers.{layer}.{f'{block}.' if block else ''}{what}"
 
     def ordered(self) -> list[Module]:
         """The keys of ``modules`` by layer, then as MODULES."""
-        return sorted(self.modules, key=lambda at: (at[0], MODULES.index(at[1])))
+        return sorted(self.modules, key=lambda at: (at[0], TABLE_MODULES.index(at[1])))
 
     def fits(self, tensor: FileTensor, *shape: int | None) -> bool:
         """Whether the tensor has ``shape`` (None: any length); a problem when not."""
@@ -197,12 +219,16 @@ class Upload:
             for module in MODULES
             if module in self.base.widths
         }
+        for at in ((0, "embed_tokens"), (self.base.num_layers - 1, "lm_head")):
+            present[at] = self.name(at)
         known = {suffix for name in present.values() for suffix in suffixes(name)}
         for entry in sorted(targets.modules - known):
             text = f"target_modules: {shown(entry)} is no linear module of the base's layers"
             self.problems.add(text)
         for (layer, module), name in present.items():
-            held, selected = (layer, module) in self.modules, targets.selects(name, layer)
+            held = (layer, module) in self.modules
+            # To PEFT embeddings and lm_head are in no layer.
+            selected = targets.selects(name, layer if module in MODULES else -1)
             if held and not selected:
                 self.problems.add(f"{name} has weights, but the config does not target it")
             if selected and not held and targets.exact:
@@ -218,11 +244,15 @@ class Upload:
 
     def canonical(self) -> CanonicalAdapter:
         """What was found, once there are no problems."""
-        pairs = [self.pairs[at] for at in self.ordered() if at in self.pairs]
+        order = sorted(self.pairs, key=lambda at: (at[0], TABLE_MODULES.index(at[1])))
+        pairs = [self.pairs[at] for at in order]
         dtypes = {half.dtype for pair in pairs for half in (pair.a, pair.b)}
-        dtype = dtypes.pop() if len(dtypes) == 1 and not self.vectors else "float32"
+        more = self.vectors or self.tokens
+        dtype = dtypes.pop() if len(dtypes) == 1 and not more else "float32"
         vectors = [ModuleVector(*at, kind, values) for (at, kind), values in self.vectors.items()]
-        return CanonicalAdapter(dtype, tuple(pairs), tuple(vectors), tuple(self.warnings))
+        return CanonicalAdapter(
+            dtype, tuple(pairs), tuple(vectors), tuple(self.tokens.values()), tuple(self.warnings)
+        )
 
 
 def values_of(tensor: FileTensor) -> Float32:
