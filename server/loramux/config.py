@@ -36,6 +36,9 @@ class ServerConfig(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     admin_port: int | None = Field(None, description="serve /metrics, /health, /admin here instead")
+    api_keys: Path | None = Field(
+        None, description="file of API keys, as loramux keys writes it (default: in --data-dir)"
+    )
     data_dir: Path = Field(Path("data"), description="registry and adapter files live here")
     device: str = Field("auto", description="auto, cpu or cuda")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -72,6 +75,11 @@ class ServerConfig(BaseSettings):
     header_timeout_s: float = Field(10.0, gt=0, description="time for a request's headers to come")
     keep_alive_s: float = Field(15.0, gt=0, description="a silent stream gets a comment this often")
     drain_s: float = Field(30.0, ge=0, description="time for running requests after SIGTERM")
+
+    @property
+    def keys_file(self) -> Path:
+        """Where the API keys are, or would be."""
+        return self.api_keys or self.data_dir / "keys.json"
 
     @field_validator("adapter")
     @classmethod

@@ -28,8 +28,8 @@ class Prompt:
     text: str = ""
 
 
-def resolve(front: Front, model: str, adapter_id: str | None = None) -> Served:
-    """What ``model``, or ``adapter_id`` beside the base's name, means now.
+def resolve(front: Front, model: str, adapter_id: str | None = None, *, tenant: str) -> Served:
+    """What ``model``, or ``adapter_id`` beside the base's name, means to the tenant now.
 
     Raises InvalidRequest for what can be no name, else what AdapterService.resolve raises.
     """
@@ -37,12 +37,12 @@ def resolve(front: Front, model: str, adapter_id: str | None = None) -> Served:
         if name is not None and name != front.base_name and not _MODEL.fullmatch(name):
             raise InvalidRequest(f"{param}: not a valid model name", param=param)
     if adapter_id is None:
-        return front.adapters.resolve(model)
+        return front.adapters.resolve(model, tenant=tenant)
     if model not in (front.base_name, adapter_id):
         raise InvalidRequest(
             "adapter_id: give it beside the base model's name only", param="adapter_id"
         )
-    return front.adapters.resolve(adapter_id)
+    return front.adapters.resolve(adapter_id, tenant=tenant)
 
 
 def max_model_len(front: Front) -> int:
@@ -75,7 +75,14 @@ class Choices:
     """The running choices of one request, numbered prompt by prompt as OpenAI does."""
 
     def __init__(
-        self, front: Front, body: Sampling, served: Served, prompts: Sequence[Prompt], kind: str
+        self,
+        front: Front,
+        body: Sampling,
+        served: Served,
+        prompts: Sequence[Prompt],
+        kind: str,
+        *,
+        tenant: str,
     ) -> None:
         self.id = f"{kind}-{secrets.token_hex(16)}"
         self.created = int(time.time())
@@ -83,6 +90,7 @@ class Choices:
         self.n = body.num_choices
         self.generations: list[Generation] = []
         self._front, self._body, self._served = front, body, served
+        self._tenant = tenant
 
     def submit(
         self,
@@ -92,12 +100,17 @@ class Choices:
         prompt_logprobs: int | None,
         arrived_at: float,
     ) -> None:
-        """Hands every choice to the engine; if one is refused, none stays.
+        """Hands every choice to the engine; if one is refused, none stays. Raises what
+        ``Front.submit`` raises, and RateLimited or InvalidRequest for the tenant's tokens a minute.
 
         Without a seed each prompt draws its own, else equal prompts would get equal answers.
         """
         body, front = self._body, self._front
         body.check_vocabulary(front.tokenizer.vocab_size)
+        needed = zip(self.prompts, max_tokens, strict=True)
+        front.quotas.check_tokens(
+            self._tenant, self.n * sum(len(prompt.ids) + most for prompt, most in needed)
+        )
         try:
             for number, prompt in enumerate(self.prompts):
                 seed = secrets.randbits(63) if body.seed is None else body.seed
@@ -105,6 +118,7 @@ class Choices:
                     spec = GenerationSpec(
                         request_id=f"{self.id}-{number * self.n + choice}",
                         adapters=self._served.adapters,
+                        tenant=self._tenant,
                         prompt_ids=prompt.ids,
                         sampling=body.sampling(
                             seed=seed,
