@@ -97,6 +97,11 @@ class ServerConfig(BaseSettings):
         return self
 
 
+def client_key() -> str | None:
+    """The API key with which commands ask a running server."""
+    return os.environ.get("LORAMUX_API_KEY")
+
+
 def process_environment() -> dict[str, str]:
     """The environment of the processes the front starts: its own, and a short spin for OpenMP.
 

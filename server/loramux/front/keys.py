@@ -52,7 +52,9 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     revoked: datetime | None = None
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Limits(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """What one tenant may use at most; None for no limit.
 
     ``max_adapters`` counts generations, ``max_adapter_bytes`` their stored weights,

@@ -83,8 +83,9 @@ async def _announce(front: Front, servers: list[uvicorn.Server]) -> None:
     if len(names) > 20:
         log.info("          and %d more", len(names) - 20)
     log.info("listening on %s; try:", url)
+    key = """-H "authorization: Bearer $LORAMUX_API_KEY" """ if front.keys.guarded else ""
     log.info(
-        "curl %s/v1/completions -H 'content-type: application/json' "
+        "curl %s/v1/completions %s-H 'content-type: application/json' "
         """-d '{"model": "%s", "prompt": "Once upon a time", "max_tokens": 32}'""",
-        *(url, names[0] if names else front.base_name),
+        *(url, key, names[0] if names else front.base_name),
     )
