@@ -195,7 +195,7 @@ class FakeFront:
         self.tokenizer = TokenizerService(model)
         self.observations = Observations()
         self.adapters = FakeAdapters(config, self.observations)
-        self.keys = Keys(config.keys_file)
+        self.keys = Keys.of(config)
         self.quotas = Quotas(self.keys.limits, self.observations.rejected)
         self.ledger = Ledger(self.observations, lambda _: None, lambda _: None, self.quotas.end)
         self.info: Ready | None = INFO

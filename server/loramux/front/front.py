@@ -86,7 +86,7 @@ class Front:
         ingest: Sequence[str] = INGEST,
     ) -> None:
         self.config = config
-        self.keys = Keys(config.keys_file, required=config.api_keys is not None)
+        self.keys = Keys.of(config)
         self.base_name = config.served_model_name or _default_name(config.model)
         self.created = int(time.time())
         self.tokenizer = TokenizerService(config.model)

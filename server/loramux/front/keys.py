@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
-from loramux.config import ADAPTER_NAME
+from loramux.config import ADAPTER_NAME, ServerConfig
 from loramux.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -185,6 +185,11 @@ class Keys:
             self._use(content)
         elif required:
             raise ConfigError(f"--api-keys {path}: no such file; loramux keys create makes it")
+
+    @classmethod
+    def of(cls, config: ServerConfig) -> Keys:
+        """The keys a server with this configuration asks for."""
+        return cls(config.keys_file, required=config.api_keys is not None)
 
     @property
     def guarded(self) -> bool:

@@ -13,6 +13,7 @@ import uvloop
 from loramux import __version__
 from loramux.config import ServerConfig
 from loramux.front.front import Front
+from loramux.front.keys import Keys
 from loramux.http.app import build_admin_app, build_app
 from loramux.http.auth import check_host
 from loramux.http.connection import uvicorn_config
@@ -35,10 +36,11 @@ PATIENCE_S = 8.0
 
 
 async def _serve(config: ServerConfig) -> int:
-    front = Front(config)
-    check_host(front.keys, config.host)
-    if not front.keys.guarded:
+    keys = Keys.of(config)
+    check_host(keys, config.host)
+    if not keys.guarded:
         log.info("no API key: open to everybody on this machine, and to nobody else")
+    front = Front(config)
     servers = [uvicorn.Server(uvicorn_config(build_app(front, config), config, port=config.port))]
     if config.admin_port is not None:
         admin = build_admin_app(front, config)
