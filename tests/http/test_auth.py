@@ -243,7 +243,10 @@ def test_open_routes_do_not_look_at_keys(house: House) -> None:
 
 def test_a_refused_request_leaves_the_connection_usable(house: House) -> None:
     refusal(house.server.complete(), 401)
-    assert client(house.server, house.keys["infer"]).complete(max_tokens=2).status_code == 200
+    me = client(house.server, house.keys["infer"])
+    assert me.complete(max_tokens=2).status_code == 200
+    assert me.chat(n=2, max_tokens=2).status_code == 200
+    assert [spec.tenant for spec in house.server.front.specs[-3:]] == ["acme"] * 3
 
 
 def test_revoking_works_while_serving(start: Start, tmp_path: Path) -> None:
