@@ -190,8 +190,11 @@ def test_shared_adapters(house: House) -> None:
             error = refusal(alice.ask(method, f"/v1/adapters/{name}{path}"), 403)
             assert error["code"] == "insufficient_scope" and "admin" in error["message"]
     shared = bob.complete("common").headers["x-loramux-adapter"]
+    answer = alice.upload("common", b"common")
+    assert answer.status_code == 201, "not 200: the one that is there is not hers"
+    assert alice.ask("DELETE", "/v1/adapters/common").status_code == 202
     own = alice.upload("common", b"alice's").json()
-    assert own["generation"] == 1 and own["digest"] != shared
+    assert own["generation"] == 2 and own["digest"] != shared
     assert alice.complete("common").headers["x-loramux-adapter"] == own["digest"]
     assert bob.complete("common").headers["x-loramux-adapter"] == shared
     assert alice.names().count("common") == 1
