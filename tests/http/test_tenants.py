@@ -14,48 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.front.house import ENGINE, INGEST, PROMPT, SERVER, configure
-from tests.http.conftest import Running, serve
+from tests.front.house import ENGINE, INGEST, SERVER, configure
+from tests.http.conftest import serve
 from tests.http.fake_front import eventually
-from tests.http.granting import bearer, grant
+from tests.http.granting import Tenant, grant
 from tests.http.test_bad_inputs import refusal
 
 from loramux.front.front import Front
-
-
-@dataclass
-class Tenant:
-    """A server as one key sees it."""
-
-    server: Running
-    key: str
-
-    def ask(self, method: str, path: str, **fields: Any) -> Any:
-        return self.server.http.request(method, path, headers=bearer(self.key), **fields)
-
-    def complete(self, model: str, **fields: Any) -> Any:
-        body = {"model": model, "prompt": PROMPT, "max_tokens": 2, **fields}
-        return self.ask("POST", "/v1/completions", json=body)
-
-    def upload(self, name: str, weights: bytes = b"w", query: str = "", **config: Any) -> Any:
-        files = {"config": json.dumps(config).encode(), "weights": weights}
-        return self.ask("POST", "/v1/adapters?wait=30" + query, data={"name": name}, files=files)
-
-    def names(self) -> list[str]:
-        return [view["name"] for view in self.ask("GET", "/v1/adapters").json()["data"]]
-
-    def models(self) -> list[str]:
-        return [card["id"] for card in self.ask("GET", "/v1/models").json()["data"]]
-
-    def delete(self, name: str) -> None:
-        digest = self.ask("GET", f"/v1/adapters/{name}").json()["digest"]
-        assert self.ask("DELETE", f"/v1/adapters/{name}").status_code == 202
-
-        def gone() -> bool:
-            views = self.ask("GET", "/v1/adapters").json()["data"]
-            return (name, digest) not in [(view["name"], view["digest"]) for view in views]
-
-        assert eventually(gone)
 
 
 @dataclass
@@ -137,6 +102,10 @@ def test_another_tenants_name_is_a_name_that_never_was(house: House, state: str)
     if state == "pinned":
         alice.ask("DELETE", "/v1/adapters/secret/pin")
     alice.delete("secret")
+    gone = everything(alice, "secret", mine["digest"])
+    assert gone == everything(alice, "never-there", mine["digest"]), "deleted, like never there"
+    text = house.operator.ask("GET", "/metrics").text
+    assert "never-there" not in text, "asking for a name makes no series"
 
 
 def files(config: Any, weights: bytes) -> dict[str, bytes]:

@@ -167,14 +167,14 @@ class AdapterService:
 
         Waits up to ``wait_s`` for the verdict; the view's status is "validating" when it is not in
         yet. Raises InvalidRequest (name), PayloadTooLarge (config), NotFound (blob_not_found),
-        QuotaExceeded, Conflict (generation_conflict), and AdapterInvalid when the verdict is in and
-        bad. ``validate_only`` always waits and registers nothing; its view has generation 0.
+        QuotaExceeded, Conflict (generation_conflict, name_reserved), and AdapterInvalid when the
+        verdict is in and bad. ``validate_only`` always waits and registers nothing; its view has
+        generation 0.
         """
-        if not ADAPTER_NAME.fullmatch(name) or name == self._catalog.base_name:
-            raise InvalidRequest(
-                f"an adapter's name is like {ADAPTER_NAME.pattern} and not the base model's",
-                param="name",
-            )
+        if not ADAPTER_NAME.fullmatch(name):
+            raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
+        if name == self._catalog.base_name:
+            raise Conflict("the name is the base model's", param="name", code="name_reserved")
         if self._base is None:
             raise Overloaded("no engine has been ready yet", code="engine_starting")
         upload = await self._begin(self._config.max_config_bytes, "config")

@@ -99,8 +99,10 @@ class Adapters:
 
     def _changes(self, request: Request, name: str) -> str:
         """Whose adapter of that name the caller may change; PermissionDenied when it is shared and
-        the caller no operator."""
+        the caller no operator, and for the base."""
         asking = caller(request)
+        if name == self._front.base_name:
+            raise PermissionDenied("the base model stays as it is", param="name", code="base_model")
         owner = self._front.adapters.owner(name, tenant=asking.tenant)
         if owner != asking.tenant and not asking.is_admin:
             raise PermissionDenied("a shared adapter: changing it needs a key with the scope admin")
