@@ -33,7 +33,9 @@ class ServerConfig(BaseSettings):
     served_model_name: str | None = Field(None, description="name of the base in the API")
     adapter: tuple[str, ...] = Field((), description="NAME=DIR: register this PEFT adapter")
     adapters: Path | None = Field(None, description="register every adapter folder found in here")
-    host: str = Field("127.0.0.1", description="address to listen on")
+    host: str = Field(
+        "127.0.0.1", description="address to listen on; without API keys only this machine's own"
+    )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     admin_port: int | None = Field(None, description="serve /metrics, /health, /admin here instead")
     api_keys: Path | None = Field(

@@ -236,6 +236,19 @@ def test_no_body_is_read_before_the_key_is_checked(house: House) -> None:
     assert writers == []
 
 
+def test_the_command_line_shows_its_key(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listing = ["adapters", "--url", house.server.url]
+    assert main([*listing, "list"]) == 1
+    assert "invalid_api_key" in capsys.readouterr().err
+    assert main([*listing, "--api-key", house.keys["upload"], "list"]) == 0
+    monkeypatch.setenv("LORAMUX_API_KEY", house.keys["infer"])
+    assert main([*listing, "list"]) == 0
+    assert main([*listing, "pin", "shout"]) == 1
+    assert "insufficient_scope" in capsys.readouterr().err
+
+
 def test_open_routes_do_not_look_at_keys(house: House) -> None:
     twice = [("authorization", "Bearer x"), ("authorization", "y")]
     assert house.ask("GET", "/health", twice).status_code == 200
