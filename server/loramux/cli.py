@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from loramux import __version__
-from loramux.config import ServerConfig
+from loramux.config import ServerConfig, client_key
 from loramux.errors import ConfigError
+from loramux.keys_cli import add_keys
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_adapters(commands)
+    add_keys(commands)
     args = vars(parser.parse_args(argv))
     run = args.pop("run")
     del args["command"]
@@ -101,6 +103,7 @@ def _add_adapters(commands: Any) -> None:
         description="Manage the adapters of a running server.",
     )
     adapters.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
+    adapters.add_argument("--api-key", help="your key, if it needs one (default: $LORAMUX_API_KEY)")
     verbs = adapters.add_subparsers(dest="verb", required=True, metavar="VERB")
     push = verbs.add_parser("push", help="upload a PEFT adapter folder, tar or zip")
     push.add_argument("source", type=Path, help="folder with adapter_config.json and weights")
@@ -125,7 +128,7 @@ def _adapters(args: dict[str, Any]) -> int:
 
     verb = args["verb"]
     try:
-        with Client(args["url"]) as client:
+        with Client(args["url"], api_key=args["api_key"] or client_key()) as client:
             if verb == "list":
                 adapter_table(client.adapters.list())
             elif verb == "push":

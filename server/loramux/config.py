@@ -33,9 +33,14 @@ class ServerConfig(BaseSettings):
     served_model_name: str | None = Field(None, description="name of the base in the API")
     adapter: tuple[str, ...] = Field((), description="NAME=DIR: register this PEFT adapter")
     adapters: Path | None = Field(None, description="register every adapter folder found in here")
-    host: str = Field("127.0.0.1", description="address to listen on")
+    host: str = Field(
+        "127.0.0.1", description="address to listen on; without API keys only this machine's own"
+    )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     admin_port: int | None = Field(None, description="serve /metrics, /health, /admin here instead")
+    api_keys: Path | None = Field(
+        None, description="file of API keys, as loramux keys writes it (default: in --data-dir)"
+    )
     data_dir: Path = Field(Path("data"), description="registry and adapter files live here")
     device: str = Field("auto", description="auto, cpu or cuda")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -79,6 +84,11 @@ class ServerConfig(BaseSettings):
     keep_alive_s: float = Field(15.0, gt=0, description="a silent stream gets a comment this often")
     drain_s: float = Field(30.0, ge=0, description="time for running requests after SIGTERM")
 
+    @property
+    def keys_file(self) -> Path:
+        """Where the API keys are, or would be."""
+        return self.api_keys or self.data_dir / "keys.json"
+
     @field_validator("adapter")
     @classmethod
     def _names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -93,6 +103,11 @@ class ServerConfig(BaseSettings):
         parse_memory(self.pool_memory)
         parse_memory(self.host_memory)
         return self
+
+
+def client_key() -> str | None:
+    """The API key with which commands ask a running server."""
+    return os.environ.get("LORAMUX_API_KEY")
 
 
 def process_environment() -> dict[str, str]:

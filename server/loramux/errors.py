@@ -6,6 +6,9 @@
     │  ├─ InvalidRequest         400   a field is malformed or out of range (``param`` names it)
     │  ├─ ContextLengthExceeded  400   prompt + max_tokens cannot fit
     │  ├─ RequestTooLarge        400   its KV and its adapters cannot fit the memory pool
+    │  ├─ Unauthenticated        401   no key, or none that works
+    │  ├─ PermissionDenied       403   the key may not do this
+    │  ├─ QuotaExceeded          403   the tenant has as many adapters, or bytes, as it may
     │  ├─ NotFound               404   no such model, adapter or blob
     │  ├─ GenerationGone         404   that generation of the adapter no longer exists
     │  ├─ Conflict               409   a name holds other weights; an adapter is not in that state
@@ -76,6 +79,30 @@ class RequestTooLarge(RequestError):
     """The request would not fit the memory pool even if it ran alone."""
 
     code = "request_too_large"
+
+
+class Unauthenticated(RequestError):
+    """No key came, or none that is known and live: the answer does not say which."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class PermissionDenied(RequestError):
+    """The key is good; this needs a scope that it lacks."""
+
+    status = 403
+    type = "permission_error"
+    code = "insufficient_scope"
+
+
+class QuotaExceeded(RequestError):
+    """The caller's tenant has as much stored as it may."""
+
+    status = 403
+    type = "permission_error"
+    code = "quota_exceeded"
 
 
 class NotFound(RequestError):

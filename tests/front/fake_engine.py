@@ -47,6 +47,7 @@ class FakeEngine:
         self.hung_since: float | None = None
         self.aborted: list[str] = []
         self.commands: list[tuple[str, str | None]] = []
+        self.tenants: list[str] = []
 
     def send(self, message: Any) -> None:
         self.socket.send(wire.encode(message))
@@ -70,6 +71,7 @@ class FakeEngine:
         match message:
             case wire.Submit():
                 words = (word.partition("=") for word in message.cache_salt.split())
+                self.tenants.append(message.tenant)
                 self.rows[message.request_id] = Row(message, {a: b for a, _, b in words})
             case wire.Abort():
                 self.aborted += message.request_ids
@@ -81,6 +83,7 @@ class FakeEngine:
                 reply.payload = {
                     "aborted": self.aborted,
                     "commands": self.commands,
+                    "tenants": self.tenants,
                     "pid": os.getpid(),
                 }
                 if message.kind == "evict" and message.digest == "0" * 64:

@@ -61,8 +61,9 @@ class Desk:
     def __init__(self) -> None:
         self.events = Events()
         self.references: Counter[str] = Counter()
+        self.used: dict[str, int] = {}
         self.observations = Observations(self.events)
-        self.ledger = Ledger(self.observations, self.retain, self.release)
+        self.ledger = Ledger(self.observations, self.retain, self.release, self.ended)
         self.generations: dict[str, Generation] = {}
 
     def retain(self, digest: str) -> None:
@@ -71,6 +72,10 @@ class Desk:
     def release(self, digest: str) -> None:
         self.references[digest] -= 1
         assert self.references[digest] >= 0
+
+    def ended(self, spec: GenerationSpec, num_outputs: int) -> None:
+        assert spec.request_id not in self.used
+        self.used[spec.request_id] = num_outputs
 
     def add(self, request_id: str, max_tokens: int = 16, **fields: object) -> Generation:
         spec = GenerationSpec(
@@ -164,6 +169,7 @@ def test_exactly_one_terminal_event(actions: list[tuple[object, ...]], stops: bo
         delta, _ = read(desk.generations[name])
         ids = delta.token_ids
         assert ids == [IDS[i % len(IDS)] for i in range(len(ids))]
+        assert desk.used[name] == len(ids), "a tenant pays for what it got"
 
 
 def test_tokens_already_delivered_are_dropped_and_gaps_fail() -> None:

@@ -19,6 +19,7 @@ async def upload(
     """An upload as HTTP makes one. ``config`` scripts the fake ingest process."""
     expected = config.pop("expected_generation", None)
     validate_only = config.pop("validate_only", False)
+    tenant = config.pop("tenant", "")
     writer = await front.adapters.begin()
     try:
         for start in range(0, len(weights), 3):
@@ -30,6 +31,7 @@ async def upload(
             wait_s=wait_s,
             expected_generation=expected,
             validate_only=validate_only,
+            tenant=tenant,
         )
     finally:
         await writer.abort()

@@ -22,8 +22,10 @@ from loramux.errors import (
 )
 from loramux.front.catalog import AdapterView, Catalog
 from loramux.front.generation import Generation, GenerationSpec
+from loramux.front.keys import Keys
 from loramux.front.ledger import Ledger
 from loramux.front.observations import Observations
+from loramux.front.quotas import Quotas
 from loramux.front.tokenizer import TokenizerService
 from loramux.wire import (
     BaseDescription,
@@ -110,11 +112,8 @@ class FakeAdapters:
         self.config = config
         self.catalog = Catalog("base", observations.snapshot)
         self.writers: list[FakeWriter] = []
-        self.resolve, self.list, self.show = (
-            self.catalog.resolve,
-            self.catalog.list,
-            self.catalog.show,
-        )
+        for name in ("resolve", "list", "show", "owner", "own", "labels"):
+            setattr(self, name, getattr(self.catalog, name))
         error = {"code": "rank_mismatch", "message": "2 problems", "problems": ["one", "two"]}
         self.put(row("shout", 3), row("shout", 2))
         self.put(row("whisper"))
@@ -124,7 +123,7 @@ class FakeAdapters:
         self.put(row("alien", status="incompatible"))
 
     def put(self, *rows: AdapterRow) -> None:
-        self.catalog.put(rows[0].name, list(rows))
+        self.catalog.put(rows[0].name, list(rows), tenant=rows[0].tenant)
 
     async def begin(self) -> FakeWriter:
         self.writers.append(FakeWriter(self.config.max_adapter_file_bytes))
@@ -139,6 +138,7 @@ class FakeAdapters:
         validate_only: bool = False,
         wait_s: float = 0,
         expected_generation: int | None = None,
+        tenant: str = "",
     ) -> AdapterView:
         if name == "base":
             raise Conflict("the name is the base model's", param="name", code="name_reserved")
@@ -150,32 +150,39 @@ class FakeAdapters:
             1 if expected_generation is None else expected_generation + 1,
             "validating" if waits else "ready",
             digest=hashlib.sha256(config + weights_digest.encode()).hexdigest(),
+            tenant=tenant,
         )
         if not validate_only:
             self.put(made)
         return self.catalog.view(made)
 
-    async def delete(self, name: str) -> AdapterView:
-        self.show(name)
-        self.put(row(name, status="deleting"))
-        return next(view for view in self.list() if view.name == name)
+    async def delete(self, name: str, *, tenant: str = "") -> AdapterView:
+        if self.own(name, tenant=tenant) is None:
+            raise NotFound("no such adapter", param="model")
+        gone = row(name, status="deleting", tenant=tenant)
+        self.put(gone)
+        return self.catalog.view(gone)
 
-    async def set_pinned(self, name: str, pinned: bool) -> AdapterView:
-        if self.show(name).status != "ready":
+    async def set_pinned(self, name: str, pinned: bool, *, tenant: str = "") -> AdapterView:
+        if (view := self.own(name, tenant=tenant)) is None:
+            raise NotFound("no such adapter", param="model")
+        if view.status != "ready":
             raise Conflict("not ready", code="adapter_not_ready", retry_after_s=1)
-        self.put(row(name, pinned=pinned))
-        return self.show(name)
+        self.put(row(name, pinned=pinned, tenant=tenant))
+        return self.show(name, tenant=tenant)
 
 
 class FakeAdmission:
-    def __init__(self, front: FakeFront, num: int) -> None:
-        self.front, self.num = front, num
+    def __init__(self, front: FakeFront, num: int, tenant: str) -> None:
+        self.front, self.num, self.tenant = front, num, tenant
+        front.quotas.hold(tenant, num)
         front.reserved += num
 
     def __enter__(self) -> FakeAdmission:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.front.quotas.release(self.tenant, self.num)
         self.front.reserved -= self.num
 
 
@@ -189,7 +196,9 @@ class FakeFront:
         self.tokenizer = TokenizerService(model)
         self.observations = Observations()
         self.adapters = FakeAdapters(config, self.observations)
-        self.ledger = Ledger(self.observations, lambda _: None, lambda _: None)
+        self.keys = Keys.of(config)
+        self.quotas = Quotas(self.keys.limits, self.observations.rejected)
+        self.ledger = Ledger(self.observations, lambda _: None, lambda _: None, self.quotas.end)
         self.info: Ready | None = INFO
         self.reasons: list[str] = []
         self.script: Script = speak("hello wörld 😀, the dog")
@@ -225,14 +234,14 @@ class FakeFront:
     def not_ready(self) -> list[str]:
         return self.reasons
 
-    def admit(self, num: int) -> FakeAdmission:
+    def admit(self, num: int, *, tenant: str = "") -> FakeAdmission:
         if num > self.places:
             raise InvalidRequest("too many completions", param="n")
         if self.reasons or len(self.ledger) + self.reserved + num > self.places:
             code = (self.reasons or ["overloaded"])[0]
             self.observations.rejected(code)
             raise Overloaded("no room now", code=code)
-        return FakeAdmission(self, num)
+        return FakeAdmission(self, num, tenant)
 
     def submit(self, spec: GenerationSpec) -> Generation:
         if spec.adapters and not any(
@@ -246,6 +255,7 @@ class FakeFront:
             skip_special_tokens=spec.skip_special_tokens,
         )
         self.ledger.add(spec, generation, text)
+        self.quotas.start(spec)
         self.observations.submitted(spec)
         self.specs.append(spec)
         task = asyncio.get_running_loop().create_task(self._run(spec, generation))

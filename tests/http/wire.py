@@ -10,11 +10,16 @@ if TYPE_CHECKING:
     from tests.http.conftest import Running
 
 
-_open: list[socket.socket] = []
+_open: list[Any] = []
+
+
+def close_later(thing: Any) -> None:
+    """Closed when the test is over."""
+    _open.append(thing)
 
 
 def close_all() -> None:
-    """Every socket a test opened; conftest calls it."""
+    """Every socket and client a test opened; conftest calls it."""
     while _open:
         _open.pop().close()
 

@@ -98,6 +98,10 @@ class PermissionDeniedError(APIError):
     """The API key may not do this."""
 
 
+class QuotaExceededError(PermissionDeniedError):
+    """The tenant has as many adapters, or bytes of them, as it may."""
+
+
 class NotFoundError(APIError):
     """No such model, adapter or route."""
 
@@ -185,11 +189,14 @@ ERRORS: dict[str, type[APIError]] = {
     "engine_failed": EngineFailedError,
     "generation_conflict": GenerationConflictError,
     "generation_gone": GenerationGoneError,
+    "insufficient_scope": PermissionDeniedError,
     "internal_error": ServerError,
+    "invalid_api_key": AuthenticationError,
     "invalid_request": InvalidRequestError,
     "model_not_found": NotFoundError,
     "overloaded": OverloadedError,
     "payload_too_large": PayloadTooLargeError,
+    "quota_exceeded": QuotaExceededError,
     "rate_limit_exceeded": RateLimitedError,
     "request_too_large": RequestTooLargeError,
     "storage_full": StorageFullError,

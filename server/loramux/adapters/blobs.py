@@ -190,6 +190,13 @@ class BlobStore:
         """Whether the blob is stored."""
         return self.path(digest).is_file()
 
+    def size(self, digest: str) -> int:
+        """Bytes of a stored blob; 0 when there is none."""
+        try:
+            return self.path(digest).stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def open(self, digest: str) -> BinaryIO:
         """The blob for reading; NotFound (blob_not_found) when there is none."""
         try:

@@ -292,6 +292,11 @@ class Registry:
                 return self._rows(db, tenant, name)
             return self._select(db, "WHERE tenant = ? ORDER BY name, generation DESC", (tenant,))
 
+    def every(self) -> Rows:
+        """Every row of every tenant, newest generation of a name first."""
+        with self._reading() as db:
+            return self._select(db, "ORDER BY tenant, name, generation DESC", ())
+
     def delete(self, name: str, *, tenant: str = "") -> Rows:
         """Mark every generation of a name ``deleting``; the rows. ``forget`` ends each.
 

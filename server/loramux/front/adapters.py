@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar, TypeVarTuple
 
-from loramux.adapters.blobs import READ_BYTES, BlobStore
+from loramux.adapters.blobs import READ_BYTES, BlobStore, adapter_digest
 from loramux.adapters.pack import packed_path
 from loramux.adapters.registry import AdapterRow, Registry
 from loramux.config import ADAPTER_NAME, DEMO_DIR, ServerConfig
@@ -23,9 +23,10 @@ from loramux.errors import (
     Overloaded,
     ServiceError,
 )
-from loramux.front.catalog import AdapterView, Catalog, Served
+from loramux.front.catalog import SHARED, AdapterView, Catalog, Served
 from loramux.front.ingest_client import IngestClient
 from loramux.front.observations import Observations
+from loramux.front.quotas import Quotas
 from loramux.front.uploads import UploadWriter
 from loramux.wire import BaseDescription, IngestDone
 
@@ -54,12 +55,14 @@ class AdapterService:
         ingest: IngestClient,
         ask_engine: Callable[[Literal["pin", "unpin", "evict"], str], Awaitable[object]],
         observations: Observations,
+        quotas: Quotas,
     ) -> None:
         """Opens the data directory; raises ConfigError or StorageFull when it cannot be used."""
         self._config = config
         self._ingest = ingest
         self._ask_engine = ask_engine
         self._observations = observations
+        self._quotas = quotas
         self._base: BaseDescription | None = None
         self._catalog = Catalog(base_name, observations.snapshot)
         self._registry = Registry(config.data_dir)
@@ -73,23 +76,36 @@ class AdapterService:
         self.starting_up = True
         """Until the adapters of earlier runs and of the command line have their verdicts."""
 
-    # What names mean.
+    # What names mean to a tenant: its own adapters, and under the other names the shared ones.
 
-    def resolve(self, model: str) -> Served:
+    def resolve(self, model: str, *, tenant: str = SHARED) -> Served:
         """The base's name, ``name``, ``name@generation`` or ``name@sha256:<12 or more hex>``.
 
         Raises NotFound (model_not_found), GenerationGone, or Conflict: adapter_not_ready (with
         retry_after_s), adapter_failed, adapter_incompatible.
         """
-        return self._catalog.resolve(model)
+        return self._catalog.resolve(model, tenant=tenant)
 
-    def list(self) -> list[AdapterView]:
+    def list(self, *, tenant: str = SHARED) -> list[AdapterView]:
         """What every bare name means, by name; those being deleted until they are gone."""
-        return self._catalog.list()
+        return self._catalog.list(tenant=tenant)
 
-    def show(self, name: str) -> AdapterView:
+    def show(self, name: str, *, tenant: str = SHARED) -> AdapterView:
         """One adapter by name, ``name@generation`` or ``name@sha256:<hex>``; raises NotFound."""
-        return self._catalog.show(name)
+        return self._catalog.show(name, tenant=tenant)
+
+    def owner(self, name: str, *, tenant: str) -> str:
+        """Whose adapter a bare name means to the tenant: SHARED's, or its own (also when it means
+        nothing)."""
+        return self._catalog.owner(name, tenant=tenant)
+
+    def own(self, name: str, *, tenant: str) -> AdapterView | None:
+        """What the tenant's own bare name means; None when it has no such name."""
+        return self._catalog.own(name, tenant=tenant)
+
+    def labels(self) -> Mapping[str, Sequence[str]]:
+        """For operators: digest to the names, of every tenant, that mean it now."""
+        return self._catalog.labels()
 
     # What running requests hold.
 
@@ -145,19 +161,20 @@ class AdapterService:
         validate_only: bool = False,
         wait_s: float = 0,
         expected_generation: int | None = None,
+        tenant: str = SHARED,
     ) -> AdapterView:
         """Register an uploaded adapter and have it validated and packed.
 
         Waits up to ``wait_s`` for the verdict; the view's status is "validating" when it is not in
         yet. Raises InvalidRequest (name), PayloadTooLarge (config), NotFound (blob_not_found),
-        Conflict (generation_conflict), and AdapterInvalid when the verdict is in and bad.
-        ``validate_only`` always waits and registers nothing; its view has generation 0.
+        QuotaExceeded, Conflict (generation_conflict, name_reserved), and AdapterInvalid when the
+        verdict is in and bad. ``validate_only`` always waits and registers nothing; its view has
+        generation 0.
         """
-        if not ADAPTER_NAME.fullmatch(name) or name == self._catalog.base_name:
-            raise InvalidRequest(
-                f"an adapter's name is like {ADAPTER_NAME.pattern} and not the base model's",
-                param="name",
-            )
+        if not ADAPTER_NAME.fullmatch(name):
+            raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
+        if name == self._catalog.base_name:
+            raise Conflict("the name is the base model's", param="name", code="name_reserved")
         if self._base is None:
             raise Overloaded("no engine has been ready yet", code="engine_starting")
         upload = await self._begin(self._config.max_config_bytes, "config")
@@ -167,13 +184,14 @@ class AdapterService:
             if validate_only:
                 return await self._validate_only(name, files, self._base)
             row, fresh = await self._on(
-                self._disk, self._register, name, files, expected_generation
+                self._disk, self._register, tenant, name, files, expected_generation
             )
-            await self._refresh(name)
+            await self._refresh(tenant, name)
         finally:
             await upload.abort()
         if fresh:
-            self._catalog.broken.pop(name, None)
+            if tenant == SHARED:
+                self._catalog.broken.pop(name, None)
             self._validate_soon(row)
         if wait_s > 0 and (verdict := self._verdicts.get(row.id)):
             await asyncio.wait([verdict], timeout=wait_s)
@@ -184,17 +202,29 @@ class AdapterService:
         return self._catalog.view(row)
 
     def _register(
-        self, name: str, files: tuple[str, str], expected_generation: int | None
+        self, tenant: str, name: str, files: tuple[str, str], expected_generation: int | None
     ) -> tuple[AdapterRow, bool]:
         config_digest, weights_digest = files
         if not self._store.has(weights_digest):
             raise NotFound("no such blob", param="weights", code="blob_not_found")
+        self._check_quota(tenant, name, files)
         return self._registry.create(
             name,
+            tenant=tenant,
             config_digest=config_digest,
             weights_digest=weights_digest,
             expected_generation=expected_generation,
         )
+
+    def _check_quota(self, tenant: str, name: str, files: tuple[str, str]) -> None:
+        """Raises QuotaExceeded. On the registry's thread, so no two uploads take the last place."""
+        rows = self._registry.list(tenant=tenant)
+        held = [row for row in rows if row.status not in ("failed", "deleting")]
+        digest = adapter_digest(*files)
+        if any(row.name == name and row.digest == digest for row in held):
+            return  # nothing is added
+        sizes = [self._store.size(row.weights_digest) for row in held]
+        self._quotas.check_adapters(tenant, sizes, self._store.size(files[1]))
 
     async def _validate_only(
         self, name: str, files: tuple[str, str], base: BaseDescription
@@ -238,11 +268,11 @@ class AdapterService:
             await self._on(self._disk, self._record, row, done, base.fingerprint)
         except NotFound:  # deleted meanwhile
             self._verdicts.pop(row.id, None)
-            await self._refresh(row.name)
+            await self._refresh(row.tenant, row.name)
             self._forget_soon([self._catalog.row(row)])
             return
         self._catalog.unpacked.discard(row.digest)
-        await self._refresh(row.name)
+        await self._refresh(row.tenant, row.name)
         self._observations.uploaded(done.code if done.problems else "ready")
         if self._catalog.row(row).pinned:
             await self._tell_engine("pin", row.digest)
@@ -255,30 +285,36 @@ class AdapterService:
 
     # Pins and deletion.
 
-    async def set_pinned(self, name: str, pinned: bool) -> AdapterView:
+    async def set_pinned(self, name: str, pinned: bool, *, tenant: str = SHARED) -> AdapterView:
         """Keep it in the pool, or no longer. Raises NotFound, Conflict (not ready; no room)."""
-        row = await self._on(self._disk, lambda: self._registry.set_pinned(name, pinned))
-        await self._refresh(name)
+
+        async def note(pin: bool) -> AdapterRow:
+            row = await self._on(
+                self._disk, lambda: self._registry.set_pinned(name, pin, tenant=tenant)
+            )
+            await self._refresh(tenant, name)
+            return row
+
+        row = await note(pinned)
         try:
             if pinned or not any(r.pinned and r.digest == row.digest for r in self._catalog.rows()):
                 await self._ask_engine("pin" if pinned else "unpin", row.digest)
         except Overloaded:
             pass  # no engine now: the next one is told of every pin when it is ready
         except LoramuxError:
-            await self._on(self._disk, lambda: self._registry.set_pinned(name, not pinned))
-            await self._refresh(name)
+            await note(not pinned)
             raise
         return self._catalog.view(self._catalog.row(row))
 
-    async def delete(self, name: str) -> AdapterView:
+    async def delete(self, name: str, *, tenant: str = SHARED) -> AdapterView:
         """No new requests from now on; the files go when the last running request has ended.
 
         Raises NotFound, and Conflict (adapter_pinned). The view's status is "deleting".
         """
-        if name in self._catalog.broken:
+        if tenant == SHARED and name in self._catalog.broken:
             return self._catalog.broken.pop(name)
-        rows = await self._on(self._disk, lambda: self._registry.delete(name))
-        await self._refresh(name)
+        rows = await self._on(self._disk, lambda: self._registry.delete(name, tenant=tenant))
+        await self._refresh(tenant, name)
         self._forget_soon(rows)
         return self._catalog.view(rows[0])
 
@@ -292,7 +328,7 @@ class AdapterService:
     async def _forget(self, row: AdapterRow) -> None:
         if not await self._on(self._disk, self._forget_row, row):
             await self._tell_engine("evict", row.digest)
-        await self._refresh(row.name)
+        await self._refresh(row.tenant, row.name)
 
     def _forget_row(self, row: AdapterRow) -> bool:
         """Remove the row, then the files nobody else needs; whether the version lives on."""
@@ -326,7 +362,7 @@ class AdapterService:
         try:
             if first:
                 await self._on(self._disk, self._sweep)
-            await self._refresh()
+            await self._refresh_all()
             self._make_good(base)
             if first:
                 self._forget_soon(self._catalog.deleting())
@@ -394,14 +430,17 @@ class AdapterService:
         self._disk.shutdown(wait=True)
         self._registry.close()
 
-    async def _refresh(self, name: str | None = None) -> None:
-        """Bring the catalog up to the registry, for one name or all."""
-        rows = await self._on(self._disk, lambda: self._registry.list(name))
-        by_name: dict[str, list[AdapterRow]] = {} if name is None else {name: []}
-        for row in rows:
-            by_name.setdefault(row.name, []).append(row)
-        for each, versions in by_name.items():
-            self._catalog.put(each, versions)
+    async def _refresh(self, tenant: str, name: str) -> None:
+        """Bring the catalog up to the registry, for one name."""
+        rows = await self._on(self._disk, lambda: self._registry.list(name, tenant=tenant))
+        self._catalog.put(name, rows, tenant=tenant)
+
+    async def _refresh_all(self) -> None:
+        by_name: dict[tuple[str, str], list[AdapterRow]] = {}
+        for row in await self._on(self._disk, self._registry.every):
+            by_name.setdefault((row.tenant, row.name), []).append(row)
+        for (tenant, name), versions in by_name.items():
+            self._catalog.put(name, versions, tenant=tenant)
 
     async def _on(
         self, executor: ThreadPoolExecutor, function: Callable[[*Ts], T], *arguments: *Ts

@@ -1,21 +1,28 @@
-"""What every adapter name means now: the registry's rows in memory, for the hot path."""
+"""What every adapter name means now: the registry's rows in memory, for the hot path.
+
+Names are a tenant's own. What tenant "" has (the command line's adapters, and all without keys) is
+shared: every tenant sees it under every name that is not the tenant's own.
+"""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 
-from loramux.adapters.registry import MIN_PREFIX, AdapterRow
+from loramux.adapters.registry import MIN_PREFIX, AdapterRow, Rows
 from loramux.errors import Conflict, GenerationGone, NotFound
 from loramux.front.observations import Snapshot
 from loramux.request import AdapterRef, Adapters
 
 Status = Literal["receiving", "validating", "ready", "failed", "deleting", "incompatible"]
+
+SHARED = ""
+"""The tenant whose adapters everybody sees."""
 
 _MODEL = re.compile(r"([^@]+)(?:@(?:(\d{1,18})|sha256:([0-9a-f]{1,64})))?")
 
@@ -67,7 +74,7 @@ class Catalog:
     def __init__(self, base_name: str, snapshot: Snapshot) -> None:
         self.base_name = base_name
         self._snapshot = snapshot
-        self._versions: dict[str, list[AdapterRow]] = {}
+        self._versions: defaultdict[str, dict[str, Rows]] = defaultdict(dict)
         self._serving: Counter[str] = Counter()
         self._deleting: dict[int, AdapterRow] = {}
         self.broken: dict[str, AdapterView] = {}
@@ -75,9 +82,9 @@ class Catalog:
         self.unpacked: set[str] = set()
         """Digests whose packed file went missing and is being made again."""
 
-    def put(self, name: str, rows: list[AdapterRow]) -> None:
-        """The registry's rows of a name now, newest generation first."""
-        for row in self._versions.pop(name, ()):
+    def put(self, name: str, rows: list[AdapterRow], *, tenant: str = SHARED) -> None:
+        """The registry's rows of a tenant's name now, newest generation first."""
+        for row in self._versions[tenant].pop(name, ()):
             self._deleting.pop(row.id, None)
             if row.status == "ready":
                 self._serving[row.digest] -= 1
@@ -89,22 +96,23 @@ class Catalog:
             if row.status == "ready":
                 self._serving[row.digest] += 1
         if rows:
-            self._versions[name] = rows
+            self._versions[tenant][name] = rows
 
     def rows(self) -> Iterator[AdapterRow]:
-        """Every generation of every name."""
-        for rows in self._versions.values():
-            yield from rows
+        """Every generation of every name of every tenant."""
+        for names in self._versions.values():
+            for rows in names.values():
+                yield from rows
 
     def row(self, row: AdapterRow) -> AdapterRow:
         """The newest state of a row; itself when it is gone."""
-        return next((r for r in self._versions.get(row.name, ()) if r.id == row.id), row)
+        return next((r for r in self._of(row.tenant, row.name) if r.id == row.id), row)
 
-    def resolve(self, model: str) -> Served:
+    def resolve(self, model: str, *, tenant: str = SHARED) -> Served:
         """See AdapterService.resolve."""
         if model == self.base_name:
             return Served((), model)
-        view = self.show(model)
+        view = self.show(model, tenant=tenant)
         if view.status == "ready":
             combines = "input_gain" not in view.report.get("vectors", ())
             return Served((AdapterRef(view.digest),), view.name, view.generation, combines)
@@ -124,11 +132,11 @@ class Catalog:
             )
         raise Conflict(message, param="model", code=code)
 
-    def show(self, model: str) -> AdapterView:
+    def show(self, model: str, *, tenant: str = SHARED) -> AdapterView:
         """What a name (with or without a version) means. Raises NotFound, GenerationGone."""
         match = _MODEL.fullmatch(model)
         name, generation, prefix = match.groups() if match else (model, None, None)
-        rows = [row for row in self._versions.get(name, ()) if row.status != "deleting"]
+        rows = self._visible(self.owner(name, tenant=tenant), name)
         if not rows and match and match[0] == name and name in self.broken:
             return self.broken[name]
         found = rows
@@ -146,13 +154,46 @@ class Catalog:
             raise NotFound(f"the model {model!r} does not exist", param="model")
         return self.view(_best(found))
 
-    def list(self) -> list[AdapterView]:
+    def list(self, *, tenant: str = SHARED) -> list[AdapterView]:
         """What every bare name means, by name; those being deleted until they are gone."""
-        views = dict(self.broken)
-        for name, rows in self._versions.items():
-            visible = [row for row in rows if row.status != "deleting"]
-            views[name] = self.view(_best(visible or rows))
+        views = self.broken | self._bare(SHARED)
+        if tenant != SHARED:
+            own = self._bare(tenant)
+            views |= {n: v for n, v in own.items() if v.status != "deleting" or n not in views}
         return [views[name] for name in sorted(views)]
+
+    def _bare(self, tenant: str) -> dict[str, AdapterView]:
+        names = self._versions.get(tenant, {})
+        return {
+            name: self.view(_best(self._visible(tenant, name) or rows))
+            for name, rows in names.items()
+        }
+
+    def labels(self) -> Mapping[str, Sequence[str]]:
+        """Digest to the names that mean it now, for operators: ``tenant/name``, or ``name``."""
+        labels: dict[str, tuple[str, ...]] = {}
+        for tenant in sorted(self._versions):
+            for name, view in sorted(self._bare(tenant).items()):
+                label = f"{tenant}/{name}" if tenant else name
+                labels[view.digest] = (*labels.get(view.digest, ()), label)
+        return labels
+
+    def owner(self, name: str, *, tenant: str) -> str:
+        """Whose adapter a bare name means to this tenant: SHARED when only the shared one is there,
+        else its own."""
+        shared = name in self.broken or self._visible(SHARED, name)
+        return SHARED if shared and not self._visible(tenant, name) else tenant
+
+    def own(self, name: str, *, tenant: str) -> AdapterView | None:
+        """What the tenant's own bare name means; None when it has no such name."""
+        rows = self._visible(tenant, name)
+        return self.view(_best(rows)) if rows else None
+
+    def _visible(self, tenant: str, name: str) -> Rows:
+        return [row for row in self._of(tenant, name) if row.status != "deleting"]
+
+    def _of(self, tenant: str, name: str) -> Rows:
+        return self._versions.get(tenant, {}).get(name, [])
 
     def view(self, row: AdapterRow) -> AdapterView:
         """A row as HTTP shows it."""
@@ -176,8 +217,9 @@ class Catalog:
         )
 
     def holder(self, name: str) -> int:
-        """The generation that an ``expected_generation`` has to name; 0 when the name is free."""
-        rows = self._versions.get(name, ())
+        """The generation of a shared name that an ``expected_generation`` has to name; 0 when the
+        name is free."""
+        rows = self._of(SHARED, name)
         return next((r.generation for r in rows if r.status in ("validating", "ready")), 0)
 
     def serves(self, digest: str) -> bool:

@@ -26,8 +26,10 @@ from loramux.front.adapters import AdapterService
 from loramux.front.engine_client import CommandKind, EngineClient
 from loramux.front.generation import Generation, GenerationSpec
 from loramux.front.ingest_client import IngestClient
+from loramux.front.keys import Keys
 from loramux.front.ledger import Ledger
 from loramux.front.observations import Observations, Observer, Snapshot
+from loramux.front.quotas import Quotas
 from loramux.front.tokenizer import TokenizerService
 from loramux.wire import Ready
 
@@ -48,9 +50,11 @@ class Admission:
     ``await`` after the first ``submit``: a submitted choice holds its own place.
     """
 
-    def __init__(self, front: Front, num: int) -> None:
+    def __init__(self, front: Front, num: int, tenant: str) -> None:
+        front.quotas.hold(tenant, num)
         self._front = front
         self._num = num
+        self._tenant = tenant
         front.reserved += num
 
     def __enter__(self) -> Admission:
@@ -61,6 +65,7 @@ class Admission:
 
     def release(self) -> None:
         """Give the places back. Idempotent."""
+        self._front.quotas.release(self._tenant, self._num)
         self._front.reserved -= self._num
         self._num = 0
 
@@ -81,17 +86,21 @@ class Front:
         ingest: Sequence[str] = INGEST,
     ) -> None:
         self.config = config
+        self.keys = Keys.of(config)
         self.base_name = config.served_model_name or _default_name(config.model)
         self.created = int(time.time())
         self.tokenizer = TokenizerService(config.model)
         self.reserved = 0
         self._lock = lock_data_dir(config.data_dir)
         self._observations = Observations(observer)
+        self.quotas = Quotas(self.keys.limits, self._observations.rejected)
         self._ingest = IngestClient(ingest, config.data_dir)
         self.adapters = AdapterService(
-            config, self.base_name, self._ingest, self.command, self._observations
+            config, self.base_name, self._ingest, self.command, self._observations, self.quotas
         )
-        self._ledger = Ledger(self._observations, self.adapters.retain, self.adapters.release)
+        self._ledger = Ledger(
+            self._observations, self.adapters.retain, self.adapters.release, self.quotas.end
+        )
         self._engine = EngineClient(
             config, engine, self._ledger, self._observations, self._engine_ready
         )
@@ -175,10 +184,11 @@ class Front:
             reasons.append("engine_starting")
         return reasons
 
-    def admit(self, num: int) -> Admission:
-        """Reserve ``num`` places; raises Overloaded at once when not ready, draining or full.
+    def admit(self, num: int, *, tenant: str = "") -> Admission:
+        """Reserve ``num`` places; raises Overloaded at once when not ready, draining or full, and
+        RateLimited when the tenant has its share.
 
-        Raises InvalidRequest when that many would not fit an idle server either.
+        Raises InvalidRequest when that many would not fit an idle server (or its share) either.
         """
         if closed := self._closed():
             self._observations.rejected(closed[0])
@@ -193,7 +203,7 @@ class Front:
         if full:
             self._observations.rejected("overloaded")
             raise Overloaded(f"{len(self._ledger)} requests are running or waiting already")
-        return Admission(self, num)
+        return Admission(self, num, tenant)
 
     def submit(self, spec: GenerationSpec) -> Generation:
         """Hand one choice to the engine; never blocks.
@@ -223,6 +233,7 @@ class Front:
         )
         generation = Generation(spec, self._cancel)
         self._ledger.add(spec, generation, text)
+        self.quotas.start(spec)
         self._observations.submitted(spec)
         self._engine.submit(spec, deadline_s)
         return generation

@@ -62,7 +62,8 @@ class Ledger:
 
     Outputs count only at the position where the delivered ones end. A choice leaves the ledger with
     its terminal event, so there is exactly one; until then its adapters' files are held
-    (``retain``/``release`` of their digests).
+    (``retain``/``release`` of their digests). ``ended`` hears of every terminal event how many
+    tokens were delivered before it.
     """
 
     def __init__(
@@ -70,11 +71,13 @@ class Ledger:
         observations: Observations,
         retain: Callable[[str], None],
         release: Callable[[str], None],
+        ended: Callable[[GenerationSpec, int], None],
     ) -> None:
         self._entries: dict[str, Entry] = {}
         self._observations = observations
         self._retain = retain
         self._release = release
+        self._ended = ended
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -211,6 +214,7 @@ class Ledger:
         entry = self._entries.pop(request_id)
         for adapter in entry.spec.adapters:
             self._release(adapter.digest)
+        self._ended(entry.spec, len(entry.output_ids))
         return entry
 
 

@@ -9,10 +9,10 @@ import msgspec
 from fastapi import Query, Request
 from starlette.responses import Response
 
-from loramux.errors import AdapterInvalid, LoramuxError, NotFound, Overloaded
-from loramux.front.catalog import AdapterView
+from loramux.errors import AdapterInvalid, LoramuxError, Overloaded, PermissionDenied
 from loramux.front.front import Front
 from loramux.http.answers import ModelCard, encode
+from loramux.http.auth import caller
 from loramux.http.upload import Upload
 from loramux.metrics.prometheus import Exporter
 from loramux.wire import Ready
@@ -45,11 +45,13 @@ class Adapters:
         201 when it is ready, 202 while it is being validated (``wait``: seconds to stay for the
         verdict), 200 when exactly this was there before. ``validate_only`` registers nothing.
         """
-        adapters = self._front.adapters
-        upload = Upload(adapters, self._front.config)
+        front, tenant = self._front, caller(request).tenant
+        adapters = front.adapters
+        upload = Upload(adapters, front.config)
         try:
-            await upload.read(request)
-            before = self._find(upload.name)
+            with front.quotas.uploading(tenant):
+                await upload.read(request)
+            before = adapters.own(upload.name, tenant=tenant)
             view = await adapters.create(
                 upload.name,
                 upload.config,
@@ -57,6 +59,7 @@ class Adapters:
                 validate_only=validate_only,
                 wait_s=wait,
                 expected_generation=expected_generation,
+                tenant=tenant,
             )
         except LoramuxError as exc:
             # The front counts the verdicts on what it registered.
@@ -70,31 +73,40 @@ class Adapters:
             return answer(view)
         return answer(view, 201 if view.status == "ready" else 202)
 
-    def _find(self, name: str) -> AdapterView | None:
-        try:
-            return self._front.adapters.show(name)
-        except NotFound:
-            return None
+    async def list(self, request: Request) -> Response:
+        """Every adapter the caller sees, in every state."""
+        tenant = caller(request).tenant
+        return answer({"object": "list", "data": self._front.adapters.list(tenant=tenant)})
 
-    async def list(self) -> Response:
-        """Every adapter, in every state."""
-        return answer({"object": "list", "data": self._front.adapters.list()})
-
-    async def show(self, name: str) -> Response:
+    async def show(self, request: Request, name: str) -> Response:
         """One adapter."""
-        return answer(self._front.adapters.show(name))
+        return answer(self._front.adapters.show(name, tenant=caller(request).tenant))
 
-    async def delete(self, name: str) -> Response:
+    async def delete(self, request: Request, name: str) -> Response:
         """No new requests from now on; running ones end as they would."""
-        return answer(await self._front.adapters.delete(name), 202)
+        tenant = self._changes(request, name)
+        return answer(await self._front.adapters.delete(name, tenant=tenant), 202)
 
-    async def pin(self, name: str) -> Response:
+    async def pin(self, request: Request, name: str) -> Response:
         """Keep it in the pool."""
-        return answer(await self._front.adapters.set_pinned(name, True))
+        tenant = self._changes(request, name)
+        return answer(await self._front.adapters.set_pinned(name, True, tenant=tenant))
 
-    async def unpin(self, name: str) -> Response:
+    async def unpin(self, request: Request, name: str) -> Response:
         """Let the pool decide again."""
-        return answer(await self._front.adapters.set_pinned(name, False))
+        tenant = self._changes(request, name)
+        return answer(await self._front.adapters.set_pinned(name, False, tenant=tenant))
+
+    def _changes(self, request: Request, name: str) -> str:
+        """Whose adapter of that name the caller may change; PermissionDenied when it is shared and
+        the caller no operator, and for the base."""
+        asking = caller(request)
+        if name == self._front.base_name:
+            raise PermissionDenied("the base model stays as it is", param="name", code="base_model")
+        owner = self._front.adapters.owner(name, tenant=asking.tenant)
+        if owner != asking.tenant and not asking.is_admin:
+            raise PermissionDenied("a shared adapter: changing it needs a key with the scope admin")
+        return owner
 
     async def capacity(
         self, tokens: Annotated[int | None, Query(ge=0, le=2**40)] = None
@@ -156,18 +168,20 @@ class Models:
     def __init__(self, front: Front) -> None:
         self._front = front
 
-    async def list(self) -> Response:
+    async def list(self, request: Request) -> Response:
         """The base comes first: tools take ``data[0]`` for it."""
-        ready = [view for view in self._front.adapters.list() if view.status == "ready"]
+        views = self._front.adapters.list(tenant=caller(request).tenant)
+        ready = [view for view in views if view.status == "ready"]
         cards = [self._base(), *(self._card(view.name, view.created) for view in ready)]
         return answer({"object": "list", "data": cards})
 
-    async def show(self, model: str) -> Response:
+    async def show(self, request: Request, model: str) -> Response:
         """One card; a name with a generation or digest works too."""
-        served = self._front.adapters.resolve(model)
+        adapters, tenant = self._front.adapters, caller(request).tenant
+        served = adapters.resolve(model, tenant=tenant)
         if not served.adapters:
             return answer(self._base())
-        return answer(self._card(model, self._front.adapters.show(served.name).created))
+        return answer(self._card(model, adapters.show(served.name, tenant=tenant).created))
 
     def _base(self) -> ModelCard:
         front = self._front

@@ -14,6 +14,7 @@ from loramux import __version__
 from loramux.errors import InvalidRequest
 from loramux.front.front import Front
 from loramux.http.adapters import answer
+from loramux.http.auth import caller
 from loramux.http.choices import max_model_len, named
 from loramux.http.limits import read_json
 from loramux.http.schemas import DetokenizeRequest, Strict, TokenizeRequest
@@ -51,7 +52,7 @@ class Admin:
         front, tokenizer = self._front, self._front.tokenizer
         body = await self._read(TokenizeRequest, request)
         if body.model is not None:
-            named(front, "model", body.model)
+            named(front, "model", body.model, caller(request).tenant)
         if body.messages is not None:
             text = await tokenizer.render_chat(
                 [message.plain() for message in body.messages],
@@ -76,7 +77,7 @@ class Admin:
         front = self._front
         body = await self._read(DetokenizeRequest, request)
         if body.model is not None:
-            named(front, "model", body.model)
+            named(front, "model", body.model, caller(request).tenant)
         if any(token_id >= front.tokenizer.vocab_size for token_id in body.tokens):
             raise InvalidRequest("tokens: no such token id", param="tokens")
         return answer({"prompt": await front.tokenizer.decode(body.tokens)})

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from loramux import __version__
 from loramux.config import ServerConfig
 from loramux.front.front import Front
+from loramux.http import auth
 from loramux.http.adapters import Adapters, Models
 from loramux.http.admin import Admin
 from loramux.http.chat import Chat
@@ -28,6 +30,10 @@ from loramux.http.schemas import (
     TokenizeRequest,
 )
 from loramux.metrics.prometheus import Exporter
+
+Handler = Callable[..., Coroutine[Any, Any, Response]]
+Table = Sequence[tuple[str, str, Handler, auth.Needs]]
+"""Method, path, handler, and the scopes of which a caller needs one."""
 
 NAMES_CACHE_S = 1.0
 """With thousands of adapters, listing them all is too much for every scrape."""
@@ -80,45 +86,50 @@ def build_app(front: Front, config: ServerConfig) -> ASGIApp:
     app.router.lifespan_context = lifespan
     exporter = exporter_of(front)
     adapters, models = Adapters(front, exporter), Models(front)
-    for method, path, handler in (
-        ("POST", "/v1/completions", Completions(front, exporter).create),
-        ("POST", "/v1/chat/completions", Chat(front, exporter).create),
-        ("GET", "/v1/models", models.list),
-        ("GET", "/v1/models/{model:path}", models.show),
-        ("POST", "/v1/adapters", adapters.create),
-        ("GET", "/v1/adapters", adapters.list),
-        ("GET", "/v1/adapters/{name}", adapters.show),
-        ("DELETE", "/v1/adapters/{name}", adapters.delete),
-        ("PUT", "/v1/adapters/{name}/pin", adapters.pin),
-        ("DELETE", "/v1/adapters/{name}/pin", adapters.unpin),
-        ("GET", "/v1/capacity", adapters.capacity),
-    ):
-        app.add_api_route(path, handler, methods=[method], response_model=None)
+    table: Table = (
+        ("POST", "/v1/completions", Completions(front, exporter).create, auth.INFER),
+        ("POST", "/v1/chat/completions", Chat(front, exporter).create, auth.INFER),
+        ("GET", "/v1/models", models.list, auth.INFER),
+        ("GET", "/v1/models/{model:path}", models.show, auth.INFER),
+        ("POST", "/v1/adapters", adapters.create, auth.UPLOAD),
+        ("GET", "/v1/adapters", adapters.list, auth.INFER_OR_UPLOAD),
+        ("GET", "/v1/adapters/{name}", adapters.show, auth.INFER_OR_UPLOAD),
+        ("DELETE", "/v1/adapters/{name}", adapters.delete, auth.UPLOAD),
+        ("PUT", "/v1/adapters/{name}/pin", adapters.pin, auth.UPLOAD),
+        ("DELETE", "/v1/adapters/{name}/pin", adapters.unpin, auth.UPLOAD),
+        ("GET", "/v1/capacity", adapters.capacity, auth.INFER_OR_UPLOAD),
+    )
     if config.admin_port is None:
-        _add_admin(app, front, exporter)
-    return RequestIds(Limits(app, config))
+        table = (*table, *_operators(front, exporter))
+    return _guarded(app, table, front, config)
 
 
 def build_admin_app(front: Front, config: ServerConfig) -> ASGIApp:
     """Operators' routes alone, for ``--admin-port``; ``build_app`` starts and stops ``front``."""
-    app = _application()
-    _add_admin(app, front, exporter_of(front))
-    return RequestIds(Limits(app, config))
+    return _guarded(_application(), _operators(front, exporter_of(front)), front, config)
+
+
+def _guarded(app: FastAPI, table: Table, front: Front, config: ServerConfig) -> ASGIApp:
+    """``app`` with its routes, behind everything a request has to pass first."""
+    access = {(method, "/openapi.json"): auth.ANY for method in ("GET", "HEAD")}
+    for method, path, handler, needs in table:
+        app.add_api_route(path, handler, methods=[method], response_model=None)
+        access[method, path] = needs
+    guard = auth.Guard(app, access, front.keys)
+    return RequestIds(Limits(app, config, guard.refusal))
 
 
 def exporter_of(front: Front) -> Exporter:
     """The front's one Exporter, made when first asked for."""
     if isinstance(front.observer, Exporter):
         return front.observer
-    cached: dict[str, list[str]] = {}
+    cached: Mapping[str, Sequence[str]] = {}
     cached_at = float("-inf")
 
     def names() -> Mapping[str, Sequence[str]]:
         nonlocal cached, cached_at
         if time.monotonic() - cached_at >= NAMES_CACHE_S:
-            cached, cached_at = {}, time.monotonic()
-            for view in front.adapters.list():
-                cached.setdefault(view.digest, []).append(view.name)
+            cached, cached_at = front.adapters.labels(), time.monotonic()
         return cached
 
     front.observer = exporter = Exporter(front, names)
@@ -140,19 +151,18 @@ def _application() -> FastAPI:
     return app
 
 
-def _add_admin(app: FastAPI, front: Front, exporter: Exporter) -> None:
+def _operators(front: Front, exporter: Exporter) -> Table:
     admin = Admin(front, exporter)
-    for method, path, handler in (
-        ("GET", "/health", admin.health),
-        ("GET", "/health/live", admin.live),
-        ("GET", "/health/ready", admin.ready),
-        ("GET", "/version", admin.version),
-        ("POST", "/tokenize", admin.tokenize),
-        ("POST", "/detokenize", admin.detokenize),
-        ("GET", "/admin/state", admin.state),
-        ("GET", "/metrics", admin.metrics),
-    ):
-        app.add_api_route(path, handler, methods=[method], response_model=None)
+    return (
+        ("GET", "/health", admin.health, auth.OPEN),
+        ("GET", "/health/live", admin.live, auth.OPEN),
+        ("GET", "/health/ready", admin.ready, auth.OPEN),
+        ("GET", "/version", admin.version, auth.OPEN),
+        ("POST", "/tokenize", admin.tokenize, auth.INFER),
+        ("POST", "/detokenize", admin.detokenize, auth.INFER),
+        ("GET", "/admin/state", admin.state, auth.ADMIN),
+        ("GET", "/metrics", admin.metrics, auth.ADMIN),
+    )
 
 
 def _describe(app: FastAPI) -> None:

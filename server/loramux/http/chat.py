@@ -22,6 +22,7 @@ from loramux.http.answers import (
     Message,
     MessageDelta,
 )
+from loramux.http.auth import caller
 from loramux.http.choices import Choices, Prompt, resolve, room_for
 from loramux.http.events import deliver, event
 from loramux.http.limits import read_json
@@ -45,12 +46,13 @@ class Chat:
             strict=front.config.strict_fields,
             ignored=self._exporter.ignored,
         )
-        served = resolve(front, body)
+        tenant = caller(request).tenant
+        served = resolve(front, body, tenant)
         self._exporter.asked(body.num_choices)
-        with front.admit(body.num_choices):
+        with front.admit(body.num_choices, tenant=tenant):
             prompt = await self._prompt(body)
             room = room_for(front, prompt, body.output_limit, param="messages")
-            choices = Choices(front, body, served, [prompt], "chatcmpl")
+            choices = Choices(front, body, served, [prompt], "chatcmpl", tenant=tenant)
             choices.submit(
                 [room],
                 logprobs=(body.top_logprobs or 0) if body.logprobs else None,

@@ -30,21 +30,21 @@ class Prompt:
     text: str = ""
 
 
-def resolve(front: Front, body: Sampling) -> Served:
-    """What the request's ``model``, ``adapter_id`` or ``adapters`` mean now.
+def resolve(front: Front, body: Sampling, tenant: str) -> Served:
+    """What the request's ``model``, ``adapter_id`` or ``adapters`` mean to the tenant now.
 
     Raises InvalidRequest for what can be no name or does not go together, else what
     AdapterService.resolve raises.
     """
-    served = named(front, "model", body.model)
+    served = named(front, "model", body.model, tenant)
     if body.adapters is not None:
-        return _several(front, served, body.adapters)
+        return _several(front, served, body.adapters, tenant)
     if body.adapter_id is not None:
         if body.model not in (front.base_name, body.adapter_id):
             raise InvalidRequest(
                 "adapter_id: give it beside the base model's name only", param="adapter_id"
             )
-        served = named(front, "adapter_id", body.adapter_id)
+        served = named(front, "adapter_id", body.adapter_id, tenant)
     if body.scale is None:
         return served
     if not served.adapters:
@@ -52,21 +52,21 @@ def resolve(front: Front, body: Sampling) -> Served:
     return replace(served, adapters=_scaled(served, body.scale))
 
 
-def named(front: Front, param: str, name: str) -> Served:
+def named(front: Front, param: str, name: str, tenant: str) -> Served:
     """What one name means; ``param`` is the field that holds it."""
     if name != front.base_name and not _MODEL.fullmatch(name):
         raise InvalidRequest(f"{param}: not a valid model name", param=param)
-    return front.adapters.resolve(name)
+    return front.adapters.resolve(name, tenant=tenant)
 
 
-def _several(front: Front, base: Served, choices: Sequence[AdapterChoice]) -> Served:
+def _several(front: Front, base: Served, choices: Sequence[AdapterChoice], tenant: str) -> Served:
     """All of ``choices`` at once, beside the base's name."""
     if base.adapters:
         raise InvalidRequest("adapters: give them beside the base model's name only", param="model")
     adapters: Adapters = ()
     for index, choice in enumerate(choices):
         param = f"adapters[{index}].id"
-        served = named(front, param, choice.id)
+        served = named(front, param, choice.id, tenant)
         if not served.adapters:
             raise InvalidRequest(f"{param}: the base model is no adapter", param=param)
         if len(choices) > 1 and not served.combines:
@@ -113,7 +113,14 @@ class Choices:
     """The running choices of one request, numbered prompt by prompt as OpenAI does."""
 
     def __init__(
-        self, front: Front, body: Sampling, served: Served, prompts: Sequence[Prompt], kind: str
+        self,
+        front: Front,
+        body: Sampling,
+        served: Served,
+        prompts: Sequence[Prompt],
+        kind: str,
+        *,
+        tenant: str,
     ) -> None:
         self.id = f"{kind}-{secrets.token_hex(16)}"
         self.created = int(time.time())
@@ -121,6 +128,7 @@ class Choices:
         self.n = body.num_choices
         self.generations: list[Generation] = []
         self._front, self._body, self._served = front, body, served
+        self._tenant = tenant
 
     def submit(
         self,
@@ -130,12 +138,17 @@ class Choices:
         prompt_logprobs: int | None,
         arrived_at: float,
     ) -> None:
-        """Hands every choice to the engine; if one is refused, none stays.
+        """Hands every choice to the engine; if one is refused, none stays. Raises what
+        ``Front.submit`` raises, and RateLimited or InvalidRequest for the tenant's tokens a minute.
 
         Without a seed each prompt draws its own, else equal prompts would get equal answers.
         """
         body, front = self._body, self._front
         body.check_vocabulary(front.tokenizer.vocab_size)
+        needed = zip(self.prompts, max_tokens, strict=True)
+        front.quotas.check_tokens(
+            self._tenant, self.n * sum(len(prompt.ids) + most for prompt, most in needed)
+        )
         try:
             for number, prompt in enumerate(self.prompts):
                 seed = secrets.randbits(63) if body.seed is None else body.seed
@@ -143,6 +156,7 @@ class Choices:
                     spec = GenerationSpec(
                         request_id=f"{self.id}-{number * self.n + choice}",
                         adapters=self._served.adapters,
+                        tenant=self._tenant,
                         prompt_ids=prompt.ids,
                         sampling=body.sampling(
                             seed=seed,

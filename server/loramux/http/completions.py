@@ -15,6 +15,7 @@ from loramux.errors import InvalidRequest
 from loramux.front.front import Front
 from loramux.front.generation import Delta
 from loramux.http.answers import Completion, CompletionChoice, CompletionLogprobs, Usage
+from loramux.http.auth import caller
 from loramux.http.choices import Choices, Prompt, resolve, room_for
 from loramux.http.events import deliver, event
 from loramux.http.limits import read_json
@@ -38,15 +39,16 @@ class Completions:
             strict=front.config.strict_fields,
             ignored=self._exporter.ignored,
         )
-        served = resolve(front, body)
+        tenant = caller(request).tenant
+        served = resolve(front, body, tenant)
         self._exporter.asked(body.num_choices)
-        with front.admit(len(body.prompt) * body.num_choices):
+        with front.admit(len(body.prompt) * body.num_choices, tenant=tenant):
             prompts = await self._prompts(body)
             # A prompt that is only echoed goes through the engine all the same: its
             # log-probabilities come from there. It makes one token, which is dropped.
             wanted = max(1, body.output_limit)
             rooms = [room_for(front, prompt, wanted, param="prompt") for prompt in prompts]
-            choices = Choices(front, body, served, prompts, "cmpl")
+            choices = Choices(front, body, served, prompts, "cmpl", tenant=tenant)
             choices.submit(
                 rooms,
                 logprobs=body.logprobs,

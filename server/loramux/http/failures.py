@@ -61,6 +61,8 @@ def failure(exc: LoramuxError, *, status: int | None = None) -> Response:
     if exc.retry is not None:
         headers["x-should-retry"] = "true" if exc.retry else "false"
     retry_after_s: float | None = getattr(exc, "retry_after_s", None)
+    if exc.status == 401:
+        headers["www-authenticate"] = "Bearer"
     if retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
     return Response(

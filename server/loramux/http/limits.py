@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loramux.config import ServerConfig
-from loramux.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
+from loramux.errors import InvalidRequest, LoramuxError, PayloadTooLarge, UnsupportedMediaType
 from loramux.http.connection import ABORT
 from loramux.http.failures import failure
 
@@ -37,10 +37,16 @@ class ReaderTooSlow(ConnectionAbortedError):
 
 
 class Limits:
-    """Pure ASGI: no body over its limit is read, no answer waits for ever for its reader."""
+    """Pure ASGI: no body over its limit is read, no answer waits for ever for its reader.
 
-    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+    ``refusal`` says who may not even try; it is asked before anything of the body is looked at.
+    """
+
+    def __init__(
+        self, app: ASGIApp, config: ServerConfig, refusal: Callable[[Scope], LoramuxError | None]
+    ) -> None:
         self.app = app
+        self.refusal = refusal
         self.json_limit = config.max_body_bytes
         self.upload_limit = (
             config.max_adapter_file_bytes + config.max_config_bytes + MULTIPART_OVERHEAD
@@ -55,8 +61,11 @@ class Limits:
         exchange = _Exchange(scope, receive, send, self.write_timeout_s)
         exchange.limit = self.upload_limit if upload else self.json_limit
         try:
-            if exchange.declared > exchange.limit:
-                await failure(exchange.too_large())(scope, exchange.receive, exchange.send)
+            refusal = self.refusal(scope)
+            if refusal is None and exchange.declared > exchange.limit:
+                refusal = exchange.too_large()
+            if refusal is not None:
+                await failure(refusal)(scope, exchange.receive, exchange.send)
             else:
                 await self.app(scope, exchange.receive, exchange.send)
         except ReaderTooSlow:

@@ -13,7 +13,9 @@ import uvloop
 from loramux import __version__
 from loramux.config import ServerConfig
 from loramux.front.front import Front
+from loramux.front.keys import Keys
 from loramux.http.app import build_admin_app, build_app
+from loramux.http.auth import check_host
 from loramux.http.connection import uvicorn_config
 
 log = logging.getLogger("loramux")
@@ -34,6 +36,10 @@ PATIENCE_S = 8.0
 
 
 async def _serve(config: ServerConfig) -> int:
+    keys = Keys.of(config)
+    check_host(keys, config.host)
+    if not keys.guarded:
+        log.info("no API key: open to everybody on this machine, and to nobody else")
     front = Front(config)
     servers = [uvicorn.Server(uvicorn_config(build_app(front, config), config, port=config.port))]
     if config.admin_port is not None:
@@ -79,8 +85,9 @@ async def _announce(front: Front, servers: list[uvicorn.Server]) -> None:
     if len(names) > 20:
         log.info("          and %d more", len(names) - 20)
     log.info("listening on %s; try:", url)
+    key = """-H "authorization: Bearer $LORAMUX_API_KEY" """ if front.keys.guarded else ""
     log.info(
-        "curl %s/v1/completions -H 'content-type: application/json' "
+        "curl %s/v1/completions %s-H 'content-type: application/json' "
         """-d '{"model": "%s", "prompt": "Once upon a time", "max_tokens": 32}'""",
-        *(url, names[0] if names else front.base_name),
+        *(url, key, names[0] if names else front.base_name),
     )

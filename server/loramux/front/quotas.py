@@ -1,0 +1,157 @@
+"""What each tenant uses of its limits: choices in flight, tokens a minute, uploads, adapters.
+
+Limits are the keys file's and may change at any time; the counts are of this process. Everything
+runs on the event loop, except ``check_adapters``, which keeps no state.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from loramux.errors import InvalidRequest, QuotaExceeded, RateLimited
+from loramux.front.generation import GenerationSpec
+from loramux.front.keys import Limits
+
+MAX_UPLOADS = 10
+"""Uploads of one tenant that may be on their way at once."""
+_RETRY_S = 1.0
+
+
+@dataclass
+class _Bucket:
+    """Tokens a tenant may still ask for: refilled evenly, full after a minute."""
+
+    level: float
+    at: float
+
+    def refill(self, per_minute: int, now: float) -> None:
+        self.level = min(per_minute, self.level + (now - self.at) * per_minute / 60)
+        self.at = now
+
+
+class Quotas:
+    """Counts by tenant. ``limits`` tells a tenant's limits now; ``rejected`` hears the codes of
+    refusals for now."""
+
+    def __init__(
+        self,
+        limits: Callable[[str], Limits],
+        rejected: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits, self._rejected, self._clock = limits, rejected, clock
+        self._choices: Counter[str] = Counter()
+        self._uploads: Counter[str] = Counter()
+        self._buckets: dict[str, _Bucket] = {}
+        self._reserved: dict[str, int] = {}
+
+    # Choices in flight.
+
+    def hold(self, tenant: str, num: int) -> None:
+        """Take ``num`` places until ``release``. Raises RateLimited when the tenant has too many
+        choices in flight, InvalidRequest when that many never fit."""
+        most = self._limits(tenant).max_requests
+        if most is not None and num > most:
+            raise InvalidRequest(
+                f"the request asks for {num} completions; this tenant may have {most}", param="n"
+            )
+        if most is not None and self._choices[tenant] + num > most:
+            self._refuse(
+                f"{self._choices[tenant]} completions are in flight; this tenant may have {most}",
+                _RETRY_S,
+            )
+        self._choices[tenant] += num
+
+    def release(self, tenant: str, num: int) -> None:
+        """Give places back."""
+        _subtract(self._choices, tenant, num)
+
+    # Tokens a minute.
+
+    def check_tokens(self, tenant: str, num: int) -> None:
+        """Whether choices of ``num`` tokens (prompts and max_tokens) may start now; takes nothing.
+
+        Raises RateLimited with the seconds until they may, InvalidRequest when they never may.
+        """
+        rate = self._limits(tenant).tokens_per_minute
+        if rate is None:
+            return
+        if num > rate:
+            raise InvalidRequest(
+                f"the request may need {num} tokens; this tenant has {rate} a minute",
+                param="max_tokens",
+            )
+        missing = num - self._bucket(tenant, rate).level
+        if missing > 0:
+            self._refuse(
+                f"the request may need {num} tokens, more than is left now of the {rate} a minute",
+                missing * 60 / rate,
+            )
+
+    def start(self, spec: GenerationSpec) -> None:
+        """A choice was accepted: it holds a place, and its tokens are taken."""
+        self._choices[spec.tenant] += 1
+        rate = self._limits(spec.tenant).tokens_per_minute
+        if rate is not None:
+            reserved = len(spec.prompt_ids) + spec.sampling.max_tokens
+            self._reserved[spec.request_id] = reserved
+            self._bucket(spec.tenant, rate).level -= reserved
+
+    def end(self, spec: GenerationSpec, num_outputs: int) -> None:
+        """It ended after so many tokens; what it did not use comes back."""
+        _subtract(self._choices, spec.tenant, 1)
+        reserved = self._reserved.pop(spec.request_id, None)
+        bucket = self._buckets.get(spec.tenant)
+        if reserved is not None and bucket is not None:
+            bucket.level += reserved - len(spec.prompt_ids) - num_outputs
+
+    def _bucket(self, tenant: str, rate: int) -> _Bucket:
+        now = self._clock()
+        bucket = self._buckets.setdefault(tenant, _Bucket(rate, now))
+        bucket.refill(rate, now)
+        return bucket
+
+    # Adapters.
+
+    @contextmanager
+    def uploading(self, tenant: str) -> Iterator[None]:
+        """An upload is on its way. Raises RateLimited when MAX_UPLOADS of the tenant are."""
+        if self._uploads[tenant] >= MAX_UPLOADS:
+            self._refuse(f"{MAX_UPLOADS} uploads are on their way already", _RETRY_S)
+        self._uploads[tenant] += 1
+        try:
+            yield
+        finally:
+            _subtract(self._uploads, tenant, 1)
+
+    def check_adapters(self, tenant: str, sizes: list[int], num_bytes: int) -> None:
+        """Whether one more adapter of ``num_bytes`` may join those of ``sizes`` bytes.
+
+        Raises QuotaExceeded.
+        """
+        limits = self._limits(tenant)
+        if limits.max_adapters is not None and len(sizes) >= limits.max_adapters:
+            raise QuotaExceeded(
+                f"this tenant has {len(sizes)} adapters, every generation counted, and may have "
+                f"{limits.max_adapters}: delete some first"
+            )
+        most, used = limits.max_adapter_bytes, sum(sizes)
+        if most is not None and used + num_bytes > most:
+            raise QuotaExceeded(
+                f"this tenant's adapters have {used} bytes of weights and may have {most}; this one"
+                f" has {num_bytes}"
+            )
+
+    def _refuse(self, message: str, retry_after_s: float) -> None:
+        self._rejected(RateLimited.code)
+        raise RateLimited(message, retry_after_s=retry_after_s)
+
+
+def _subtract(counts: Counter[str], tenant: str, num: int) -> None:
+    counts[tenant] -= num
+    if not counts[tenant]:
+        del counts[tenant]
