@@ -48,7 +48,7 @@ def upload(data_dir: Path, point: Callable[..., None] = lambda *_: None) -> None
     """The steps of an upload; ``point`` is called where the process might die."""
     store = BlobStore(data_dir)
     registry = Registry(data_dir)
-    registry._db.set_trace_callback(point)
+    registry.database.connection.set_trace_callback(point)
     digests = []
     for data in (CONFIG, WEIGHTS):
         with store.writer(len(data)) as writer:

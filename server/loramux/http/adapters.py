@@ -9,10 +9,11 @@ import msgspec
 from fastapi import Query, Request
 from starlette.responses import Response
 
-from loramux.errors import AdapterInvalid, LoramuxError, NotFound, Overloaded
+from loramux.errors import AdapterInvalid, InvalidRequest, LoramuxError, NotFound, Overloaded
 from loramux.front.catalog import AdapterView
 from loramux.front.front import Front
 from loramux.http.answers import ModelCard, encode
+from loramux.http.registration import Registration, is_json
 from loramux.http.upload import Upload
 from loramux.metrics.prometheus import Exporter
 from loramux.wire import Ready
@@ -40,15 +41,21 @@ class Adapters:
         expected_generation: Annotated[int | None, Query(ge=0, le=2**31)] = None,
     ) -> Response:
         """Upload an adapter as multipart parts ``name``, ``config`` (adapter_config.json) and
-        ``weights`` (adapter_model.safetensors).
+        ``weights`` (adapter_model.safetensors), or as JSON that names files sent before.
 
         201 when it is ready, 202 while it is being validated (``wait``: seconds to stay for the
         verdict), 200 when exactly this was there before. ``validate_only`` registers nothing.
         """
         adapters = self._front.adapters
-        upload = Upload(adapters, self._front.config)
+        upload = (Registration if is_json(request) else Upload)(adapters, self._front.config)
         try:
             await upload.read(request)
+            if upload.expected_generation is not None:
+                if expected_generation not in (None, upload.expected_generation):
+                    raise InvalidRequest(
+                        "expected_generation: the query says otherwise", param="expected_generation"
+                    )
+                expected_generation = upload.expected_generation
             before = self._find(upload.name)
             view = await adapters.create(
                 upload.name,

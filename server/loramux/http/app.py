@@ -17,10 +17,13 @@ from loramux.config import ServerConfig
 from loramux.front.front import Front
 from loramux.http.adapters import Adapters, Models
 from loramux.http.admin import Admin
+from loramux.http.blobs import Blobs
 from loramux.http.chat import Chat
+from loramux.http.compatibility import Compatibility
 from loramux.http.completions import Completions
 from loramux.http.failures import RequestIds, install
 from loramux.http.limits import Limits
+from loramux.http.resumable import Resumable
 from loramux.http.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -80,6 +83,7 @@ def build_app(front: Front, config: ServerConfig) -> ASGIApp:
     app.router.lifespan_context = lifespan
     exporter = exporter_of(front)
     adapters, models = Adapters(front, exporter), Models(front)
+    blobs, resumable, compatibility = Blobs(front), Resumable(front), Compatibility(front)
     for method, path, handler in (
         ("POST", "/v1/completions", Completions(front, exporter).create),
         ("POST", "/v1/chat/completions", Chat(front, exporter).create),
@@ -92,6 +96,15 @@ def build_app(front: Front, config: ServerConfig) -> ASGIApp:
         ("PUT", "/v1/adapters/{name}/pin", adapters.pin),
         ("DELETE", "/v1/adapters/{name}/pin", adapters.unpin),
         ("GET", "/v1/capacity", adapters.capacity),
+        ("HEAD", "/v1/blobs/{digest:path}", blobs.head),
+        ("PUT", "/v1/blobs/{digest:path}", blobs.put),
+        ("POST", "/v1/uploads", resumable.create),
+        ("HEAD", "/v1/uploads/{id}", resumable.head),
+        ("PATCH", "/v1/uploads/{id}", resumable.append),
+        ("POST", "/v1/uploads/{id}/complete", resumable.complete),
+        ("DELETE", "/v1/uploads/{id}", resumable.cancel),
+        ("POST", "/v1/load_lora_adapter", compatibility.load),
+        ("POST", "/v1/unload_lora_adapter", compatibility.unload),
     ):
         app.add_api_route(path, handler, methods=[method], response_model=None)
     if config.admin_port is None:
