@@ -75,7 +75,10 @@ async def hold_true(server: Server, answered: list[str]) -> None:
         assert found >= offset
         path = server.data_dir / "uploads" / upload_id
         assert path.read_bytes()[:offset] == WEIGHTS[:offset]
-    rows = server.registry.database.connection.execute("SELECT id FROM uploads").fetchall()
+    database = server.registry.database.connection
+    for (digest,) in database.execute("SELECT digest FROM tenant_blobs").fetchall():
+        assert server.store.has(digest), "nobody is granted what is not there"
+    rows = database.execute("SELECT id FROM uploads").fetchall()
     files = {path.name for path in (server.data_dir / "uploads").iterdir()}
     assert files == {upload_id for (upload_id,) in rows}
 

@@ -279,6 +279,10 @@ def test_tenants_share_the_file_and_not_the_answer(tmp_path: Path) -> None:
                 with pytest.raises(Exception, match="no such blob"):
                     async with blobs.claim(tenant, sha(b"same"), "weights"):
                         pass
+            with pytest.raises(Exception, match="announced digest"):
+                await blobs.put("b", sha(b"same"), body(b"guessed"))
+            with pytest.raises(Exception, match="no such blob"):
+                await blobs.size("b", sha(b"same"))
             assert await blobs.put("b", sha(b"same"), body(b"same")), "new to b"
             assert not await blobs.put("b", sha(b"same"), body(b"same"))
             assert stored(tmp_path) == {sha(b"same")}
