@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,18 @@ def address(data: bytes) -> str:
     return f"/v1/blobs/sha256:{sha(data)}"
 
 
+@contextmanager
 def real_server(folder: Path, **fields: Any) -> Iterator[Running]:
     """A server over a real front with scripted processes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(SERVER))
         config = configure(folder, port=0, **fields)
         server, stop = serve(Front(config, engine=ENGINE, ingest=INGEST), config)
-        assert eventually(lambda: server.http.get("/health").status_code == 200, within_s=30)
-        yield server
-        stop()
+        try:
+            assert eventually(lambda: server.http.get("/health").status_code == 200, within_s=30)
+            yield server
+        finally:
+            stop()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def real(folder: Path) -> Iterator[Running]:
-    yield from real_server(folder, max_adapter_file_bytes=LIMIT, max_config_bytes=1000)
+    with real_server(folder, max_adapter_file_bytes=LIMIT, max_config_bytes=1000) as server:
+        yield server
 
 
 def put(server: Running, data: bytes, **options: Any) -> httpx.Response:
@@ -294,34 +299,30 @@ def test_tenants_share_the_file_and_not_the_answer(tmp_path: Path) -> None:
 
 
 def test_a_blob_waits_for_an_adapter_as_long_as_configured(tmp_path: Path) -> None:
-    servers = real_server(tmp_path, blob_ttl_s=1.0, sweep_s=0.1)
-    server = next(servers)
-    used, unused = b"used", b"unused"
-    assert put(server, used).status_code == put(server, unused).status_code == 201
-    weights = f"sha256:{sha(used)}"
-    assert register(server, name="cat", config={}, weights=weights).status_code == 201
-    assert stored(tmp_path) >= {sha(used), sha(unused)}
-    assert eventually(lambda: sha(unused) not in stored(tmp_path), within_s=20)
-    assert refusal_of_head(server, unused)
-    assert server.http.head(address(used)).status_code == 200, "an adapter of the tenant needs it"
-    assert server.http.delete("/v1/adapters/cat").status_code == 202
-    assert eventually(lambda: not stored(tmp_path), within_s=20)
-    assert refusal_of_head(server, used)
-    next(servers, None)
+    with real_server(tmp_path, blob_ttl_s=1.0, sweep_s=0.1) as server:
+        used, unused = b"used", b"unused"
+        assert put(server, used).status_code == put(server, unused).status_code == 201
+        weights = f"sha256:{sha(used)}"
+        assert register(server, name="cat", config={}, weights=weights).status_code == 201
+        assert stored(tmp_path) >= {sha(used), sha(unused)}
+        assert eventually(lambda: sha(unused) not in stored(tmp_path), within_s=20)
+        assert refusal_of_head(server, unused)
+        assert server.http.head(address(used)).status_code == 200, (
+            "an adapter of the tenant needs it"
+        )
+        assert server.http.delete("/v1/adapters/cat").status_code == 202
+        assert eventually(lambda: not stored(tmp_path), within_s=20)
+        assert refusal_of_head(server, used)
 
 
 def test_blobs_survive_a_restart_and_orphans_do_not(tmp_path: Path) -> None:
-    servers = real_server(tmp_path)
-    server = next(servers)
-    put(server, b"kept")
-    next(servers, None)
+    with real_server(tmp_path) as server:
+        put(server, b"kept")
     data = tmp_path / "data" / "blobs"
     orphan = data / "sha256" / "ab" / ("ab" * 32)
     orphan.parent.mkdir(exist_ok=True)
     orphan.write_bytes(b"nobody's")
     (data / "tmp" / "half").write_bytes(b"half")
-    servers = real_server(tmp_path)
-    server = next(servers)
-    assert server.http.head(address(b"kept")).status_code == 200
-    assert eventually(lambda: stored(tmp_path) == {sha(b"kept")} and not leftovers(tmp_path))
-    next(servers, None)
+    with real_server(tmp_path) as server:
+        assert server.http.head(address(b"kept")).status_code == 200
+        assert eventually(lambda: stored(tmp_path) == {sha(b"kept")} and not leftovers(tmp_path))

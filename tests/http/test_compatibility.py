@@ -35,12 +35,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def allowed(folder: Path) -> Iterator[Running]:
-    yield from real_server(folder / "allowed", lora_path_root=folder / "root")
+    with real_server(folder / "allowed", lora_path_root=folder / "root") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def refused(folder: Path) -> Iterator[Running]:
-    yield from real_server(folder / "refused")
+    with real_server(folder / "refused") as server:
+        yield server
 
 
 # Row 48.

@@ -53,7 +53,8 @@ class BadLine:
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    yield from real_server(tmp_path_factory.mktemp("push"))
+    with real_server(tmp_path_factory.mktemp("push")) as server:
+        yield server
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])

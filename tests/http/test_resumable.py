@@ -30,7 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def real(folder: Path) -> Iterator[Running]:
-    yield from real_server(folder, max_adapter_file_bytes=LIMIT, write_timeout_s=0.5)
+    with real_server(folder, max_adapter_file_bytes=LIMIT, write_timeout_s=0.5) as server:
+        yield server
 
 
 def sha(data: bytes) -> str:
@@ -223,40 +224,34 @@ def test_ids_that_are_none(real: Running, name: str) -> None:
 
 # Row 46.
 def test_a_tenant_has_so_many_open_and_no_more(tmp_path: Path) -> None:
-    servers = real_server(tmp_path)
-    server = next(servers)
-    paths = [begin(server) for _ in range(MAX_OPEN)]
-    answer = server.post("/v1/uploads", bytes=1, sha256=sha(b"x"))
-    assert refusal(answer, 429)["code"] == "rate_limit_exceeded" and answer.headers["retry-after"]
-    assert len(partial(tmp_path)) == MAX_OPEN
-    assert server.http.delete(paths[0]).status_code == 204
-    begin(server)
-    next(servers, None)
+    with real_server(tmp_path) as server:
+        paths = [begin(server) for _ in range(MAX_OPEN)]
+        answer = server.post("/v1/uploads", bytes=1, sha256=sha(b"x"))
+        assert (
+            refusal(answer, 429)["code"] == "rate_limit_exceeded" and answer.headers["retry-after"]
+        )
+        assert len(partial(tmp_path)) == MAX_OPEN
+        assert server.http.delete(paths[0]).status_code == 204
+        begin(server)
 
 
 def test_an_upload_survives_a_restart(tmp_path: Path) -> None:
-    servers = real_server(tmp_path)
-    server = next(servers)
-    path, other = begin(server), begin(server)
-    append(server, path, 0, DATA[:70_001])
-    next(servers, None)
+    with real_server(tmp_path) as server:
+        path, other = begin(server), begin(server)
+        append(server, path, 0, DATA[:70_001])
     (tmp_path / "data" / "uploads" / "nobodys").write_bytes(b"a file without a row")
     (tmp_path / "data" / "uploads" / other.rpartition("/")[2]).unlink()  # a row without a file
-    servers = real_server(tmp_path)
-    server = next(servers)
-    assert partial(tmp_path) == {path.rpartition("/")[2]}
-    gone(server, other)
-    assert offset(server, path) == 70_001
-    assert append(server, path, 70_001, DATA[70_001:]).status_code == 204
-    assert server.http.post(f"{path}/complete").status_code == 201
-    next(servers, None)
+    with real_server(tmp_path) as server:
+        assert partial(tmp_path) == {path.rpartition("/")[2]}
+        gone(server, other)
+        assert offset(server, path) == 70_001
+        assert append(server, path, 70_001, DATA[70_001:]).status_code == 204
+        assert server.http.post(f"{path}/complete").status_code == 201
 
 
 def test_an_upload_expires(tmp_path: Path) -> None:
-    servers = real_server(tmp_path, upload_ttl_s=1.0, sweep_s=0.1)
-    server = next(servers)
-    path = f"/v1/uploads/{server.post('/v1/uploads', bytes=9, sha256='a' * 64).json()['id']}"
-    assert append(server, path, 0, b"abc").status_code == 204
-    assert eventually(lambda: not partial(tmp_path), within_s=20)
-    gone(server, path)
-    next(servers, None)
+    with real_server(tmp_path, upload_ttl_s=1.0, sweep_s=0.1) as server:
+        path = f"/v1/uploads/{server.post('/v1/uploads', bytes=9, sha256='a' * 64).json()['id']}"
+        assert append(server, path, 0, b"abc").status_code == 204
+        assert eventually(lambda: not partial(tmp_path), within_s=20)
+        gone(server, path)
