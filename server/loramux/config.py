@@ -73,6 +73,12 @@ class ServerConfig(BaseSettings):
     max_body_bytes: int = Field(8 << 20, description="largest JSON body")
     max_adapter_file_bytes: int = Field(2 << 30, description="largest adapter weights file")
     max_config_bytes: int = Field(64 << 10, description="largest adapter_config.json")
+    blob_ttl_s: float = Field(86400, gt=0, description="how long a blob waits for an adapter")
+    upload_ttl_s: float = Field(86400, gt=0, description="time to complete a resumable upload")
+    sweep_s: float = Field(3600, gt=0, description="how often expired blobs and uploads go")
+    lora_path_root: Path | None = Field(
+        None, description="/v1/load_lora_adapter may load folders in here"
+    )
     fairness_debt_tokens: int = Field(
         4096, description="tokens an adapter may be served beyond the least served waiting one"
     )

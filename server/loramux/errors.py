@@ -12,6 +12,7 @@
     │  ├─ NotFound               404   no such model, adapter or blob
     │  ├─ GenerationGone         404   that generation of the adapter no longer exists
     │  ├─ Conflict               409   a name holds other weights; an adapter is not in that state
+    │  │  └─ UploadOffsetConflict     a part of an upload begins elsewhere than the upload ends
     │  ├─ PayloadTooLarge        413   a body, file or header is over its limit
     │  ├─ UnsupportedMediaType   415   not JSON (or multipart) where that is needed
     │  └─ AdapterInvalid         422   the upload cannot be served exactly; ``problems`` lists all
@@ -137,6 +138,16 @@ class Conflict(RequestError):
         super().__init__(message, param=param, code=code)
         self.retry_after_s = retry_after_s
         self.retry = retry_after_s is not None
+
+
+class UploadOffsetConflict(Conflict):
+    """A part of an upload does not begin where the upload stands: at ``upload_offset``."""
+
+    code = "upload_offset_mismatch"
+
+    def __init__(self, message: str, upload_offset: int, *, code: str | None = None) -> None:
+        super().__init__(message, param="Upload-Offset", code=code)
+        self.upload_offset = upload_offset
 
 
 class PayloadTooLarge(RequestError):

@@ -1,22 +1,30 @@
-"""Killed at any moment of an upload, a data directory is whole: what was acknowledged is there,
-what was not is absent or can be told to be unfinished, and nothing else has changed."""
+"""Killed or without power at any moment of an upload, a data directory is whole: what was answered
+is there, what was not is absent or can be gone on with, and nothing else has changed."""
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.adapters.upload_child import CONFIG, WEIGHTS, upload
+import pytest
+from tests.adapters.power import Power
+from tests.adapters.upload_child import CONFIG, FILES, WEIGHTS, Server, sha, told, upload
 
 from loramux.adapters.blobs import BlobStore
 from loramux.adapters.registry import Registry
+from loramux.errors import NotFound
 
 ROOT = Path(__file__).parents[2]
+WAYS = ["multipart", "whole", "in_parts"]
 
 
-def prepare(data_dir: Path) -> None:
+@pytest.fixture
+def before(tmp_path: Path) -> Path:
     """A data directory with one adapter from before."""
+    data_dir = tmp_path / "before"
     store, registry = BlobStore(data_dir), Registry(data_dir)
     digests = []
     for data in (b"{}", b"old weights"):
@@ -26,47 +34,118 @@ def prepare(data_dir: Path) -> None:
     row, _ = registry.create("old", config_digest=digests[0], weights_digest=digests[1])
     registry.mark_ready(row.id, fingerprint="base", report={})
     registry.close()
+    return data_dir
 
 
-def check(data_dir: Path) -> str:
-    """The state of the killed upload after a restart; sweeps what it left."""
-    store, registry = BlobStore(data_dir), Registry(data_dir)
-    store.sweep()
+def check(data_dir: Path, answered: list[str]) -> str:
+    """The state of the new adapter after a restart; every answer has to hold."""
+    server = Server(data_dir)
     assert not any((data_dir / "blobs" / "tmp").iterdir())
-    rows = {row.name: row for row in registry.list()}
+    rows = {row.name: row for row in server.registry.list()}
     assert rows["old"].status == "ready"
-    for digest in store.digests():
-        assert store.verify(digest), "a blob with a final name is whole"
-        if not registry.uses_blob(digest):
-            store.delete(digest)
+    for digest in server.store.digests():
+        assert server.store.verify(digest), "a blob with a final name is whole"
+        granted = server.blobs._granted.uses(digest)
+        assert granted or server.registry.uses_blob(digest), "no orphans after a start"
     for row in rows.values():
-        with store.open(row.config_digest) as config, store.open(row.weights_digest) as weights:
-            if row.name == "new":
-                assert config.read() == CONFIG and weights.read() == WEIGHTS
-    registry.close()
+        assert server.store.has(row.config_digest) and server.store.has(row.weights_digest)
+    if "new" in rows:
+        assert server.store.path(rows["new"].config_digest).read_bytes() == CONFIG
+        assert server.store.path(rows["new"].weights_digest).read_bytes() == WEIGHTS
+    asyncio.run(hold_true(server, answered))
+    server.close()
     state = rows["new"].status if "new" in rows else "absent"
-    if data_dir.with_suffix(".ready").exists():
-        assert state == "ready", "an acknowledged adapter is there"
+    assert state == "ready" or "ready" not in answered, "an acknowledged adapter is there"
     return state
 
 
-def test_killed_at_every_point_of_an_upload(tmp_path: Path) -> None:
-    before, folder = tmp_path / "before", tmp_path / "killed"
-    prepare(before)
+async def hold_true(server: Server, answered: list[str]) -> None:
+    """What was said of blobs and uploads is so."""
+    upload_id, offset = "", 0
+    for line in answered:
+        kind, _, value = line.partition(" ")
+        if kind == "blob":
+            assert await server.blobs.size("", value) in map(len, FILES)
+        if kind == "upload":
+            upload_id = value
+        if kind == "offset":
+            offset = int(value)
+    if upload_id and offset < len(WEIGHTS):
+        _, found = await server.resumable.show("", upload_id)
+        assert found >= offset
+        path = server.data_dir / "uploads" / upload_id
+        assert path.read_bytes()[:offset] == WEIGHTS[:offset]
+    database = server.registry.database.connection
+    for (digest,) in database.execute("SELECT digest FROM tenant_blobs").fetchall():
+        assert server.store.has(digest), "nobody is granted what is not there"
+    rows = database.execute("SELECT id FROM uploads").fetchall()
+    files = {path.name for path in (server.data_dir / "uploads").iterdir()}
+    assert files == {upload_id for (upload_id,) in rows}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_at_every_point_of_an_upload(way: str, before: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
     folder.mkdir()
     subprocess.run(
-        [sys.executable, "-m", "tests.adapters.upload_child", str(before), str(folder)],
+        [sys.executable, "-m", "tests.adapters.upload_child", way, str(before), str(folder)],
         cwd=ROOT,
         env={"PYTHONPATH": f"{ROOT / 'server'}:{ROOT}"},
         check=True,
         timeout=120,
     )
     data_dirs = sorted((p for p in folder.iterdir() if p.is_dir()), key=lambda p: int(p.name))
-    assert len(data_dirs) > 20
-    states = [check(data_dir) for data_dir in data_dirs]
+    assert len(data_dirs) > 40
+    states = [check(data_dir, told(data_dir)) for data_dir in data_dirs]
     order = ["absent", "validating", "ready"]
     assert set(states) == set(order)
     assert states == sorted(states, key=order.index), "each state is reached once and kept"
     for data_dir in data_dirs:
-        upload(data_dir)  # the uploader tries again and gets what it wanted
-        assert check(data_dir) == "ready"
+        upload(data_dir, way)  # the uploader tries again and gets what it wanted
+        assert check(data_dir, told(data_dir)) == "ready"
+
+
+@pytest.mark.parametrize("keep_names", [False, True], ids=["names lost", "names kept"])
+@pytest.mark.parametrize("way", WAYS)
+def test_without_power_at_every_point_of_an_upload(
+    way: str, keep_names: bool, before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuts: list[tuple[Path, list[str]]] = []
+    data_dir = tmp_path / "data"
+    shutil.copytree(before, data_dir)
+    with monkeypatch.context() as patch:
+        power = Power(data_dir, patch)
+
+        def point(*_: object) -> None:
+            target = tmp_path / f"cut{len(cuts)}"
+            power.cut(target, keep_names=keep_names)
+            cuts.append((target, told(data_dir)))
+
+        power.watch(point)
+        upload(data_dir, way, point)
+    assert len(cuts) > 40
+    states = [check(target, answered) for target, answered in cuts]
+    assert states[0] == "absent" and states[-1] == "ready"
+
+
+def test_bytes_that_a_dead_server_left_are_synced_before_they_are_a_blob(
+    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in the file and perhaps not on the disk: nobody has synced them."""
+    data_dir = tmp_path / "data"
+    shutil.copytree(before, data_dir)
+    server = Server(data_dir)
+    made = asyncio.run(server.resumable.create("", len(WEIGHTS), sha(WEIGHTS)))
+    server.close()
+    with monkeypatch.context() as patch:
+        power = Power(data_dir, patch)
+        power.watch(lambda: None)
+        (data_dir / "uploads" / made.id).write_bytes(WEIGHTS)
+        server = Server(data_dir)
+        asyncio.run(server.resumable.complete("", made.id))
+        server.close()
+        power.cut(tmp_path / "cut", keep_names=True)
+    check(tmp_path / "cut", [f"blob {sha(WEIGHTS)}"])
+    with pytest.raises(NotFound):
+        server = Server(tmp_path / "cut")
+        asyncio.run(server.resumable.show("", made.id))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from loramux.adapters.blobs import adapter_digest
-from loramux.adapters.registry import SCHEMA_VERSION, AdapterRow, Registry
+from loramux.adapters.database import SCHEMA_VERSION
+from loramux.adapters.registry import AdapterRow, Registry
 from loramux.errors import ConfigError, Conflict, GenerationGone, NotFound, StorageFull
 
 CONFIG = "c" * 64
@@ -260,19 +261,19 @@ def test_a_foreign_or_damaged_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_it_is_durable_by_configuration(registry: Registry) -> None:
-    assert registry._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
-    assert registry._db.execute("PRAGMA synchronous").fetchone()[0] == 2
+    assert registry.database.connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+    assert registry.database.connection.execute("PRAGMA synchronous").fetchone()[0] == 2
 
 
 def test_a_full_disk_is_said_and_reading_goes_on(registry: Registry) -> None:
     row = ready(registry, "a", 0)
-    pages = registry._db.execute("PRAGMA page_count").fetchone()[0]
-    registry._db.execute(f"PRAGMA max_page_count = {pages}")
+    pages = registry.database.connection.execute("PRAGMA page_count").fetchone()[0]
+    registry.database.connection.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StorageFull):
         for i in range(2000):
             create(registry, f"{i:090}", 0)
     assert registry.get("a") == row
-    registry._db.execute("PRAGMA max_page_count = 4294967294")
+    registry.database.connection.execute("PRAGMA max_page_count = 4294967294")
     create(registry, "room again", 0)
 
 

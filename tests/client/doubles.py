@@ -8,8 +8,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from python_multipart import create_form_parser
-
 from loramux_client import AsyncClient, Client
 
 Kind = Literal["sync", "async"]
@@ -86,20 +84,3 @@ def write_adapter_files(directory: Path, weights: bytes = b"weights" * 1000) -> 
     (directory / "adapter_config.json").write_text(json.dumps({"r": 4}))
     (directory / "adapter_model.safetensors").write_bytes(weights)
     return directory
-
-
-def read_multipart(content_type: str, body: bytes) -> dict[bytes, bytes]:
-    """Part name to content, by the parser the server uses."""
-    parts: dict[bytes, bytes] = {}
-
-    def on_field(field: Any) -> None:
-        parts[field.field_name] = field.value
-
-    def on_file(file: Any) -> None:
-        file.file_object.seek(0)
-        parts[file.field_name] = file.file_object.read()
-
-    parser = create_form_parser({"Content-Type": content_type.encode()}, on_field, on_file)
-    parser.write(body)
-    parser.finalize()
-    return parts

@@ -5,17 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-from tests.client.doubles import Both, Kind, read_multipart, write_adapter_files
+from tests.client.conftest import Connect
 
 from loramux_client import (
-    AdapterFilesError,
-    AdapterInvalidError,
     AsyncClient,
     Client,
     ConflictError,
@@ -29,37 +25,6 @@ from loramux_client import (
     RequestTimeoutError,
     _client,
 )
-
-Handler = Callable[[httpx.Request], httpx.Response]
-Connect = Callable[..., Both]
-
-
-@pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds the client would have slept."""
-    seconds: list[float] = []
-
-    async def sleep(value: float) -> None:
-        seconds.append(value)
-
-    monkeypatch.setattr(_client, "time", SimpleNamespace(sleep=seconds.append))
-    monkeypatch.setattr(_client, "asyncio", SimpleNamespace(sleep=sleep))
-    return seconds
-
-
-@pytest.fixture(params=["sync", "async"])
-def connect(request: pytest.FixtureRequest, pauses: list[float]) -> Iterator[Connect]:
-    """``connect(handler, **options)`` gives a client of either kind whose server is ``handler``."""
-    kind: Kind = request.param
-    opened: list[Both] = []
-
-    def make(handler: Handler, **options: Any) -> Both:
-        opened.append(Both(kind, transport=httpx.MockTransport(handler), **options))
-        return opened[-1]
-
-    yield make
-    for both in opened:
-        both.close()
 
 
 class Script:
@@ -221,90 +186,6 @@ def test_adapter_verbs(connect: Connect) -> None:
         ("DELETE", "/v1/adapters/a"),
         ("DELETE", "/v1/adapters/a"),
     ]
-
-
-def test_push_sends_the_files_and_waits_for_the_verdict(
-    connect: Connect, pauses: list[float], tmp_path: Path
-) -> None:
-    folder = write_adapter_files(tmp_path / "mine", b"x" * 700_000)
-    script = Script(
-        httpx.Response(202, json=adapter("validating")),
-        httpx.Response(200, json=adapter("validating")),
-        httpx.Response(200, json=adapter("ready", rank=4)),
-    )
-    counts: list[tuple[int, int]] = []
-    got = connect(script).call("adapters.push", folder, progress=lambda *c: counts.append(c))
-    assert got.status == "ready" and got.rank == 4
-    sent = script.requests[0]
-    parts = read_multipart(sent.headers["content-type"], sent.content)
-    assert parts[b"name"] == b"mine" and parts[b"weights"] == b"x" * 700_000
-    assert parts[b"config"] == (folder / "adapter_config.json").read_bytes()
-    assert sent.headers["content-length"] == str(len(sent.content))
-    assert "transfer-encoding" not in sent.headers
-    assert counts[-1] == (len(sent.content), len(sent.content)) and len(counts) > 3
-    assert [r.url.path for r in script.requests[1:]] == ["/v1/adapters/a@1"] * 2
-    assert pauses == [0.05, 0.1]
-
-
-def test_push_that_does_not_wait(connect: Connect, pauses: list[float], tmp_path: Path) -> None:
-    folder = write_adapter_files(tmp_path / "mine")
-    script = Script(httpx.Response(202, json=adapter("validating")))
-    client = connect(script)
-    got = client.call("adapters.push", folder, "named", wait=False, expected_generation=3)
-    assert got.status == "validating" and pauses == []
-    (request,) = script.requests
-    assert request.url.raw_path == b"/v1/adapters?expected_generation=3"
-    assert read_multipart(request.headers["content-type"], request.content)[b"name"] == b"named"
-
-
-def test_push_stops_waiting(connect: Connect, tmp_path: Path) -> None:
-    script = Script(*[httpx.Response(202, json=adapter("validating")) for _ in range(9)])
-    with pytest.raises(RequestTimeoutError, match="'a' is still validating"):
-        connect(script).call("adapters.push", write_adapter_files(tmp_path / "m"), wait=1e-9)
-
-
-def test_push_of_what_cannot_be_served_says_why_at_once_or_later(
-    connect: Connect, tmp_path: Path
-) -> None:
-    problems = ["lm_head: not a linear layer", "r=0"]
-    error = {"code": "adapter_invalid", "message": "no", "problems": problems}
-    script = Script(
-        httpx.Response(422, json={"error": error}, headers={"x-should-retry": "false"}),
-        httpx.Response(202, json=adapter("validating")),
-        httpx.Response(200, json=adapter("failed", error=error)),
-    )
-    client = connect(script)
-    for status in (422, None):
-        with pytest.raises(AdapterInvalidError) as caught:
-            client.call("adapters.push", write_adapter_files(tmp_path / str(status)))
-        assert caught.value.problems == problems and caught.value.status == status
-
-
-def test_push_is_sent_whole_again_after_a_failure(
-    connect: Connect, pauses: list[float], tmp_path: Path
-) -> None:
-    folder = write_adapter_files(tmp_path / "mine", bytes(500_000))
-    script = Script(
-        failure(503, "overloaded", retry_after="2"),
-        httpx.ReadError("dropped"),
-        httpx.Response(201, json=adapter()),
-    )
-    assert connect(script).call("adapters.push", folder).status == "ready"
-    bodies = [request.content for request in script.requests]
-    assert bodies[0] == bodies[1] == bodies[2] and len(bodies[0]) > 500_000
-    assert pauses[0] == 2 and len(pauses) == 2
-
-
-def test_a_file_that_vanishes_fails_the_push_as_it_is(connect: Connect, tmp_path: Path) -> None:
-    folder = write_adapter_files(tmp_path / "mine", bytes(600_000))
-
-    def vanish(sent: int, total: int) -> None:
-        (folder / "adapter_model.safetensors").write_bytes(b"")
-
-    with pytest.raises(AdapterFilesError, match="shrank"):
-        connect(Script()).call("adapters.push", folder, progress=vanish)
-    with pytest.raises(AdapterFilesError, match="neither a folder"):
-        connect(Script()).call("adapters.push", tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Finding an adapter in folders and archives, and the body that carries it."""
+"""Finding an adapter in folders and archives, and the bodies that carry it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.client.doubles import read_multipart, write_adapter_files
+from tests.client.doubles import write_adapter_files
 
 from loramux_client import AdapterFilesError
-from loramux_client._files import BLOCK_BYTES, AdapterFiles, File, Upload, find_adapter
+from loramux_client._files import BLOCK_BYTES, AdapterFiles, File, Part, blocks, find_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -125,41 +125,40 @@ def test_a_damaged_archive_is_an_error_of_ours(mode: str, tmp_path: Path) -> Non
     for position in range(0, len(good), max(1, len(good) // 40)):
         archive.write_bytes(good[:position] + bytes([good[position] ^ 0x55]) + good[position + 1 :])
         try:
-            b"".join(Upload(find_adapter(archive), "x", None))
+            files = find_adapter(archive)
+            for file in (files.config, files.weights):
+                b"".join(blocks(file, 0, file.size))
         except AdapterFilesError:
             pass
 
 
 @pytest.mark.parametrize("size", [0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, 3 * BLOCK_BYTES + 7])
-def test_the_body_is_what_a_multipart_parser_reads(size: int, tmp_path: Path) -> None:
-    weights = bytes(range(251)) * (size // 251 + 1)
-    folder = write_adapter_files(tmp_path / "a", weights[:size])
-    seen: list[tuple[int, int]] = []
-    upload = Upload(find_adapter(folder), "näme", lambda *counts: seen.append(counts))
-    for _ in range(2):
-        seen.clear()
-        body = b"".join(upload)
-        assert upload.headers["content-length"] == str(len(body)) == str(upload.num_bytes)
-        assert seen[-1] == (len(body), len(body)) and seen == sorted(set(seen))
-        parts = read_multipart(upload.headers["content-type"], body)
-        assert parts == {
-            b"name": "näme".encode(),
-            b"config": (folder / CONFIG).read_bytes(),
-            b"weights": weights[:size],
-        }
-
-
-def test_no_block_is_large(tmp_path: Path) -> None:
-    folder = write_adapter_files(tmp_path / "a", bytes(5 * BLOCK_BYTES))
-    assert max(map(len, Upload(find_adapter(folder), "a", None))) <= BLOCK_BYTES
+@pytest.mark.parametrize("archive", [False, True])
+def test_a_part_is_those_bytes_of_the_file(size: int, archive: bool, tmp_path: Path) -> None:
+    weights = (bytes(range(251)) * (size // 251 + 1))[:size]
+    source = write_adapter_files(tmp_path / "a", weights)
+    if archive:
+        with tarfile.open(tmp_path / "a.tgz", "w:gz") as tar:
+            tar.add(source, "x")
+        source = tmp_path / "a.tgz"
+    file = find_adapter(source).weights
+    for start, end in ((0, size), (size // 3, size), (size // 3, size // 2), (size, size)):
+        seen: list[int] = []
+        part = Part(file, start, end, seen.append)
+        for _ in range(2):
+            seen.clear()
+            pieces = list(part)
+            assert b"".join(pieces) == weights[start:end]
+            assert all(len(piece) <= BLOCK_BYTES for piece in pieces)
+            assert seen == sorted(set(seen)) and (not seen or seen[-1] == end)
 
 
 def test_a_file_that_shrinks_meanwhile_is_noticed(tmp_path: Path) -> None:
     folder = write_adapter_files(tmp_path / "a", bytes(1000))
-    upload = Upload(find_adapter(folder), "a", None)
+    part = Part(find_adapter(folder).weights, 0, 1000, lambda _: None)
     (folder / WEIGHTS).write_bytes(b"short")
     with pytest.raises(AdapterFilesError, match="shrank"):
-        list(upload)
+        list(part)
     (folder / WEIGHTS).unlink()
     with pytest.raises(AdapterFilesError, match="cannot be read"):
-        list(upload)
+        list(part)

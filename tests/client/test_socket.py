@@ -54,12 +54,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length = int(self.headers["content-length"])
+        fields = json.loads(self.rfile.read(length))
         if self.path == "/v1/adapters":
-            self._adapter(length)
+            self._json(201, {"name": "a", "status": "ready"})
         else:
-            getattr(self, json.loads(self.rfile.read(length))["model"])()
+            getattr(self, fields["model"])()
 
-    def _adapter(self, length: int) -> None:
+    def do_HEAD(self) -> None:
+        self.send_response(404)
+        self.send_header("content-length", "99")  # of the body that a GET would have
+        self.end_headers()
+
+    def do_PUT(self) -> None:
+        length = int(self.headers["content-length"])
         # Half of a large body is enough to say no.
         too_large = length > 16 << 20
         left = length // 2 if too_large else length
@@ -72,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
             # As servers do: closing on unread bytes would reset the connection, answer and all.
             self.rfile.read(length - length // 2)
         else:
-            self._json(201, {"name": "a", "status": "ready"})
+            self._json(201, {})
 
     def _json(self, status: int, value: object) -> None:
         body = json.dumps(value).encode()

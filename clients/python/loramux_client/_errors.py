@@ -201,6 +201,7 @@ ERRORS: dict[str, type[APIError]] = {
     "request_too_large": RequestTooLargeError,
     "storage_full": StorageFullError,
     "unsupported_media_type": UnsupportedMediaTypeError,
+    "upload_offset_mismatch": ConflictError,
 }
 """Server ``code`` -> class. A code not listed goes by the HTTP status, then by its ``type``."""
 

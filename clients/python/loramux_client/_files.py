@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import lzma
 import os
-import secrets
 import stat
 import tarfile
 import zipfile
@@ -142,49 +141,32 @@ def _pick(
     return config, weights
 
 
-class Upload:
-    """The multipart body of one push; iterate it as often as it has to be sent.
+@dataclass(frozen=True)
+class Part:
+    """Bytes ``start`` to ``end`` of a file as a request's body; iterate it as often as it is sent.
 
-    Never holds more than a block of the weights. ``progress`` is told the bytes of the body handed
-    to the connection so far, and all of them.
+    Never holds more than a block. ``sent`` is told how far into the file the connection has come.
     """
 
-    def __init__(self, files: AdapterFiles, name: str, progress: Progress | None) -> None:
-        self._progress = progress
-        boundary = secrets.token_hex(16)
-        parts = (("config", files.config, CONFIG), ("weights", files.weights, WEIGHTS))
-        start = f'--{boundary}\r\ncontent-disposition: form-data; name="name"\r\n\r\n{name}'
-        self._pieces: list[bytes | File] = [start.encode()]
-        for part, file, filename in parts:
-            header = (
-                f'\r\n--{boundary}\r\ncontent-disposition: form-data; name="{part}"; '
-                f'filename="{filename}"\r\ncontent-type: application/octet-stream\r\n\r\n'
-            )
-            self._pieces += [header.encode(), file]
-        self._pieces.append(f"\r\n--{boundary}--\r\n".encode())
-        self.num_bytes = sum(
-            piece.size if isinstance(piece, File) else len(piece) for piece in self._pieces
-        )
-        self.headers = {
-            "content-type": f"multipart/form-data; boundary={boundary}",
-            "content-length": str(self.num_bytes),
-        }
+    file: File
+    start: int
+    end: int
+    sent: Callable[[int], None]
 
     def __iter__(self) -> Iterator[bytes]:
-        sent = 0
-        for piece in self._pieces:
-            for block in _blocks(piece) if isinstance(piece, File) else (piece,):
-                yield block
-                sent += len(block)
-                if self._progress:
-                    self._progress(sent, self.num_bytes)
+        at = self.start
+        for block in blocks(self.file, self.start, self.end):
+            yield block
+            at += len(block)
+            self.sent(at)
 
 
-def _blocks(file: File) -> Iterator[bytes]:
-    """Exactly ``file.size`` bytes, which were promised; an error if there are fewer."""
-    left = file.size
+def blocks(file: File, start: int, end: int) -> Iterator[bytes]:
+    """Exactly the bytes from ``start`` to ``end``; an error if the file has fewer."""
+    left = end - start
     try:
         with file.open() as stream:
+            stream.seek(start)
             while left:
                 block = stream.read(min(left, BLOCK_BYTES))
                 if not block:

@@ -8,9 +8,10 @@ from typing import Any, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 from loramux_client._errors import RequestTimeoutError, api_error
-from loramux_client._files import Progress, Source, Upload, find_adapter
+from loramux_client._files import Progress, Source, find_adapter
 from loramux_client._models import Adapter, ChatCompletion, Completion, Health, Model, Record
 from loramux_client._protocol import Answer, Flow, Request, Sleep, identity, json_request
+from loramux_client._sending import send
 
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 Messages = Sequence[Mapping[str, Any]]
@@ -132,16 +133,17 @@ def push(
     """Upload a PEFT adapter: a folder, a tar or zip of one, or (config path, weights path).
 
     ``name`` is that of the folder or archive if not given. A name that holds other weights is only
-    given these when ``expected_generation`` is its present one. ``progress(sent, total)`` counts
+    given these when ``expected_generation`` is its present one. Files that the server has are not
+    sent again, large ones are resumed after a broken connection. ``progress(sent, total)`` counts
     bytes. ``wait``: until the server has validated it (seconds, or True for ten minutes), else
     return at once with status "validating". Raises AdapterInvalidError with all its problems.
     """
     files = find_adapter(source)
-    upload = Upload(files, name or files.name, progress)
-    path = "/v1/adapters"
+    fields = yield from send(files, progress)
+    fields["name"] = name or files.name
     if expected_generation is not None:
-        path += f"?expected_generation={expected_generation}"
-    answer: Answer = yield Request("POST", path, headers=upload.headers, body=upload)
+        fields["expected_generation"] = expected_generation
+    answer: Answer = yield json_request("POST", "/v1/adapters", fields)
     adapter = Adapter.from_json(answer.json())
     deadline = time.monotonic() + (LONGEST_WAIT_S if wait is True else wait)
     pause = FIRST_POLL_S

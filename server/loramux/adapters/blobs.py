@@ -116,13 +116,18 @@ class BlobWriter:
         self._hash.update(data)
         self.num_bytes += len(data)
 
+    @property
+    def digest(self) -> str:
+        """Of the bytes written so far."""
+        return self._hash.hexdigest()
+
     def commit(self, expected: str | None = None) -> str:
         """Make the blob durable under its digest, which is returned.
 
         Raises InvalidRequest (digest_mismatch) when ``expected`` is another digest.
         """
         assert self._file is not None, "the writer is finished"
-        digest = self._hash.hexdigest()
+        digest = self.digest
         try:
             if expected is not None and check_digest(expected) != digest:
                 raise InvalidRequest(
@@ -213,13 +218,11 @@ class BlobStore:
         return actual.hexdigest() == digest
 
     def delete(self, digest: str) -> bool:
-        """Remove a blob; whether there was one."""
-        path = self.path(digest)
+        """Remove a blob; whether there was one. A power cut may bring it back."""
         try:
-            path.unlink()
+            self.path(digest).unlink()
         except FileNotFoundError:
             return False
-        fsync_dir(path.parent)
         return True
 
     def digests(self) -> Iterator[str]:

@@ -6,61 +6,27 @@
 A name has generations, counted from 1 and never used twice. Several may be ready at once; a bare
 name means the newest that can serve. Which base an adapter was validated against is part of its
 row: under another base it is listed as ``incompatible``, which is derived, never stored.
-WAL with synchronous=FULL: what a method returned survives a power cut.
+What a method returned survives a power cut (see ``database``).
 """
 
 from __future__ import annotations
 
 import sqlite3
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from loramux.adapters.blobs import adapter_digest, check_digest, disk_errors, make_durable_dir
-from loramux.errors import ConfigError, Conflict, GenerationGone, NotFound, StorageFull
+from loramux.adapters.blobs import adapter_digest, check_digest
+from loramux.adapters.database import Database
+from loramux.errors import Conflict, GenerationGone, NotFound
 
 Status = Literal["validating", "ready", "failed", "deleting", "incompatible"]
 
-SCHEMA_VERSION = 1
 MIN_PREFIX = 12
 """Fewest hex digits that may name a version by its digest."""
-
-_APPLICATION_ID = 0x6C6D7578  # "lmux": tells our file from any other SQLite database
-_FULL_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR}
-_SCHEMA = f"""
-BEGIN IMMEDIATE;
-CREATE TABLE names (
-    tenant TEXT NOT NULL,
-    name TEXT NOT NULL,
-    last_generation INTEGER NOT NULL,
-    PRIMARY KEY (tenant, name)
-) STRICT;
-CREATE TABLE adapters (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again, so a late verdict finds nobody
-    tenant TEXT NOT NULL,
-    name TEXT NOT NULL,
-    generation INTEGER NOT NULL,
-    digest TEXT NOT NULL,
-    config_digest TEXT NOT NULL,
-    weights_digest TEXT NOT NULL,
-    fingerprint TEXT NOT NULL DEFAULT '',
-    status TEXT NOT NULL CHECK (status IN ('validating', 'ready', 'failed', 'deleting')),
-    error TEXT NOT NULL DEFAULT 'null',
-    report TEXT NOT NULL DEFAULT '{{}}',
-    pinned INTEGER NOT NULL DEFAULT 0,
-    created REAL NOT NULL,
-    UNIQUE (tenant, name, generation)
-) STRICT;
-CREATE INDEX adapters_digest ON adapters (digest);
-PRAGMA application_id = {_APPLICATION_ID};
-PRAGMA user_version = {SCHEMA_VERSION};
-COMMIT;
-"""
 
 
 class AdapterRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,65 +65,12 @@ class Registry:
 
     def __init__(self, data_dir: Path) -> None:
         self.base_fingerprint = ""
-        self._lock = threading.Lock()
-        with disk_errors():
-            make_durable_dir(data_dir)
-        self._path = data_dir / "registry.sqlite"
-        try:
-            self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-            try:
-                self._prepare()
-            except BaseException:
-                self._db.close()
-                raise
-        except sqlite3.Error as error:
-            raise ConfigError(
-                f"the adapter registry {self._path} cannot be used: {error}"
-            ) from error
-
-    def _prepare(self) -> None:
-        self._db.row_factory = sqlite3.Row
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        owner = self._db.execute("PRAGMA application_id").fetchone()[0]
-        tables = self._db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
-        if tables and owner != _APPLICATION_ID:
-            raise ConfigError(f"{self._path} is not an adapter registry")
-        if (damage := self._db.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
-            raise ConfigError(f"the adapter registry {self._path} is damaged: {damage}")
-        if version > SCHEMA_VERSION:
-            raise ConfigError(
-                f"the adapter registry {self._path} has schema version {version}; this server "
-                f"knows up to {SCHEMA_VERSION}: use the newer server or another --data-dir"
-            )
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        if not tables:
-            self._db.executescript(_SCHEMA)
+        self.database = Database(data_dir)
+        self._transaction, self._reading = self.database.transaction, self.database.reading
 
     def close(self) -> None:
         """Close the file. The registry cannot be used afterwards."""
-        with self._lock:
-            self._db.close()
-
-    def _reading(self) -> AbstractContextManager[sqlite3.Connection]:
-        return self._transaction("BEGIN")  # takes no write lock, works on a full disk
-
-    @contextmanager
-    def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                self._db.execute(begin)
-                try:
-                    yield self._db
-                    self._db.execute("COMMIT")
-                finally:
-                    if self._db.in_transaction:
-                        self._db.execute("ROLLBACK")
-            except sqlite3.OperationalError as error:
-                # Extended codes keep the kind in their low byte.
-                if error.sqlite_errorcode & 0xFF in _FULL_CODES:
-                    raise StorageFull("the adapter registry cannot be read or written") from error
-                raise
+        self.database.close()
 
     def create(
         self,
@@ -329,12 +242,15 @@ class Registry:
             db.execute("UPDATE adapters SET pinned = ? WHERE id = ?", (int(pinned), row.id))
             return self._row(db, row.id)
 
-    def uses_blob(self, digest: str) -> bool:
-        """Whether any row, of any tenant, still needs this blob."""
+    def uses_blob(self, digest: str, *, tenant: str | None = None) -> bool:
+        """Whether any row, of any tenant or of this one, still needs this blob."""
         check_digest(digest)
         with self._reading() as db:
-            query = "SELECT 1 FROM adapters WHERE config_digest = ?1 OR weights_digest = ?1 LIMIT 1"
-            return db.execute(query, (digest,)).fetchone() is not None
+            query = (
+                "SELECT 1 FROM adapters WHERE (config_digest = ?1 OR weights_digest = ?1)"
+                " AND (?2 IS NULL OR tenant = ?2) LIMIT 1"
+            )
+            return db.execute(query, (digest, tenant)).fetchone() is not None
 
     def uses_adapter(self, digest: str) -> bool:
         """Whether any row, of any tenant, is this adapter version: its packed file is needed."""

@@ -23,10 +23,12 @@ from loramux.errors import (
     Overloaded,
     ServiceError,
 )
+from loramux.front.blobs import BlobService
 from loramux.front.catalog import SHARED, AdapterView, Catalog, Served
 from loramux.front.ingest_client import IngestClient
 from loramux.front.observations import Observations
 from loramux.front.quotas import Quotas
+from loramux.front.resumable import ResumableUploads
 from loramux.front.uploads import UploadWriter
 from loramux.wire import BaseDescription, IngestDone
 
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _UPLOAD_THREADS = 4
 NOT_THE_ADAPTERS_FAULT = frozenset({"storage_full", "internal_error"})
 """Verdicts that say something of this server now and nothing of the adapter."""
@@ -67,12 +70,23 @@ class AdapterService:
         self._catalog = Catalog(base_name, observations.snapshot)
         self._registry = Registry(config.data_dir)
         self._store = BlobStore(config.data_dir)
+        self._store.sweep()  # now: uploads may begin before there is an engine
         self._verdicts: dict[int, asyncio.Task[None]] = {}
         self._references: Counter[str] = Counter()
-        self._held_blobs: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="registry")
         self._uploads = ThreadPoolExecutor(_UPLOAD_THREADS, thread_name_prefix="upload")
+        self.blobs = BlobService(
+            config, self._registry, self._store, self._disk, self._uploads, self._spawn
+        )
+        self.resumable = ResumableUploads(
+            config,
+            self._registry.database,
+            self._store,
+            self.blobs,
+            self._disk,
+            self._uploads,
+        )
         self.starting_up = True
         """Until the adapters of earlier runs and of the command line have their verdicts."""
 
@@ -131,26 +145,7 @@ class AdapterService:
 
     async def begin(self) -> UploadWriter:
         """Start receiving a weights file. The caller calls its ``abort`` in the end, always."""
-        return await self._begin(self._config.max_adapter_file_bytes, "weights")
-
-    async def _begin(self, limit: int, param: str) -> UploadWriter:
-        writer = await self._on(self._uploads, self._store.writer, limit)
-        return UploadWriter(writer, limit, param, self._uploads, self._hold, self._let_go)
-
-    def _hold(self, digest: str) -> None:
-        self._held_blobs[digest] += 1
-
-    def _let_go(self, digest: str) -> None:
-        self._held_blobs[digest] -= 1
-        if not self._held_blobs[digest]:
-            del self._held_blobs[digest]
-            self._spawn(self._on(self._disk, self._collect_blobs, (digest,)))
-
-    def _collect_blobs(self, digests: Iterable[str]) -> None:
-        """Delete blobs that nothing refers to (on the registry's thread)."""
-        for digest in digests:
-            if digest not in self._held_blobs and not self._registry.uses_blob(digest):
-                self._store.delete(digest)
+        return await self.blobs.begin(self._config.max_adapter_file_bytes, "weights")
 
     async def create(
         self,
@@ -177,7 +172,7 @@ class AdapterService:
             raise Conflict("the name is the base model's", param="name", code="name_reserved")
         if self._base is None:
             raise Overloaded("no engine has been ready yet", code="engine_starting")
-        upload = await self._begin(self._config.max_config_bytes, "config")
+        upload = await self.blobs.begin(self._config.max_config_bytes, "config")
         try:
             await upload.write(config)
             files = (await upload.commit(), weights_digest)
@@ -337,7 +332,8 @@ class AdapterService:
         if not lives and self._base is not None:
             fingerprint = self._base.fingerprint
             packed_path(self._config.data_dir, row.digest, fingerprint).unlink(missing_ok=True)
-        self._collect_blobs((row.config_digest, row.weights_digest))
+        for digest in (row.config_digest, row.weights_digest):
+            self.blobs.holds.collect(digest)
         return lives
 
     async def _tell_engine(self, kind: Literal["pin", "evict"], digest: str) -> None:
@@ -361,7 +357,8 @@ class AdapterService:
         self._registry.base_fingerprint = base.fingerprint
         try:
             if first:
-                await self._on(self._disk, self._sweep)
+                await self._on(self._disk, self._collect_blobs)
+                self._spawn(self._sweep_for_ever())
             await self._refresh_all()
             self._make_good(base)
             if first:
@@ -386,28 +383,48 @@ class AdapterService:
             if row.status == "validating":
                 self._validate_soon(row)
 
-    def _sweep(self) -> None:
-        """Remove what an earlier run left half done."""
-        self._store.sweep()
-        self._collect_blobs(list(self._store.digests()))
+    def _collect_blobs(self) -> None:
+        """Remove what an earlier run left behind."""
+        for digest in list(self._store.digests()):
+            self.blobs.holds.collect(digest)
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            try:
+                await self.blobs.sweep()
+                await self.resumable.sweep()
+            except LoramuxError as error:  # a full disk, for one
+                log.warning("expired uploads stay for now: %s", error.message)
+            await asyncio.sleep(self._config.sweep_s)
+
+    async def register_files(
+        self, name: str, config_path: Path, weights_path: Path, *, wait_s: float = 0
+    ) -> AdapterView:
+        """Register two files of this machine; they replace what held the name.
+
+        Raises OSError when a file cannot be read, and as ``create``.
+        """
+        upload = await self.begin()
+        try:
+            with open(weights_path, "rb") as file:
+                while block := await self._on(self._uploads, file.read, READ_BYTES):
+                    await upload.write(block)
+            weights = await upload.commit()
+            config = config_path.read_bytes()
+            try:
+                return await self.create(name, config, weights, wait_s=wait_s)
+            except Conflict:
+                current = self._catalog.holder(name)
+                return await self.create(
+                    name, config, weights, wait_s=wait_s, expected_generation=current
+                )
+        finally:
+            await upload.abort()
 
     async def _preload(self, name: str, folder: Path) -> None:
-        """Register an adapter folder of the command line; it replaces what held its name."""
+        """Register an adapter folder of the command line."""
         try:
-            upload = await self.begin()
-            try:
-                with open(folder / "adapter_model.safetensors", "rb") as file:
-                    while block := await self._on(self._uploads, file.read, READ_BYTES):
-                        await upload.write(block)
-                weights = await upload.commit()
-                config = (folder / "adapter_config.json").read_bytes()
-                try:
-                    await self.create(name, config, weights)
-                except Conflict:
-                    current = self._catalog.holder(name)
-                    await self.create(name, config, weights, expected_generation=current)
-            finally:
-                await upload.abort()
+            await self.register_files(name, folder / CONFIG_FILE, folder / WEIGHTS_FILE)
         except (OSError, LoramuxError) as error:
             log.error("adapter %s of %s is not served: %s", name, folder, error)
             code = error.code if isinstance(error, LoramuxError) else "unreadable"
@@ -469,7 +486,7 @@ def configured(config: ServerConfig) -> list[tuple[str, Path]]:
         for parent in parents
         if parent.is_dir()
         for folder in sorted(parent.iterdir())
-        if (folder / "adapter_config.json").exists()
+        if (folder / CONFIG_FILE).exists()
     }
     for item in config.adapter:
         name, _, folder_name = item.partition("=")

@@ -9,10 +9,17 @@ import msgspec
 from fastapi import Query, Request
 from starlette.responses import Response
 
-from loramux.errors import AdapterInvalid, LoramuxError, Overloaded, PermissionDenied
+from loramux.errors import (
+    AdapterInvalid,
+    InvalidRequest,
+    LoramuxError,
+    Overloaded,
+    PermissionDenied,
+)
 from loramux.front.front import Front
 from loramux.http.answers import ModelCard, encode
 from loramux.http.auth import caller
+from loramux.http.registration import Registration, is_json
 from loramux.http.upload import Upload
 from loramux.metrics.prometheus import Exporter
 from loramux.wire import Ready
@@ -24,6 +31,18 @@ CAPACITY_RANKS = (8, 16, 64)
 def answer(payload: Any, status: int = 200) -> Response:
     """Any struct or builtin as JSON."""
     return Response(encode(payload), status_code=status, media_type="application/json")
+
+
+def owner_to_change(front: Front, request: Request, name: str) -> str:
+    """Whose adapter of that name the caller may change; PermissionDenied when it is shared and the
+    caller no operator, and for the base."""
+    asking = caller(request)
+    if name == front.base_name:
+        raise PermissionDenied("the base model stays as it is", param="name", code="base_model")
+    owner = front.adapters.owner(name, tenant=asking.tenant)
+    if owner != asking.tenant and not asking.is_admin:
+        raise PermissionDenied("a shared adapter: changing it needs a key with the scope admin")
+    return owner
 
 
 class Adapters:
@@ -40,17 +59,23 @@ class Adapters:
         expected_generation: Annotated[int | None, Query(ge=0, le=2**31)] = None,
     ) -> Response:
         """Upload an adapter as multipart parts ``name``, ``config`` (adapter_config.json) and
-        ``weights`` (adapter_model.safetensors).
+        ``weights`` (adapter_model.safetensors), or as JSON that names files sent before.
 
         201 when it is ready, 202 while it is being validated (``wait``: seconds to stay for the
         verdict), 200 when exactly this was there before. ``validate_only`` registers nothing.
         """
         front, tenant = self._front, caller(request).tenant
         adapters = front.adapters
-        upload = Upload(adapters, front.config)
+        upload = (Registration if is_json(request) else Upload)(adapters, front.config)
         try:
             with front.quotas.uploading(tenant):
                 await upload.read(request)
+            if upload.expected_generation is not None:
+                if expected_generation not in (None, upload.expected_generation):
+                    raise InvalidRequest(
+                        "expected_generation: the query says otherwise", param="expected_generation"
+                    )
+                expected_generation = upload.expected_generation
             before = adapters.own(upload.name, tenant=tenant)
             view = await adapters.create(
                 upload.name,
@@ -84,29 +109,18 @@ class Adapters:
 
     async def delete(self, request: Request, name: str) -> Response:
         """No new requests from now on; running ones end as they would."""
-        tenant = self._changes(request, name)
+        tenant = owner_to_change(self._front, request, name)
         return answer(await self._front.adapters.delete(name, tenant=tenant), 202)
 
     async def pin(self, request: Request, name: str) -> Response:
         """Keep it in the pool."""
-        tenant = self._changes(request, name)
+        tenant = owner_to_change(self._front, request, name)
         return answer(await self._front.adapters.set_pinned(name, True, tenant=tenant))
 
     async def unpin(self, request: Request, name: str) -> Response:
         """Let the pool decide again."""
-        tenant = self._changes(request, name)
+        tenant = owner_to_change(self._front, request, name)
         return answer(await self._front.adapters.set_pinned(name, False, tenant=tenant))
-
-    def _changes(self, request: Request, name: str) -> str:
-        """Whose adapter of that name the caller may change; PermissionDenied when it is shared and
-        the caller no operator, and for the base."""
-        asking = caller(request)
-        if name == self._front.base_name:
-            raise PermissionDenied("the base model stays as it is", param="name", code="base_model")
-        owner = self._front.adapters.owner(name, tenant=asking.tenant)
-        if owner != asking.tenant and not asking.is_admin:
-            raise PermissionDenied("a shared adapter: changing it needs a key with the scope admin")
-        return owner
 
     async def capacity(
         self, tokens: Annotated[int | None, Query(ge=0, le=2**40)] = None

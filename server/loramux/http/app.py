@@ -19,10 +19,13 @@ from loramux.front.front import Front
 from loramux.http import auth
 from loramux.http.adapters import Adapters, Models
 from loramux.http.admin import Admin
+from loramux.http.blobs import Blobs
 from loramux.http.chat import Chat
+from loramux.http.compatibility import Compatibility
 from loramux.http.completions import Completions
 from loramux.http.failures import RequestIds, install
 from loramux.http.limits import Limits
+from loramux.http.resumable import Resumable
 from loramux.http.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -86,6 +89,7 @@ def build_app(front: Front, config: ServerConfig) -> ASGIApp:
     app.router.lifespan_context = lifespan
     exporter = exporter_of(front)
     adapters, models = Adapters(front, exporter), Models(front)
+    blobs, resumable, compatibility = Blobs(front), Resumable(front), Compatibility(front)
     table: Table = (
         ("POST", "/v1/completions", Completions(front, exporter).create, auth.INFER),
         ("POST", "/v1/chat/completions", Chat(front, exporter).create, auth.INFER),
@@ -98,6 +102,15 @@ def build_app(front: Front, config: ServerConfig) -> ASGIApp:
         ("PUT", "/v1/adapters/{name}/pin", adapters.pin, auth.UPLOAD),
         ("DELETE", "/v1/adapters/{name}/pin", adapters.unpin, auth.UPLOAD),
         ("GET", "/v1/capacity", adapters.capacity, auth.INFER_OR_UPLOAD),
+        ("HEAD", "/v1/blobs/{digest:path}", blobs.head, auth.UPLOAD),
+        ("PUT", "/v1/blobs/{digest:path}", blobs.put, auth.UPLOAD),
+        ("POST", "/v1/uploads", resumable.create, auth.UPLOAD),
+        ("HEAD", "/v1/uploads/{id}", resumable.head, auth.UPLOAD),
+        ("PATCH", "/v1/uploads/{id}", resumable.append, auth.UPLOAD),
+        ("POST", "/v1/uploads/{id}/complete", resumable.complete, auth.UPLOAD),
+        ("DELETE", "/v1/uploads/{id}", resumable.cancel, auth.UPLOAD),
+        ("POST", "/v1/load_lora_adapter", compatibility.load, auth.ADMIN),
+        ("POST", "/v1/unload_lora_adapter", compatibility.unload, auth.UPLOAD),
     )
     if config.admin_port is None:
         table = (*table, *_operators(front, exporter))

@@ -24,7 +24,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loramux.errors import InvalidRequest, LoramuxError, NotFound, RequestError
+from loramux.errors import (
+    InvalidRequest,
+    LoramuxError,
+    NotFound,
+    RequestError,
+    UploadOffsetConflict,
+)
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +71,8 @@ def failure(exc: LoramuxError, *, status: int | None = None) -> Response:
         headers["www-authenticate"] = "Bearer"
     if retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
+    if isinstance(exc, UploadOffsetConflict):
+        headers["upload-offset"] = str(exc.upload_offset)
     return Response(
         error_body(exc),
         status_code=status or exc.status,

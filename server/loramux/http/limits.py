@@ -48,6 +48,7 @@ class Limits:
         self.app = app
         self.refusal = refusal
         self.json_limit = config.max_body_bytes
+        self.file_limit = config.max_adapter_file_bytes
         self.upload_limit = (
             config.max_adapter_file_bytes + config.max_config_bytes + MULTIPART_OVERHEAD
         )
@@ -57,9 +58,8 @@ class Limits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        upload = scope["path"] == "/v1/adapters"
         exchange = _Exchange(scope, receive, send, self.write_timeout_s)
-        exchange.limit = self.upload_limit if upload else self.json_limit
+        exchange.limit = self._limit(scope)
         try:
             refusal = self.refusal(scope)
             if refusal is None and exchange.declared > exchange.limit:
@@ -79,6 +79,17 @@ class Limits:
             # which uvicorn would drop a connection that the client thinks it may keep.
             if not exchange.complete:
                 raise
+
+    def _limit(self, scope: Scope) -> int:
+        path: str = scope["path"]
+        if path == "/v1/adapters":
+            json_body = any(
+                name == b"content-type" and value.strip().lower().startswith(b"application/json")
+                for name, value in scope["headers"]
+            )
+            return self.json_limit if json_body else self.upload_limit
+        part = scope["method"] == "PATCH" and path.startswith("/v1/uploads/")
+        return self.file_limit if part or path.startswith("/v1/blobs/") else self.json_limit
 
 
 class _Exchange:

@@ -28,6 +28,7 @@ class Upload:
     name: str
     config: bytes
     weights_digest: str
+    expected_generation: int | None = None
 
     def __init__(self, adapters: AdapterService, config: ServerConfig) -> None:
         self._adapters = adapters

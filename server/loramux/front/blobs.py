@@ -1,0 +1,127 @@
+"""Files that tenants send before, and apart from, the adapters that use them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager
+from typing import Any
+
+from loramux.adapters.blobs import BlobStore, check_digest
+from loramux.adapters.registry import Registry
+from loramux.adapters.tenant_blobs import TenantBlobs
+from loramux.config import ServerConfig
+from loramux.errors import NotFound, PayloadTooLarge
+from loramux.front.holds import BlobHolds
+from loramux.front.uploads import UploadWriter
+
+PREFIX = "sha256:"
+
+
+class BlobService:
+    """``HEAD`` and ``PUT /v1/blobs``, and what registrations ask of blobs.
+
+    A tenant sees the blobs it has sent (for ``config.blob_ttl_s`` from the last time) and those of
+    its adapters. ``disk`` is the registry's one thread, ``writers`` those that take bytes.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        registry: Registry,
+        store: BlobStore,
+        disk: Executor,
+        writers: Executor,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._store = store
+        self._disk = disk
+        self._writers = writers
+        self._spawn = spawn
+        self._granted = TenantBlobs(registry.database)
+        self.holds = BlobHolds(store, lambda d: registry.uses_blob(d) or self._granted.uses(d))
+
+    async def begin(self, limit_bytes: int, param: str) -> UploadWriter:
+        """Start receiving a blob. The caller calls its ``abort`` in the end, always."""
+        loop = asyncio.get_running_loop()
+        writer = await loop.run_in_executor(self._writers, self._store.writer, limit_bytes)
+        return UploadWriter(writer, limit_bytes, param, self._writers, self.holds.hold, self.let_go)
+
+    def let_go(self, digest: str) -> None:
+        """The end of one hold; a blob that nobody needs goes."""
+        if self.holds.let_go(digest):
+            self._spawn(self.collect([digest]))
+
+    async def collect(self, digests: list[str] | set[str]) -> None:
+        """Delete those of these blobs that nobody needs."""
+        loop = asyncio.get_running_loop()
+        for digest in digests:
+            await loop.run_in_executor(self._disk, self.holds.collect, digest)
+
+    async def put(self, tenant: str, digest: str, body: AsyncIterator[bytes]) -> bool:
+        """Store a blob; whether it is new to the tenant. Every byte is read and hashed either way.
+
+        Raises InvalidRequest (digest_malformed, digest_mismatch), PayloadTooLarge, StorageFull.
+        """
+        check_digest(digest)
+        limit = self._config.max_adapter_file_bytes
+        writer = await self.begin(limit, "body")
+        try:
+            async for piece in body:
+                await writer.write(piece)
+            await writer.commit(digest)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(
+                self._disk, self._grant, tenant, digest, writer.num_bytes
+            )
+        finally:
+            await writer.abort()
+
+    def _grant(self, tenant: str, digest: str, num_bytes: int) -> bool:
+        known = self._visible(tenant, digest)
+        self._granted.grant(tenant, digest, num_bytes, self._config.blob_ttl_s)
+        return not known
+
+    def _visible(self, tenant: str, digest: str) -> bool:
+        if not self._granted.has(tenant, digest):
+            if not self._registry.uses_blob(digest, tenant=tenant):
+                return False
+        return self._store.has(digest)
+
+    async def size(self, tenant: str, digest: str, param: str = "digest") -> int:
+        """Bytes of a blob the tenant has. Raises NotFound (blob_not_found), and InvalidRequest."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._disk, self._size, tenant, digest, param)
+
+    def _size(self, tenant: str, digest: str, param: str) -> int:
+        if not self._visible(tenant, check_digest(digest)):
+            raise NotFound("no such blob", param=param, code="blob_not_found")
+        return self._store.path(digest).stat().st_size
+
+    @asynccontextmanager
+    async def claim(self, tenant: str, digest: str, param: str) -> AsyncIterator[int]:
+        """Within the block the tenant's blob stays; its size. Raises as ``size`` does."""
+        check_digest(digest)
+        self.holds.hold(digest)
+        try:
+            yield await self.size(tenant, digest, param)
+        finally:
+            self.let_go(digest)
+
+    async def read_config(self, tenant: str, digest: str) -> bytes:
+        """A blob that is to be an adapter_config.json. Raises PayloadTooLarge, and as ``size``."""
+        async with self.claim(tenant, digest, "config") as num_bytes:
+            if num_bytes > self._config.max_config_bytes:
+                raise PayloadTooLarge(
+                    f"config: exceeds {self._config.max_config_bytes} bytes", param="config"
+                )
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._writers, self._store.path(digest).read_bytes)
+
+    async def sweep(self) -> None:
+        """Blobs that waited too long for an adapter go."""
+        loop = asyncio.get_running_loop()
+        await self.collect(await loop.run_in_executor(self._disk, self._granted.sweep))

@@ -1,0 +1,93 @@
+"""An adapter of files that are here already: named by their digests in a JSON body."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AsyncExitStack
+from typing import Any
+
+from starlette.requests import Request
+
+from loramux.config import ADAPTER_NAME, ServerConfig
+from loramux.errors import InvalidRequest, PayloadTooLarge
+from loramux.front.adapters import AdapterService
+from loramux.http.auth import caller
+from loramux.http.blobs import digest_in
+from loramux.http.limits import read_json
+
+FIELDS = ("name", "config", "weights", "expected_generation")
+
+
+def is_json(request: Request) -> bool:
+    """Whether an upload comes as JSON and not as multipart."""
+    content_type = request.headers.get("content-type", "")
+    return content_type.partition(";")[0].strip().lower() == "application/json"
+
+
+class Registration:
+    """``{"name", "config", "weights", "expected_generation"?}``, used like ``Upload``.
+
+    ``config`` is a digest or the adapter_config.json itself; of the latter the file that is stored
+    is the object with sorted keys and no spaces, so equal configs are one file.
+    """
+
+    name: str
+    config: bytes
+    weights_digest: str
+    expected_generation: int | None
+
+    def __init__(self, adapters: AdapterService, config: ServerConfig) -> None:
+        self._blobs = adapters.blobs
+        self._max_config_bytes = config.max_config_bytes
+        self._claims = AsyncExitStack()
+
+    async def read(self, request: Request) -> None:
+        """Read the body and claim its files, which stay until ``abort``.
+
+        Raises UnsupportedMediaType, InvalidRequest, PayloadTooLarge, and NotFound (blob_not_found)
+        with the ``param`` whose file is not the caller's.
+        """
+        body = await read_json(request)
+        tenant = caller(request).tenant
+        for key in body:
+            if key not in FIELDS:
+                raise InvalidRequest(f"the fields are {', '.join(FIELDS)} and no others")
+        for key in FIELDS[:3]:
+            if key not in body:
+                raise InvalidRequest(f"{key}: this field is required", param=key)
+        name, config, weights = (body[key] for key in FIELDS[:3])
+        if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
+            raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
+        self.name = name
+        self.expected_generation = _generation(body.get("expected_generation"))
+        self.weights_digest = _digest(weights, "weights")
+        await self._claims.enter_async_context(
+            self._blobs.claim(tenant, self.weights_digest, "weights")
+        )
+        if isinstance(config, dict):
+            self.config = self._written(config)
+        else:
+            self.config = await self._blobs.read_config(tenant, _digest(config, "config"))
+
+    def _written(self, config: dict[str, Any]) -> bytes:
+        try:
+            data = json.dumps(config, allow_nan=False, sort_keys=True, separators=(",", ":"))
+        except (ValueError, RecursionError):  # 1e999 is read as infinity
+            raise InvalidRequest("config: not a plain JSON object", param="config") from None
+        if len(data) > self._max_config_bytes:
+            raise PayloadTooLarge(f"config: exceeds {self._max_config_bytes} bytes", param="config")
+        return data.encode()
+
+    async def abort(self) -> None:
+        """The end of the claims."""
+        await self._claims.aclose()
+
+
+def _digest(value: Any, param: str) -> str:
+    return digest_in(value if isinstance(value, str) else "", param)
+
+
+def _generation(value: Any) -> int | None:
+    if value is None or (type(value) is int and 0 <= value <= 2**31):
+        return value
+    raise InvalidRequest("expected_generation: must be an integer", param="expected_generation")
