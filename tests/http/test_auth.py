@@ -44,6 +44,15 @@ ROUTES: dict[tuple[str, str], set[str]] = {
     ("PUT", "/v1/adapters/{name}/pin"): UPLOAD,
     ("DELETE", "/v1/adapters/{name}/pin"): UPLOAD,
     ("GET", "/v1/capacity"): INFER | UPLOAD,
+    ("HEAD", "/v1/blobs/{digest:path}"): UPLOAD,
+    ("PUT", "/v1/blobs/{digest:path}"): UPLOAD,
+    ("POST", "/v1/uploads"): UPLOAD,
+    ("HEAD", "/v1/uploads/{id}"): UPLOAD,
+    ("PATCH", "/v1/uploads/{id}"): UPLOAD,
+    ("POST", "/v1/uploads/{id}/complete"): UPLOAD,
+    ("DELETE", "/v1/uploads/{id}"): UPLOAD,
+    ("POST", "/v1/load_lora_adapter"): ADMIN,
+    ("POST", "/v1/unload_lora_adapter"): UPLOAD,
     ("GET", "/health"): OPEN,
     ("GET", "/health/live"): OPEN,
     ("GET", "/health/ready"): OPEN,
@@ -118,6 +127,8 @@ def test_with_each_scope(house: House, method: str, path: str) -> None:
         answer = house.ask(method, path, bearer(key))
         if not needs or scope in needs:
             assert answer.status_code not in (401, 403), answer.text
+        elif method == "HEAD":  # which has no body
+            assert answer.status_code == 403
         else:
             error = refusal(answer, 403)
             assert (error["code"], error["type"]) == ("insufficient_scope", "permission_error")
