@@ -26,6 +26,20 @@ def answer(payload: Any, status: int = 200) -> Response:
     return Response(encode(payload), status_code=status, media_type="application/json")
 
 
+def owner_to_change(front: Front, request: Request, name: str) -> str:
+    """Whose adapter of that name the caller may delete or pin.
+
+    Raises PermissionDenied when it is shared and the caller no operator, and for the base.
+    """
+    asking = caller(request)
+    if name == front.base_name:
+        raise PermissionDenied("the base model stays as it is", param="name", code="base_model")
+    owner = front.adapters.owner(name, tenant=asking.tenant)
+    if owner != asking.tenant and not asking.is_admin:
+        raise PermissionDenied("a shared adapter: changing it needs a key with the scope admin")
+    return owner
+
+
 class Adapters:
     """``/v1/adapters`` and ``/v1/capacity``."""
 
@@ -84,29 +98,18 @@ class Adapters:
 
     async def delete(self, request: Request, name: str) -> Response:
         """No new requests from now on; running ones end as they would."""
-        tenant = self._changes(request, name)
+        tenant = owner_to_change(self._front, request, name)
         return answer(await self._front.adapters.delete(name, tenant=tenant), 202)
 
     async def pin(self, request: Request, name: str) -> Response:
         """Keep it in the pool."""
-        tenant = self._changes(request, name)
+        tenant = owner_to_change(self._front, request, name)
         return answer(await self._front.adapters.set_pinned(name, True, tenant=tenant))
 
     async def unpin(self, request: Request, name: str) -> Response:
         """Let the pool decide again."""
-        tenant = self._changes(request, name)
+        tenant = owner_to_change(self._front, request, name)
         return answer(await self._front.adapters.set_pinned(name, False, tenant=tenant))
-
-    def _changes(self, request: Request, name: str) -> str:
-        """Whose adapter of that name the caller may change; PermissionDenied when it is shared and
-        the caller no operator, and for the base."""
-        asking = caller(request)
-        if name == self._front.base_name:
-            raise PermissionDenied("the base model stays as it is", param="name", code="base_model")
-        owner = self._front.adapters.owner(name, tenant=asking.tenant)
-        if owner != asking.tenant and not asking.is_admin:
-            raise PermissionDenied("a shared adapter: changing it needs a key with the scope admin")
-        return owner
 
     async def capacity(
         self, tokens: Annotated[int | None, Query(ge=0, le=2**40)] = None
