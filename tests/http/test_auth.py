@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class House:
     revoked: str
 
     def ask(self, method: str, path: str, headers: Any = None) -> Any:
-        path = path.replace("{model:path}", "nobody").replace("{name}", "nobody")
+        path = re.sub(r"{[^}]*}", "nobody", path)
         return self.server.http.request(method, path, headers=headers)
 
 

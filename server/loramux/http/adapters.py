@@ -34,8 +34,10 @@ def answer(payload: Any, status: int = 200) -> Response:
 
 
 def owner_to_change(front: Front, request: Request, name: str) -> str:
-    """Whose adapter of that name the caller may change; PermissionDenied when it is shared and the
-    caller no operator, and for the base."""
+    """Whose adapter of that name the caller may delete or pin.
+
+    Raises PermissionDenied when it is shared and the caller no operator, and for the base.
+    """
     asking = caller(request)
     if name == front.base_name:
         raise PermissionDenied("the base model stays as it is", param="name", code="base_model")
