@@ -176,6 +176,7 @@ def test_one_part_at_a_time_and_a_silent_one_is_cut_off(real: Running) -> None:
         return "upload_busy" in busy
 
     assert eventually(refused)
+    assert offset(real, path) == 0, "what is still coming is not durable yet"
     for answer in (real.http.post(f"{path}/complete"), real.http.delete(path)):
         assert refusal(answer, 409)["code"] == "upload_busy"
         assert answer.headers["x-should-retry"] == "true" and answer.headers["retry-after"]
