@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def real(folder: Path) -> Iterator[Running]:
     with real_server(folder, max_adapter_file_bytes=LIMIT, max_config_bytes=1000) as server:
         yield server
+
+
+def expire(server: Running, table: str, key: str, *values: str) -> None:
+    """What ``blob_ttl_s`` and ``upload_ttl_s`` do in a day."""
+    database = server.front.adapters._registry.database  # type: ignore[attr-defined]
+    with database.transaction() as db:
+        for value in values:
+            found = db.execute(f"SELECT expires FROM {table} WHERE {key} = ?", (value,)).fetchone()
+            assert 86000 < found[0] - time.time() <= 86400
+            db.execute(f"UPDATE {table} SET expires = 1 WHERE {key} = ?", (value,))
 
 
 def put(server: Running, data: bytes, **options: Any) -> httpx.Response:
@@ -298,12 +309,13 @@ def test_tenants_share_the_file_and_not_the_answer(tmp_path: Path) -> None:
 
 
 def test_a_blob_waits_for_an_adapter_as_long_as_configured(tmp_path: Path) -> None:
-    with real_server(tmp_path, blob_ttl_s=1.0, sweep_s=0.1) as server:
+    with real_server(tmp_path, sweep_s=0.05) as server:
         used, unused = b"used", b"unused"
         assert put(server, used).status_code == put(server, unused).status_code == 201
         weights = f"sha256:{sha(used)}"
         assert register(server, name="cat", config={}, weights=weights).status_code == 201
         assert stored(tmp_path) >= {sha(used), sha(unused)}
+        expire(server, "tenant_blobs", "digest", sha(used), sha(unused))
         assert eventually(lambda: sha(unused) not in stored(tmp_path), within_s=20)
         assert refusal_of_head(server, unused)
         assert server.http.head(address(used)).status_code == 200, (

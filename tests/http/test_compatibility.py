@@ -13,12 +13,12 @@ from tests.http.test_blobs import real_server
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``outside`` and ``root`` hold an adapter each; links lead from the one to the other."""
+    """An adapter in the root and some beside it; links lead from the one to the other."""
     folder = tmp_path_factory.mktemp("compatibility")
-    for name in ("outside", "root/inside", "root/config_only"):
+    for name in ("outside", "root_of_another", "root/inside", "root/config_only"):
         (folder / name).mkdir(parents=True)
         (folder / name / "adapter_config.json").write_text("{}")
-    for name in ("outside", "root/inside"):
+    for name in ("outside", "root_of_another", "root/inside"):
         (folder / name / "adapter_model.safetensors").write_bytes(name.encode())
     root = folder / "root"
     (root / "link_out").symlink_to(folder / "outside")
@@ -29,7 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "file_out" / "adapter_model.safetensors").symlink_to(
         folder / "outside" / "adapter_model.safetensors"
     )
-    (folder / "root_of_another").symlink_to(folder / "outside")
     return folder
 
 

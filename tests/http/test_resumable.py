@@ -15,7 +15,7 @@ from tests.http import wire
 from tests.http.conftest import Running
 from tests.http.fake_front import eventually
 from tests.http.test_bad_inputs import refusal
-from tests.http.test_blobs import address, real_server, register
+from tests.http.test_blobs import address, expire, real_server, register
 
 from loramux.adapters.partial import MAX_OPEN
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def real(folder: Path) -> Iterator[Running]:
-    with real_server(folder, max_adapter_file_bytes=LIMIT, write_timeout_s=0.5) as server:
+    with real_server(folder, max_adapter_file_bytes=LIMIT) as server:
         yield server
 
 
@@ -155,32 +155,49 @@ def busy(server: Running) -> bool:
     return bool(server.front.adapters.resumable._busy)
 
 
-def test_a_part_that_breaks_off_is_kept_as_far_as_it_came(real: Running) -> None:
-    path = begin(real)
+def test_a_part_that_breaks_off_is_kept_as_far_as_it_came(real: Running, folder: Path) -> None:
+    data = DATA * 20
+    path = begin(real, data)
     raw = wire.connect(real)
-    request = wire.request(path, DATA, "upload-offset: 0", method="PATCH")
-    raw.sendall(request[: -len(DATA) + 50_000])
-    time.sleep(0.1)
+    request = wire.request(path, data, "upload-offset: 0", method="PATCH")
+    raw.sendall(request[: -len(data) + 2_000_000])
+    file = folder / "data" / "uploads" / path.rpartition("/")[2]
+    assert eventually(lambda: file.stat().st_size >= 1 << 20)
     raw.close()
-    assert eventually(lambda: offset(real, path) == 50_000 and not busy(real))
-    assert append(real, path, 50_000, DATA[50_000:]).status_code == 204
+    assert eventually(lambda: offset(real, path) > 0 and not busy(real))
+    at = offset(real, path)
+    assert 1 << 20 <= at <= 2_000_000 and file.read_bytes() == data[:at]
+    assert append(real, path, at, data[at:]).status_code == 204
     assert real.http.post(f"{path}/complete").status_code == 201
 
 
-def test_one_part_at_a_time_and_a_silent_one_is_cut_off(real: Running) -> None:
+def test_one_part_at_a_time(real: Running) -> None:
     path = begin(real)
     raw = wire.connect(real)
     request = wire.request(path, DATA, "upload-offset: 0", method="PATCH")
     raw.sendall(request[: -len(DATA) + 50_000])
     assert eventually(lambda: busy(real))
-    again = append(real, path, 50_000, b"")
+    assert offset(real, path) == 0, "what is still coming is not durable yet"
+    again = append(real, path, 1, b"")
     for answer in (again, real.http.post(f"{path}/complete"), real.http.delete(path)):
         assert refusal(answer, 409)["code"] == "upload_busy"
         assert answer.headers["x-should-retry"] == "true" and answer.headers["retry-after"]
-    answer = wire.read_until(raw, b"}}")
-    assert wire.status(answer) == 408 and wire.error(answer)["code"] == "request_timeout"
-    assert eventually(lambda: append(real, path, 50_000, DATA[50_000:]).status_code == 204)
+    raw.sendall(request[-len(DATA) + 50_000 :])
+    assert wire.status(wire.read_until(raw, b"\r\n\r\n")) == 204
+    assert offset(real, path) == len(DATA)
     assert real.http.post(f"{path}/complete").status_code == 201
+
+
+def test_a_silent_part_is_cut_off_and_kept(tmp_path: Path) -> None:
+    """A client whose network went away would keep its upload busy for as long as TCP waits."""
+    with real_server(tmp_path, write_timeout_s=0.2) as server:
+        path = begin(server)
+        raw = wire.connect(server)
+        request = wire.request(path, DATA, "upload-offset: 0", method="PATCH")
+        raw.sendall(request[: -len(DATA) + 50_000])
+        answer = wire.read_until(raw, b"}}")
+        assert wire.status(answer) == 408 and wire.error(answer)["code"] == "request_timeout"
+        assert eventually(lambda: offset(server, path) == 50_000)
 
 
 BAD_BODIES: list[tuple[dict[str, Any], str | None, str]] = [
@@ -248,8 +265,10 @@ def test_an_upload_survives_a_restart(tmp_path: Path) -> None:
 
 
 def test_an_upload_expires(tmp_path: Path) -> None:
-    with real_server(tmp_path, upload_ttl_s=1.0, sweep_s=0.1) as server:
-        path = f"/v1/uploads/{server.post('/v1/uploads', bytes=9, sha256='a' * 64).json()['id']}"
+    with real_server(tmp_path, sweep_s=0.05) as server:
+        path, other = begin(server), begin(server)
         assert append(server, path, 0, b"abc").status_code == 204
-        assert eventually(lambda: not partial(tmp_path), within_s=20)
+        expire(server, "uploads", "id", path.rpartition("/")[2])
+        assert eventually(lambda: len(partial(tmp_path)) == 1, within_s=20)
         gone(server, path)
+        assert offset(server, other) == 0

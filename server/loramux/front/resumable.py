@@ -48,7 +48,7 @@ class ResumableUploads:
         self._blobs = blobs
         self._disk = disk
         self._writers = writers
-        self._busy: set[str] = set()
+        self._busy: dict[str, int | None] = {}  # where what is being appended to stood before
         self._partial = PartialUploads(database, config.data_dir)
         self._partial.repair()
 
@@ -62,8 +62,10 @@ class ResumableUploads:
         )
 
     async def show(self, tenant: str, upload_id: str) -> tuple[PartialUpload, int]:
-        """An upload and its offset."""
-        return await self._on(self._disk, self._show, tenant, upload_id)
+        """An upload and its offset: of what is durable, not of a part that is still coming."""
+        upload, size = await self._on(self._disk, self._show, tenant, upload_id)
+        before = self._busy.get(upload_id)
+        return upload, size if before is None else before
 
     def _show(self, tenant: str, upload_id: str) -> tuple[PartialUpload, int]:
         upload = self._partial.get(tenant, upload_id)
@@ -90,6 +92,7 @@ class ResumableUploads:
                 raise PayloadTooLarge(
                     f"the upload was announced with {upload.num_bytes} bytes", param="bytes"
                 )
+            self._busy[upload_id] = size
             file = await self._on(self._writers, self._partial.open, upload)
             writer = AppendWriter(file, upload.num_bytes, self._writers)
             try:
@@ -152,11 +155,11 @@ class ResumableUploads:
                 code="upload_busy",
                 retry_after_s=1,
             )
-        self._busy.add(upload_id)
+        self._busy[upload_id] = None
         try:
             yield
         finally:
-            self._busy.discard(upload_id)
+            del self._busy[upload_id]
 
     async def _on(self, executor: Executor, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
         return await asyncio.get_running_loop().run_in_executor(executor, function, *arguments)

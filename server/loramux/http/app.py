@@ -56,6 +56,16 @@ _UPLOAD = {
         "weights": {"type": "string", "format": "binary"},
     },
 }
+_REGISTRATION = {
+    "type": "object",
+    "required": ["name", "config", "weights"],
+    "properties": {
+        "name": {"type": "string"},
+        "config": {"type": ["string", "object"]},
+        "weights": {"type": "string"},
+        "expected_generation": {"type": "integer"},
+    },
+}
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -200,7 +210,8 @@ def _describe(app: FastAPI) -> None:
                     reference = {"$ref": f"#/components/schemas/{model.__name__}"}
                     operations["post"]["requestBody"] = _content("application/json", reference)
             if path := schema["paths"].get("/v1/adapters"):
-                path["post"]["requestBody"] = _content("multipart/form-data", _UPLOAD)
+                path["post"]["requestBody"] = body = _content("multipart/form-data", _UPLOAD)
+                body["content"].update(_content("application/json", _REGISTRATION)["content"])
         assert app.openapi_schema is not None
         return app.openapi_schema
 
