@@ -5,6 +5,7 @@ The real front with scripted processes: what a tenant could learn, it would lear
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import pytest
 from tests.front.house import ENGINE, INGEST, SERVER, configure
 from tests.http.conftest import serve
 from tests.http.fake_front import eventually
-from tests.http.granting import Tenant, grant
+from tests.http.granting import Tenant, bearer, grant
 from tests.http.test_bad_inputs import refusal
 
 from loramux.front.front import Front
@@ -183,6 +184,41 @@ def test_an_operators_own_upload_is_not_shared(house: House) -> None:
     assert house.operator.complete("common").headers["x-loramux-adapter"] != shared
     house.operator.delete("common")
     assert house.operator.complete("common").headers["x-loramux-adapter"] == shared
+
+
+def test_files_sent_before_are_the_senders(house: House) -> None:
+    alice, bob = house.alice, house.bob
+    weights = b"alice's weights"
+    hex_ = hashlib.sha256(weights).hexdigest()
+    blob = f"/v1/blobs/sha256:{hex_}"
+
+    def register(tenant: Tenant) -> Any:
+        body = {"name": "calf", "config": {}, "weights": f"sha256:{hex_}"}
+        return tenant.ask("POST", "/v1/adapters?wait=30", json=body)
+
+    assert alice.ask("PUT", blob, content=weights).status_code == 201
+    assert register(alice).status_code == 201
+    assert alice.ask("HEAD", blob).status_code == 200
+    assert bob.ask("HEAD", blob).status_code == 404
+    assert refusal(register(bob), 404)["code"] == "blob_not_found"
+    assert bob.ask("PUT", blob, content=weights).status_code == 201, "new to bob"
+    assert bob.ask("HEAD", blob).status_code == 200
+
+    begin = {"bytes": 4, "sha256": "0" * 64}
+    upload = f"/v1/uploads/{alice.ask('POST', '/v1/uploads', json=begin).json()['id']}"
+    assert alice.ask("HEAD", upload).status_code == 200
+    offset = {"Upload-Offset": "0"}
+    for method, path in (("HEAD", ""), ("PATCH", ""), ("POST", "/complete"), ("DELETE", "")):
+        key = bearer(bob.key) | offset
+        answer = bob.server.http.request(method, upload + path, headers=key)
+        assert answer.status_code == 404, (method, path)
+    assert alice.ask("DELETE", upload).status_code < 300
+
+    for name, status in (("calf", 404), ("common", 403), ("base", 403)):
+        refusal(bob.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": name}), status)
+    gone = alice.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": "calf"})
+    assert gone.status_code == 200
+    assert eventually(lambda: "calf" not in alice.names())
 
 
 def test_the_engine_hears_who_asked(house: House) -> None:
