@@ -85,6 +85,8 @@ async def hold_true(server: Server, answered: list[str]) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_killed_at_every_point_of_an_upload(way: str, before: Path, tmp_path: Path) -> None:
+    """May take over ten seconds: each of a hundred points is a process of its own, a start that
+    checks what it left, and a second upload on top."""
     folder = tmp_path / "killed"
     folder.mkdir()
     subprocess.run(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,10 +39,17 @@ uvicorn.Server(uvicorn_config(build_app(front, config), config, port=config.port
 """
 
 
+@pytest.fixture
+def short_dir() -> Iterator[str]:
+    """For sockets, whose names must be short, and which a killed server leaves behind."""
+    with tempfile.TemporaryDirectory(prefix="k") as folder:
+        yield folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_push_to_a_server_that_is_killed(
-    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_dir: str
 ) -> None:
     """Takes some ten seconds a seed: five starts of a server."""
     monkeypatch.setattr(_sending, "WHOLE_BYTES", 1000)
@@ -52,7 +63,7 @@ def test_push_to_a_server_that_is_killed(
         port = free.getsockname()[1]
     script = textwrap.dedent(SERVER)
     command = [sys.executable, "-c", script, str(tmp_path), str(port)]
-    environment = {"PYTHONPATH": ":".join(sys.path)}
+    environment = {"PYTHONPATH": ":".join(sys.path), "TMPDIR": short_dir}
     pushed: list[Adapter] = []
 
     def push() -> None:
@@ -62,7 +73,9 @@ def test_push_to_a_server_that_is_killed(
     thread = threading.Thread(target=push)
     thread.start()
     for kill in [True, True, True, True, False]:
-        server = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        server = subprocess.Popen(
+            command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         try:
             if kill:
                 while thread.is_alive() and not (tmp_path / "data" / "uploads").exists():
@@ -72,7 +85,12 @@ def test_push_to_a_server_that_is_killed(
             thread.join(120)
             assert pushed and pushed[0].status == "ready"
         finally:
-            server.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+            if not kill:
+                server.terminate()
+                server.wait(30)
+            # The scripted processes, too: unlike the real ones they outlive their front.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
             server.wait(30)
     thread.join(5)
     assert sha(weights) in stored(tmp_path) and len(stored(tmp_path)) == 2
