@@ -33,6 +33,14 @@ TABLE_MODULES = (
 the first layer, ``norm`` and ``lm_head`` with the last."""
 
 
+def module_path(layer: int, module: str) -> str:
+    """Where one of TABLE_MODULES stands in a model, below ``model.`` except for lm_head."""
+    if module in ("norm", "lm_head", "embed_tokens"):
+        return module
+    block = "self_attn." if module in MODULES[:4] else "mlp." if module in MODULES else ""
+    return f"layers.{layer}.{block}{module}"
+
+
 def table_widths(
     widths: Mapping[str, tuple[int, int]], vocab_size: int
 ) -> dict[str, tuple[int, int]]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from loramux_kernels.blocks import row_blocks
-from loramux_kernels.lora.table import GAIN, INPUT_GAIN, SHIFT, SITES, TABLE_SITES, AdapterTable
+from loramux_kernels.lora.table import SITES, TABLE_SITES, AdapterTable
 
 if TYPE_CHECKING:
     from loramux_kernels.lora.work import LoraWork
@@ -77,9 +77,7 @@ class Runs:
         """``[layers, sites]``: the largest rank any entry has at a layer's site; 0 when none
         changes it. Looked up once, since residency does not change during a step."""
         if not self._top_ranks:
-            ranks = table.rank[self.slot].max(axis=0, initial=0)
-            sites = [ranks[:, list(modules)].max(axis=1) for modules in TABLE_SITES.values()]
-            self._top_ranks.append(np.stack(sites, axis=1).astype(np.int64))
+            self._top_ranks.append(table.site_rank[self.slot].max(axis=0, initial=0))
         return self._top_ranks[0]
 
     def top_rank(self, table: AdapterTable, layer: int, site: str) -> int:
@@ -95,11 +93,7 @@ class Runs:
         """``[layers, sites, 2]``: whether any entry has vectors on the outputs (0), on the inputs
         (1) of a layer's site."""
         if not self._modulated:
-            last = table.vector_offset[self.slot].max(axis=0, initial=-1)
-            outputs = np.maximum(last[..., GAIN], last[..., SHIFT])
-            both = np.stack([outputs, last[..., INPUT_GAIN]], axis=-1) >= 0
-            sites = [both[:, list(modules)].any(axis=1) for modules in TABLE_SITES.values()]
-            self._modulated.append(np.stack(sites, axis=1))
+            self._modulated.append(table.site_vectors[self.slot].max(axis=0, initial=False))
         return self._modulated[0]
 
     def of_rows(self, rows: npt.NDArray[np.int64]) -> Runs:

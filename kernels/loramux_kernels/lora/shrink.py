@@ -20,6 +20,13 @@ def moved(place: int, within: int, by: int, per_slice: int) -> Any:
     return place, within
 
 
+@inlined
+def place_of(slices: Any, list_at: int, per_slice: int, itemsize: int, element: int) -> Any:
+    """Where in the pool, in elements, an element of the stream that begins at ``slices[list_at]``
+    lies."""
+    return slices[list_at + element // per_slice] // itemsize + element % per_slice
+
+
 def shrink_with(load: Any, itemsize: int) -> Any:
     """The work of one item, for weights of ``itemsize`` bytes that ``load`` widens."""
 

@@ -67,6 +67,10 @@ class AdapterTable:
     ``token_rows_offset`` and ``num_token_rows`` [slots, 2], ``dtype`` (index into DTYPES) and
     ``list_start`` [slots]; the slice list of a slot begins at ``slices[list_start[slot]]``.
     ``tensors`` holds the same arrays on ``device``.
+
+    For the host, which asks every step: ``site_rank`` [slots, layers, sites], the largest rank at
+    each of the TABLE_SITES, and ``site_vectors`` [slots, layers, sites, 2], whether there are
+    vectors on the outputs, on the inputs.
     """
 
     def __init__(
@@ -120,6 +124,9 @@ class AdapterTable:
         self.token_ids_offset: npt.NDArray[np.int64] = np.zeros((0, 2), dtype=np.int64)
         self.token_rows_offset: npt.NDArray[np.int64] = np.zeros((0, 2), dtype=np.int64)
         self.num_token_rows: npt.NDArray[np.int32] = np.zeros((0, 2), dtype=np.int32)
+        sites = (0, num_layers, len(TABLE_SITES))
+        self.site_rank: npt.NDArray[np.int64] = np.zeros(sites, dtype=np.int64)
+        self.site_vectors: npt.NDArray[np.bool_] = np.zeros((*sites, 2), dtype=np.bool_)
         self.tensors: dict[str, torch.Tensor] = {
             "out_width": torch.from_numpy(self.out_width).to(self.device)
         }
@@ -166,10 +173,19 @@ class AdapterTable:
         self.dtype[slot] = DTYPES.index(dtype)
         for name, values in row.items():
             getattr(self, name)[slot] = values
+        self._sum_up(slot)
         self._mirror("slices", start, len(slices))
         for name in ("list_start", "dtype", *_ROWS):
             self._mirror(name, slot, 1)
         return slot
+
+    def _sum_up(self, slot: int) -> None:
+        present = self.vector_offset[slot] >= 0
+        outputs = present[..., GAIN] | present[..., SHIFT]
+        vectors = np.stack([outputs, present[..., INPUT_GAIN]], axis=-1)
+        for site, modules in enumerate(TABLE_SITES.values()):
+            self.site_rank[slot, :, site] = self.rank[slot][:, list(modules)].max(axis=1)
+            self.site_vectors[slot, :, site] = vectors[:, list(modules)].any(axis=1)
 
     def reserve(self, slots: int, slices: int) -> None:
         """Make room at once for so many adapters over so many slices: on a device, growing moves
@@ -274,7 +290,7 @@ class AdapterTable:
     def _grow_slots(self) -> None:
         before = len(self.list_start)
         after = max(8, 2 * before)
-        for name in ("list_start", "dtype", *_ROWS):
+        for name in ("list_start", "dtype", "site_rank", "site_vectors", *_ROWS):
             old = getattr(self, name)
             new = np.zeros((after, *old.shape[1:]), dtype=old.dtype)
             new[:before] = old

@@ -14,6 +14,7 @@ from numba import prange
 from loramux_kernels import dispatch, simd
 from loramux_kernels.jit import inner, parallel
 from loramux_kernels.lora.runs import ROW_BLOCK, Runs
+from loramux_kernels.lora.shrink import place_of
 from loramux_kernels.lora.table import AdapterTable
 
 
@@ -107,15 +108,17 @@ def _modulate_items(
                 at = offsets[adapter, layer, module, gain]
                 if at >= 0:
                     # Chunks of sixteen or more never cross a slice's end.
-                    place, within = divmod(at + column, per_slice)
-                    v = simd.load(pool, slices[list_start[adapter] + place] // 4 + within)
+                    v = simd.load(
+                        pool, place_of(slices, list_start[adapter], per_slice, 4, at + column)
+                    )
                     factor = simd.fma(c, v, factor)
                 if shift < 0:
                     continue
                 at = offsets[adapter, layer, module, shift]
                 if at >= 0:
-                    place, within = divmod(at + column, per_slice)
-                    v = simd.load(pool, slices[list_start[adapter] + place] // 4 + within)
+                    v = simd.load(
+                        pool, place_of(slices, list_start[adapter], per_slice, 4, at + column)
+                    )
                     added = simd.fma(c, v, added)
             for r in range(row, row + rows):
                 to = r * row_width + before + column

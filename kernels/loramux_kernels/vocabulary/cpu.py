@@ -10,8 +10,9 @@ import torch
 from numba import prange
 
 from loramux_kernels import dispatch, simd
-from loramux_kernels.jit import counting, inner, parallel
+from loramux_kernels.jit import inner, parallel
 from loramux_kernels.lora.runs import ROW_BLOCK, Runs
+from loramux_kernels.lora.shrink import place_of
 from loramux_kernels.lora.table import EMBEDDING, HEAD, TABLE_MODULES, AdapterTable
 
 _EMBED = TABLE_MODULES.index("embed_tokens")
@@ -78,18 +79,14 @@ def change_logits(
 
 
 @inner
-def _place(slices: Any, per_slice: int, itemsize: int, element: int) -> Any:
-    """Where in the pool, in elements, an element of a stream lies."""
-    return slices[element // per_slice] // itemsize + element % per_slice
-
-
-@inner
-def _first_from(pool: Any, slices: Any, per_slice: int, ids: int, count: int, wanted: int) -> int:
+def _first_from(
+    pool: Any, slices: Any, list_at: int, per_slice: int, ids: int, count: int, wanted: int
+) -> int:
     """How many of the increasing ids at ``ids`` are smaller than ``wanted``."""
     low, high = 0, count
     while low < high:
         middle = (low + high) // 2
-        if pool[_place(slices, per_slice, 4, ids + middle)] < wanted:
+        if pool[place_of(slices, list_at, per_slice, 4, ids + middle)] < wanted:
             low = middle + 1
         else:
             high = middle
@@ -119,6 +116,7 @@ def _embed_with(load: Any, lane: Any, itemsize: int) -> Any:
         w: Any,
         per_slice: int,
         slices: Any,
+        list_at: int,
         a: int,
         a_padded: int,
         b: int,
@@ -134,11 +132,11 @@ def _embed_with(load: Any, lane: Any, itemsize: int) -> Any:
     ) -> None:
         """``y += factor * B A[:, token]``, vector by vector."""
         for j in range(rank):
-            at = _place(slices, per_slice, itemsize, a + j * a_padded + token)
+            at = place_of(slices, list_at, per_slice, itemsize, a + j * a_padded + token)
             h = simd.splat(factor * lane(w, at, scratch, scratch_at))
             for k in range(0, width, 16):
                 left = min(16, width - k)
-                at = _place(slices, per_slice, itemsize, b + j * b_padded + k)
+                at = place_of(slices, list_at, per_slice, itemsize, b + j * b_padded + k)
                 v = simd.fma(h, load(w, at), simd.load_part(y, to + k, left))
                 simd.store_part(y, to + k, v, left)
 
@@ -150,7 +148,7 @@ _embed_f16 = _embed_with(simd.load_f16, _lane_f16, 2)
 _embed_bf16 = _embed_with(simd.load_bf16, _lane_bf16, 2)
 
 
-@counting
+@inner
 def _change_row(
     row: int,
     run: int,
@@ -182,9 +180,10 @@ def _change_row(
     padded = (width + chunk - 1) // chunk * chunk
     for entry in range(entry_start[run], entry_start[run + 1]):
         adapter, c = slot[entry], request_scale[entry]
-        stream = slices[list_start[adapter] :]
+        list_at = list_start[adapter]
         args = (
-            stream,
+            slices,
+            list_at,
             a_offset[adapter, 0, _EMBED],
             a_padded,
             b_offset[adapter, 0, _EMBED],
@@ -208,13 +207,13 @@ def _change_row(
         if count == 0:
             continue
         ids, per_slice = ids_offset[adapter, EMBEDDING], slice_bytes // 4
-        index = _first_from(i32, stream, per_slice, ids, count, token)
-        if index < count and i32[_place(stream, per_slice, 4, ids + index)] == token:
+        index = _first_from(i32, slices, list_at, per_slice, ids, count, token)
+        if index < count and i32[place_of(slices, list_at, per_slice, 4, ids + index)] == token:
             start = rows_offset[adapter, EMBEDDING] + index * padded
             factor = simd.splat(c)
             for k in range(0, width, 16):
                 left, to = min(16, width - k), row * width + k
-                v = simd.load(f32, _place(stream, per_slice, 4, start + k))
+                v = simd.load(f32, place_of(slices, list_at, per_slice, 4, start + k))
                 v = simd.fma(factor, v, simd.load_part(y, to, left))
                 simd.store_part(y, to, v, left)
 
@@ -282,7 +281,7 @@ def change_embeddings_at(
         )
 
 
-@counting
+@inner
 def _change_part(
     run: int,
     row: int,
@@ -310,18 +309,18 @@ def _change_part(
     padded = (width + chunk - 1) // chunk * chunk
     for entry in range(entry_start[run], entry_start[run + 1]):
         adapter = slot[entry]
-        stream = slices[list_start[adapter] :]
+        list_at = list_start[adapter]
         ids, count = ids_offset[adapter, HEAD], num_rows[adapter, HEAD]
-        index = _first_from(i32, stream, per_slice, ids, count, first_id)
+        index = _first_from(i32, slices, list_at, per_slice, ids, count, first_id)
         while index < count:
-            token = i32[_place(stream, per_slice, 4, ids + index)]
+            token = i32[place_of(slices, list_at, per_slice, 4, ids + index)]
             if token >= last_id:
                 break
             start = rows_offset[adapter, HEAD] + index * padded
             for r in range(row, row + rows):
                 sums = simd.splat(np.float32(0))
                 for k in range(0, width, 16):
-                    v = simd.load(f32, _place(stream, per_slice, 4, start + k))
+                    v = simd.load(f32, place_of(slices, list_at, per_slice, 4, start + k))
                     sums = simd.fma(v, simd.load_part(x, r * width + k, min(16, width - k)), sums)
                 y[r * vocabulary + token] += scale[entry] * simd.total(sums)
             index += 1

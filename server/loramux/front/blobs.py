@@ -16,8 +16,6 @@ from loramux.errors import NotFound, PayloadTooLarge
 from loramux.front.holds import BlobHolds
 from loramux.front.uploads import UploadWriter
 
-PREFIX = "sha256:"
-
 
 class BlobService:
     """``HEAD`` and ``PUT /v1/blobs``, and what registrations ask of blobs.
@@ -99,7 +97,7 @@ class BlobService:
     def _size(self, tenant: str, digest: str, param: str) -> int:
         if not self._visible(tenant, check_digest(digest)):
             raise NotFound("no such blob", param=param, code="blob_not_found")
-        return self._store.path(digest).stat().st_size
+        return self._store.size(digest)
 
     @asynccontextmanager
     async def claim(self, tenant: str, digest: str, param: str) -> AsyncIterator[int]:

@@ -11,7 +11,7 @@ import numpy as np
 from loramux.adapters.base_weights import Float32
 from loramux.adapters.canonical import ITEMSIZE, STORAGE, widen
 from loramux.model.checkpoint import TensorBytes, read_checkpoint
-from loramux.wire import MODULES
+from loramux.wire import module_path
 
 _BLOCK_ELEMENTS = 1 << 22
 
@@ -29,7 +29,7 @@ class CheckpointWeights:
 
     def blocks(self, layer: int, module: str) -> Iterator[Float32]:
         """See BaseWeights."""
-        name = f"{_prefix(layer, module)}.weight"
+        name = f"{_name(layer, module)}.weight"
         if module == "lm_head" and name not in self._tensors:  # tied
             name = "model.embed_tokens.weight"
         tensor = self._tensors[name]
@@ -41,19 +41,13 @@ class CheckpointWeights:
 
     def bias(self, layer: int, module: str) -> Float32 | None:
         """See BaseWeights."""
-        tensor = self._tensors.get(f"{_prefix(layer, module)}.bias")
+        tensor = self._tensors.get(f"{_name(layer, module)}.bias")
         return None if tensor is None else _read(tensor, 0, tensor.shape[0])
 
 
-def _prefix(layer: int, module: str) -> str:
-    if module == "lm_head":
-        return module
-    if module in ("embed_tokens", "norm"):
-        return f"model.{module}"
-    if module not in MODULES:
-        return f"model.layers.{layer}.{module}"
-    block = "self_attn" if module in MODULES[:4] else "mlp"
-    return f"model.layers.{layer}.{block}.{module}"
+def _name(layer: int, module: str) -> str:
+    path = module_path(layer, module)
+    return path if module == "lm_head" else f"model.{path}"
 
 
 def _read(tensor: TensorBytes, first: int, count: int) -> Float32:

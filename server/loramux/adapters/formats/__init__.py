@@ -1,6 +1,6 @@
 """From the files of an adapter to its canonical form, one module for each format of PEFT.
 
-Import is strict: every tensor of the file must be a part of a linear module of the base, every
+Import is strict: every tensor of the file must be a part of a module of the base, every
 field of the config must be one whose meaning we implement or know to be neutral, and the two must
 agree. Whatever does not is listed, all of it, and nothing is imported: an adapter that runs with
 half of its weights looks like a bad adapter, not like an error.
@@ -72,7 +72,7 @@ def import_adapter(
 ) -> CanonicalAdapter:
     """The adapter that ``config`` and ``tensors`` describe, checked against ``base``.
 
-    Every value is read once, in blocks. Raises AdapterInvalid with every problem (codes
+    Every value is looked at, in blocks. Raises AdapterInvalid with every problem (codes
     rank_mismatch, rank_too_large, non_finite, out_of_range, adapter_invalid).
     """
     upload = Upload(config, tensors, base, weights, Problems())

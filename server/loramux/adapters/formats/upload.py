@@ -25,9 +25,8 @@ from loramux.adapters.formats.fields import MAX_SCALE, Targets, suffixes
 from loramux.adapters.problems import Problems
 from loramux.adapters.safetensors_file import FileTensor
 from loramux.adapters.strict_json import shown
-from loramux.wire import MODULES, TABLE_MODULES, BaseDescription
+from loramux.wire import MODULES, TABLE_MODULES, BaseDescription, module_path
 
-_BLOCK = {m: "self_attn" if m in MODULES[:4] else "mlp" for m in MODULES}
 _NAME = re.compile(
     r"(?P<prefix>(?:base_model\.model\.)?)"
     r"(?P<model>(?:model\.)?)layers\.(?P<layer>0|[1-9][0-9]{0,5})\."
@@ -139,13 +138,8 @@ class Upload:
 
     def name(self, module: Module) -> str:
         """A module as the file calls it, like ``model.layers.0.self_attn.q_proj``."""
-        layer, what = module
-        if what == "lm_head":
-            return what
-        if what in ("embed_tokens", "norm"):
-            return f"{self._model_prefix}{what}"
-        block = _BLOCK.get(what)
-        return f"{self._model_prefix}layers.{layer}.{f'{block}.' if block else ''}{what}"
+        path = module_path(*module)
+        return path if module[1] == "lm_head" else f"{self._model_prefix}{path}"
 
     def ordered(self) -> list[Module]:
         """The keys of ``modules`` by layer, then as MODULES."""
