@@ -1,0 +1,59 @@
+"""What many adapters share: the A and B of their pairs that have a middle, kept once.
+
+In LoRA-XS (arXiv 2405.17604) A and B come from the base's own singular vectors, so that all
+adapters of one base and rank have the same and only R [rank, rank] is trained. A basis is named by
+its content and packed like an adapter; on the disk and in the pool there is one of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from loramux.adapters.canonical import CanonicalAdapter, read_as
+from loramux.adapters.pack import lay_out, pack, packed_path
+from loramux.wire import BaseDescription
+
+_DOMAIN = b"loramux/basis/1"
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The shared pairs as an adapter of their own, of scale 1 and without middles."""
+
+    digest: str
+    pairs: CanonicalAdapter
+
+
+def basis_of(adapter: CanonicalAdapter) -> Basis | None:
+    """What the adapter shares; None when none of its pairs has a middle. Reads all of it.
+
+    The digest is SHA-256 over dtype, places and shapes, then the bytes of A and B, pair after pair.
+    """
+    shared = [pair for pair in adapter.pairs if pair.middle is not None]
+    if not shared:
+        return None
+    places = [(pair.layer, pair.module, pair.a.shape, pair.b.shape) for pair in shared]
+    head = msgspec.msgpack.encode((adapter.dtype, places))
+    digest = hashlib.sha256(_DOMAIN + len(head).to_bytes(8, "little") + head)
+    for pair in shared:
+        for matrix in (pair.a, pair.b):
+            digest.update(np.ascontiguousarray(read_as(matrix, adapter.dtype)).data)
+    alone = tuple(replace(pair, scale=1.0, middle=None) for pair in shared)
+    return Basis(digest.hexdigest(), CanonicalAdapter(adapter.dtype, alone))
+
+
+def keep(basis: Basis, base: BaseDescription, data_dir: Path) -> None:
+    """Pack it unless it is there. Two that do so at once write the same. Raises StorageFull."""
+    path = packed_path(data_dir, basis.digest, base.fingerprint)
+    if not path.exists():
+        pack(basis.pairs, base, basis.digest, path)
+
+
+def size(basis: Basis, base: BaseDescription) -> int:
+    """Bytes of its stream."""
+    return lay_out(basis.pairs, base).num_bytes
