@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -54,6 +55,11 @@ def keep(basis: Basis, base: BaseDescription, data_dir: Path) -> None:
         pack(basis.pairs, base, basis.digest, path)
 
 
-def size(basis: Basis, base: BaseDescription) -> int:
-    """Bytes of its stream."""
-    return lay_out(basis.pairs, base).num_bytes
+def facts(basis: Basis, base: BaseDescription) -> dict[str, Any]:
+    """What a report says of it: its bytes and frames are taken once for all that share it."""
+    layout = lay_out(basis.pairs, base)
+    return {
+        "digest": basis.digest,
+        "num_bytes": layout.num_bytes,
+        "num_frames": layout.num_frames(base.slice_bytes),
+    }

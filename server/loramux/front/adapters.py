@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from loramux.adapters.blobs import READ_BYTES, BlobStore, adapter_digest
-from loramux.adapters.pack import packed_path
 from loramux.adapters.registry import AdapterRow, Registry
 from loramux.config import ADAPTER_NAME, ServerConfig
 from loramux.errors import (
@@ -25,6 +24,7 @@ from loramux.front.blobs import BlobService
 from loramux.front.catalog import SHARED, AdapterView, Catalog, Served
 from loramux.front.ingest_client import IngestClient
 from loramux.front.observations import Observations
+from loramux.front.packed import PackedFiles
 from loramux.front.quotas import Quotas
 from loramux.front.resumable import ResumableUploads
 from loramux.front.shelf import Shelf
@@ -61,6 +61,7 @@ class AdapterService:
         self._quotas = quotas
         self._base: BaseDescription | None = None
         self._registry = Registry(config.data_dir)
+        self.packed = PackedFiles(config.data_dir, self._registry)
         self._store = BlobStore(config.data_dir)
         self._store.sweep()  # now: uploads may begin before there is an engine
         self._references: Counter[str] = Counter()
@@ -72,6 +73,7 @@ class AdapterService:
             ingest,
             observations,
             self.background,
+            lacks=self.packed.lacks,
             pin=lambda digest: self.tell_engine("pin", digest),
             deleted=lambda row: self._forget_soon([row]),
         )
@@ -276,20 +278,17 @@ class AdapterService:
                 self.background.spawn(self._forget(row))
 
     async def _forget(self, row: AdapterRow) -> None:
-        lives = await self.shelf.change(row.tenant, row.name, lambda: self._forget_row(row))
-        if not lives:
-            await self.tell_engine("evict", row.digest)
+        gone = await self.shelf.change(row.tenant, row.name, lambda: self._forget_row(row))
+        for digest in gone:
+            await self.tell_engine("evict", digest)
 
-    def _forget_row(self, row: AdapterRow) -> bool:
-        """Remove the row, then the files nobody else needs; whether the version lives on."""
+    def _forget_row(self, row: AdapterRow) -> Sequence[str]:
+        """Remove the row, then the files nobody else needs; the digests that are no more."""
         self._registry.forget(row.id)
-        lives = self._registry.uses_adapter(row.digest)
-        if not lives and self._base is not None:
-            fingerprint = self._base.fingerprint
-            packed_path(self._config.data_dir, row.digest, fingerprint).unlink(missing_ok=True)
+        gone = self.packed.collect(row)
         for digest in (row.config_digest, row.weights_digest):
             self.blobs.holds.collect(digest)
-        return lives
+        return gone
 
     async def tell_engine(self, kind: Literal["pin", "evict"], digest: str) -> None:
         """What can wait for the next engine when this one does not take it."""

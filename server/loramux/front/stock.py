@@ -6,7 +6,6 @@ import asyncio
 import logging
 from pathlib import Path
 
-from loramux.adapters.pack import packed_path
 from loramux.config import DEMO_DIR, ServerConfig
 from loramux.errors import LoramuxError
 from loramux.front.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterService
@@ -38,6 +37,7 @@ class Stock:
             await adapters.serve_for(base)
             if first:
                 await self._background.on_disk(adapters.blobs.collect_all)
+                await self._background.on_disk(adapters.packed.sweep)
                 self._background.spawn(self._sweep_for_ever())
             self._make_good(base)
             if first:
@@ -55,8 +55,7 @@ class Stock:
         for row in catalog.rows():
             if row.pinned and row.status == "ready":
                 self._background.spawn(self._adapters.tell_engine("pin", row.digest))
-            path = packed_path(self._config.data_dir, row.digest, base.fingerprint)
-            if row.status == "ready" and not path.exists():
+            if row.status == "ready" and self._adapters.packed.lacks(row, base.fingerprint):
                 catalog.unpacked.add(row.digest)
                 self._adapters.verdicts.begin(row, base)
             if row.status == "validating":

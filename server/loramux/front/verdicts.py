@@ -6,6 +6,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from msgspec.structs import replace
+
 from loramux.adapters.registry import AdapterRow
 from loramux.errors import AdapterInvalid, NotFound, ServiceError
 from loramux.front.background import Background
@@ -24,8 +26,8 @@ NOT_THE_ADAPTERS_FAULT = frozenset({"storage_full", "internal_error"})
 class Verdicts:
     """Validation of registered adapters, and of files nobody registers.
 
-    ``pin`` tells the engine of a new version that is pinned; ``deleted`` hears of rows that went
-    while they were being examined.
+    ``lacks`` says whether a packed file that a row needs is missing. ``pin`` tells the engine of a
+    new version that is pinned; ``deleted`` hears of rows that went while they were being examined.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Verdicts:
         observations: Observations,
         background: Background,
         *,
+        lacks: Callable[[AdapterRow, str], bool],
         pin: Callable[[str], Awaitable[None]],
         deleted: Callable[[AdapterRow], None],
     ) -> None:
@@ -42,6 +45,7 @@ class Verdicts:
         self._ingest = ingest
         self._observations = observations
         self._background = background
+        self._lacks = lacks
         self._pin = pin
         self._deleted = deleted
         self._running: dict[int, asyncio.Task[None]] = {}
@@ -66,23 +70,29 @@ class Verdicts:
             task = self._running[row.id] = self._background.spawn(self._examine(row, base))
             task.add_done_callback(lambda _: self._running.pop(row.id, None))
 
-    async def _examine(self, row: AdapterRow, base: BaseDescription) -> None:
-        files = row.config_digest, row.weights_digest
+    async def _ask(self, row: AdapterRow, base: BaseDescription) -> IngestDone:
         try:
-            done = await self._ingest.examine(*files, base, pack=True)
+            done = await self._ingest.examine(
+                row.config_digest, row.weights_digest, base, pack=True
+            )
         except ServiceError as error:
-            done = IngestDone(job_id=0, problems=[error.message], code=error.code)
+            return IngestDone(job_id=0, problems=[error.message], code=error.code)
+        if not done.problems and done.digest != row.digest:
+            return IngestDone(job_id=0, problems=["its files changed on disk"], code="corrupt")
+        return done
+
+    async def _examine(self, row: AdapterRow, base: BaseDescription) -> None:
+        done = await self._ask(row, base)
         if row.status == "ready" and done.code in NOT_THE_ADAPTERS_FAULT and done.problems:
             log.error("could not pack %s again: %s", row.name, done.problems[0])
             return
-        if not done.problems and done.digest != row.digest:
-            done = IngestDone(job_id=0, problems=["its files changed on disk"], code="corrupt")
         try:
-            await self._background.on_disk(self._record, row, done, base.fingerprint)
+            while not await self._background.on_disk(self._record, row, done, base.fingerprint):
+                done = await self._ask(row, base)
         except NotFound:  # deleted meanwhile
             self._running.pop(row.id, None)
             await self._shelf.refresh(row.tenant, row.name)
-            self._deleted(self._shelf.catalog.row(row))
+            self._deleted(replace(self._shelf.catalog.row(row), report=done.report))
             return
         self._shelf.catalog.unpacked.discard(row.digest)
         await self._shelf.refresh(row.tenant, row.name)
@@ -90,12 +100,17 @@ class Verdicts:
         if self._shelf.catalog.row(row).pinned:
             await self._pin(row.digest)
 
-    def _record(self, row: AdapterRow, done: IngestDone, fingerprint: str) -> None:
+    def _record(self, row: AdapterRow, done: IngestDone, fingerprint: str) -> bool:
+        """Write the verdict down; False if it is good and a file of it is gone again: its basis was
+        there, and went with the last adapter that was known to need it."""
         registry = self._shelf.registry
         if done.problems:
             registry.mark_failed(row.id, code=done.code, problems=done.problems)
+        elif self._lacks(replace(row, report=done.report), fingerprint):
+            return False
         else:
             registry.mark_ready(row.id, fingerprint=fingerprint, report=done.report)
+        return True
 
     async def preview(
         self, name: str, files: tuple[str, str], base: BaseDescription

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from loramux.adapters import basis as bases
 from loramux.adapters import pack
 from loramux.adapters.blobs import BlobStore, adapter_digest
 from loramux.adapters.canonical import TOKEN_MODULES, VECTOR_KINDS, CanonicalAdapter
@@ -45,20 +46,29 @@ def _run(job: IngestJob, data_dir: Path) -> IngestDone:
         tensors = read_tensors(file)
         weights = CheckpointWeights(Path(job.base.directory))
         adapter = import_adapter(parse_config(config_bytes), tensors, job.base, weights)
-        _check_size(adapter, job.base)
+        basis = bases.basis_of(adapter)
+        _check_size(adapter, basis, job.base)
         if job.pack:
+            if basis is not None:
+                bases.keep(basis, job.base, data_dir)
             path = pack.packed_path(data_dir, digest, job.base.fingerprint)
-            layout = pack.pack(adapter, job.base, digest, path)
+            shared = basis.digest if basis else None
+            layout = pack.pack(adapter, job.base, digest, path, basis=shared)
         else:
             layout = pack.lay_out(adapter, job.base)
     report = _report(adapter, layout, job.base.slice_bytes, len(tensors))
+    if basis is not None:
+        report["basis"] = bases.facts(basis, job.base)
     return IngestDone(job_id=job.job_id, digest=digest, report=report)
 
 
-def _check_size(adapter: CanonicalAdapter, base: BaseDescription) -> None:
-    """Before anything is packed: one adapter must not crowd out the others. Without a limit set,
-    whole embeddings may take a quarter of the pool."""
-    size = pack.lay_out(adapter, base).num_bytes
+def _check_size(
+    adapter: CanonicalAdapter, basis: bases.Basis | None, base: BaseDescription
+) -> None:
+    """Before anything is packed: one adapter, its basis included, must not crowd out the others.
+    Without a limit set, whole embeddings may take a quarter of the pool."""
+    parts = [adapter, basis.pairs] if basis else [adapter]
+    size = sum(pack.lay_out(part, base).num_bytes for part in parts)
     limit = base.max_adapter_bytes or (base.pool_bytes // 4 if adapter.tokens else 0)
     if limit and size > limit:
         text = (
