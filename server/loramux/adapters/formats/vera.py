@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from loramux.adapters.canonical import Computed
+from loramux.adapters.formats.biases import PARTS as BIASES
+from loramux.adapters.formats.biases import read_biases
 from loramux.adapters.formats.fields import Rules, as_rank, targets_of, value_of
 from loramux.adapters.formats.upload import Module, Upload, values_of
 from loramux.adapters.safetensors_file import FileTensor
 
 RULES = Rules(
-    implemented=frozenset(["r", "save_projection"]),
+    implemented=frozenset(["r", "save_projection", "bias"]),
     neutral={
         "projection_prng_key": "the projections are in the file",
         "vera_dropout": "training only",
@@ -17,7 +19,7 @@ RULES = Rules(
     },
     refused={},
 )
-PARTS = {"vera_lambda_b": "b", "vera_lambda_d": "d"}
+PARTS = {"vera_lambda_b": "b", "vera_lambda_d": "d", **BIASES}
 
 
 def read(upload: Upload) -> None:
@@ -31,6 +33,7 @@ def read(upload: Upload) -> None:
         upload.take(f"base_model.vera_{side}", f"base_model.vera_{side}.default") for side in "AB"
     ]
     upload.refuse_rest()
+    read_biases(upload, "vera_only")
     for tensor in (t for t in shared if t is not None):
         upload.scan(tensor)
     if None in shared:
