@@ -63,13 +63,14 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "pissa_dora": ("LoraConfig", {"r": 4, "init_lora_weights": "pissa", "use_dora": True}),
     "olora": ("LoraConfig", {"r": 8, "init_lora_weights": "olora"}),
-    "olora_rslora": (
+    "olora_embeddings": (
         "LoraConfig",
         {
             "r": 3,
             "init_lora_weights": "olora",
             "use_rslora": True,
             "alpha_pattern": {"o_proj": 2.0},
+            "target_modules": [*ALL, "embed_tokens"],
         },
     ),
     "lora_xs": ("LoRA-XS", {"r": 8}),

@@ -34,6 +34,9 @@ def check(upload: Upload, *, plain: bool) -> None:
             "LoRA-XS (lora_latent_mapping) is not defined with use_dora, lora_bias or an "
             "init_lora_weights that changes the base"
         )
+    for at in with_r:
+        if at[1] == "embed_tokens":
+            upload.problems.add("LoRA-XS (lora_latent_mapping) of embed_tokens is not defined")
     for at in upload.ordered():
         if "R" not in upload.modules[at]:
             text = f"{upload.name(at)} has no lora_latent_mapping, and other modules have one"
