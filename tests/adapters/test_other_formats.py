@@ -20,11 +20,12 @@ from tests.adapters.peft_files import (
     tensor_name,
 )
 
+from loramux.adapters import pack
 from loramux.adapters.canonical import CanonicalAdapter, widen
 from loramux.adapters.formats import import_adapter
 from loramux.adapters.safetensors_file import read_tensors
 from loramux.errors import AdapterInvalid
-from loramux.wire import BaseDescription
+from loramux.wire import TABLE_MODULES, BaseDescription
 
 BASE = base_description(hidden=33, inter=47, heads=5, kv_heads=1, head_dim=7)
 Q0A, V2B = tensor_name(0, "q_proj", "A"), tensor_name(2, "v_proj", "B")
@@ -298,3 +299,48 @@ def test_biases_of_every_format(tmp_path: Path, kind: str) -> None:
     ):
         error = refusal(tmp_path, {**config, "bias": bias}, given)
         assert said(error, named), error.problems
+
+
+def test_veras_basis_is_in_the_pool_once(tmp_path: Path) -> None:
+    """A for each width of inputs; of each module only its own B. Layers end where they did."""
+    rng, layers, rank = np.random.default_rng(3), BASE.num_layers, 5
+    shared = {"A": rng.standard_normal((rank, 47)), "B": rng.standard_normal((47, rank))}
+    tensors = {f"base_model.vera_{side}": v.astype("<f4") for side, v in shared.items()}
+    for layer in range(layers):
+        for module, (_, width_out) in BASE.widths.items():
+            at = f"base_model.model.{module_name(layer, module)}"
+            tensors[f"{at}.vera_lambda_b"] = rng.standard_normal(width_out).astype("<f4")
+            tensors[f"{at}.vera_lambda_d"] = rng.standard_normal(rank).astype("<f4")
+    config = {"peft_type": "VERA", "r": rank, "target_modules": list(BASE.widths)}
+    path = tmp_path / "weights"
+    path.write_bytes(safetensors_bytes(tensors))
+    with open(path, "rb") as file:
+        adapter = import_adapter(config, read_tensors(file), BASE, Biases())
+        layout = pack.pack(adapter, BASE, "d" * 64, tmp_path / "packed" / "it")
+    packed = pack.read_header(tmp_path / "packed" / "it")
+    assert pack.verify_payload(packed)
+    stream = np.fromfile(packed.path, "<f4", offset=packed.payload_offset)
+    padded = {width: -(-width // 16) * 16 for pair in BASE.widths.values() for width in pair}
+    widths_out = [width_out for _, width_out in BASE.widths.values()]
+    once = sum(padded[width] for width in {width_in for width_in, _ in BASE.widths.values()})
+    own = layers * sum(padded[width] for width in widths_out)
+    assert stream.size == layout.num_elems == rank * (once + own)
+
+    needs = np.zeros(layers, np.int64)
+    for pair in adapter.pairs:
+        at = pair.layer, TABLE_MODULES.index(pair.module)
+        halves = []
+        for offset, width in zip(
+            (packed.a_offset, packed.b_offset), BASE.widths[pair.module], strict=True
+        ):
+            start, end = int(offset[at]), int(offset[at]) + rank * padded[width]
+            halves.append(stream[start:end].reshape(rank, -1)[:, :width])
+            needs[pair.layer :] = np.maximum(needs[pair.layer :], end)
+        a, b = halves
+        name = f"base_model.model.{module_name(pair.layer, pair.module)}.vera_lambda"
+        width_in, width_out = BASE.widths[pair.module]
+        want = (tensors[f"{name}_b"][:, None] * shared["B"][:width_out]) @ (
+            tensors[f"{name}_d"][:, None] * shared["A"][:, :width_in]
+        )
+        np.testing.assert_allclose(b.T @ a, want, atol=1e-4)
+    assert packed.layer_ends().tolist() == needs.tolist()

@@ -46,6 +46,7 @@ def adapters(
     }
 
 
+# Ten seconds and more: PEFT loads and runs each of some forty adapters, one after the other.
 def test_all_formats_in_one_batch_answer_as_peft_and_as_alone(
     model: Path, adapters: dict[str, Path]
 ) -> None:
