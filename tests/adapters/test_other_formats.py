@@ -301,17 +301,23 @@ def test_biases_of_every_format(tmp_path: Path, kind: str) -> None:
         assert said(error, named), error.problems
 
 
-def test_veras_basis_is_in_the_pool_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", [(0, 1, 2), (0, 2), (1,)])
+def test_veras_basis_is_in_the_pool_once(tmp_path: Path, layers: tuple[int, ...]) -> None:
     """A for each width of inputs; of each module only its own B. Layers end where they did."""
-    rng, layers, rank = np.random.default_rng(3), BASE.num_layers, 5
+    rng, rank = np.random.default_rng(3), 5
     shared = {"A": rng.standard_normal((rank, 47)), "B": rng.standard_normal((47, rank))}
     tensors = {f"base_model.vera_{side}": v.astype("<f4") for side, v in shared.items()}
-    for layer in range(layers):
+    for layer in layers:
         for module, (_, width_out) in BASE.widths.items():
             at = f"base_model.model.{module_name(layer, module)}"
             tensors[f"{at}.vera_lambda_b"] = rng.standard_normal(width_out).astype("<f4")
             tensors[f"{at}.vera_lambda_d"] = rng.standard_normal(rank).astype("<f4")
-    config = {"peft_type": "VERA", "r": rank, "target_modules": list(BASE.widths)}
+    config = {
+        "peft_type": "VERA",
+        "r": rank,
+        "target_modules": list(BASE.widths),
+        "layers_to_transform": list(layers),
+    }
     path = tmp_path / "weights"
     path.write_bytes(safetensors_bytes(tensors))
     with open(path, "rb") as file:
@@ -323,10 +329,10 @@ def test_veras_basis_is_in_the_pool_once(tmp_path: Path) -> None:
     padded = {width: -(-width // 16) * 16 for pair in BASE.widths.values() for width in pair}
     widths_out = [width_out for _, width_out in BASE.widths.values()]
     once = sum(padded[width] for width in {width_in for width_in, _ in BASE.widths.values()})
-    own = layers * sum(padded[width] for width in widths_out)
+    own = len(layers) * sum(padded[width] for width in widths_out)
     assert stream.size == layout.num_elems == rank * (once + own)
 
-    needs = np.zeros(layers, np.int64)
+    needs = np.zeros(BASE.num_layers, np.int64)
     for pair in adapter.pairs:
         at = pair.layer, TABLE_MODULES.index(pair.module)
         halves = []
