@@ -14,7 +14,8 @@ width rounded up to whole chunks, the rest being zero; vectors follow each other
 Layers come in order, and within one the order of use: what changes embeddings (with the first
 layer), the input norm; input gains, A, R, gains, shifts and B of q, k, v, then those of o; the
 second norm; gate and up, down; the final norm and lm_head (with the last). So a layer can run once
-the slices up to its end are there.
+the slices up to its end are there. What several modules share (one Matrix object: VeRA's A) is
+there once, where it is first used.
 
 A pair with an R has its A and B in the stream of a basis: a packed file of its own, under a digest
 of its own, which ``basis`` names. In the pool an adapter's slices follow those of its basis, as one
@@ -60,10 +61,11 @@ from loramux.adapters.canonical import (
     VectorKind,
     read_as,
 )
+from loramux.adapters.payload_sum import PayloadSum
 from loramux.errors import AdapterInvalid, ConfigError
 from loramux.wire import TABLE_MODULES, BaseDescription
 
-IMPORTER_VERSION = 5
+IMPORTER_VERSION = 6
 """Raise it whenever import or packing would turn the same upload into other bytes."""
 MIN_CHUNK, MAX_CHUNK = 16, 128
 _ORDER = (
@@ -83,7 +85,6 @@ _MAGIC = b"loramux\x00"
 _FORMAT_VERSION = 5
 _PREFIX = struct.Struct("<8sII32s")
 _ALIGN = 4096
-_SECTOR = 4096
 _MAX_HEADER_BYTES = 1 << 24
 _FINGERPRINT = re.compile(r"[0-9A-Za-z_-]+")
 
@@ -132,11 +133,13 @@ class Layout:
 
     def layer_ends(self) -> Int64:
         """So many elements from the stream's beginning do layers 0 to l need: [num_layers]."""
-        # A layer begins with the first thing it has: the next layer's first ends all before it.
-        vectors = np.where(self.vector_offset >= 0, self.vector_offset, self.num_elems)
-        pair_starts = np.where(self.middle_offset >= 0, self.middle_offset, self.a_offset)
-        pairs = np.where(self.rank > 0, pair_starts, self.num_elems)
-        starts = np.minimum(pairs.min(axis=1), vectors.min(axis=(1, 2)))
+        # A layer begins with the first thing no layer before has: that ends all before it.
+        own = (self.rank > 0) & (self.middle_offset < 0)
+        halves = [np.where(own, half, -1) for half in (self.a_offset, self.b_offset)]
+        vectors = self.vector_offset.reshape(self.num_layers, -1)
+        has = np.concatenate([*halves, self.middle_offset, vectors], axis=1)
+        before = np.append(-1, np.maximum.accumulate(has.max(axis=1))[:-1])
+        starts = np.where(has > before[:, None], has, self.num_elems).min(axis=1)
         later = np.append(starts[1:], self.num_elems)
         return np.minimum.accumulate(later[::-1])[::-1]
 
@@ -208,45 +211,6 @@ _TABLES = {
 """Those of a layout, as the header has them."""
 
 
-class PayloadSum:
-    """The payload's checksum: SHA-256 over the 64-bit sums of its sectors of 4096 bytes.
-
-    It finds what disks do: flipped bits, and sectors that are lost, stale or in the wrong place.
-    Against a forger it is worth nothing, nor would any sum be that lies beside the data. A load
-    waits for it, so it has to keep up with a copy from the page cache (several GB/s a core), which
-    SHA-256 of every byte does not do by an order of magnitude on many machines.
-    """
-
-    def __init__(self) -> None:
-        self._sums = hashlib.sha256()
-        self._rest = b""
-
-    def update(self, data: memoryview) -> None:
-        """The next bytes of the payload, as few or many as are at hand."""
-        if self._rest:
-            missing = _SECTOR - len(self._rest)
-            self._rest += data[:missing]
-            data = data[missing:]
-            if len(self._rest) < _SECTOR:
-                return
-            self._sums.update(_sector_sums(self._rest))
-        whole = len(data) - len(data) % _SECTOR
-        self._sums.update(_sector_sums(data[:whole]))
-        self._rest = bytes(data[whole:])
-
-    def hexdigest(self) -> str:
-        """The sum of everything up to here, and the end: 64 hexadecimal digits."""
-        whole = self._sums.copy()
-        whole.update(_sector_sums(self._rest.ljust(_SECTOR, b"\x00")))
-        return whole.hexdigest()
-
-
-def _sector_sums(sectors: bytes | memoryview) -> bytes:
-    words = np.frombuffer(sectors, "<u8").reshape(-1, _SECTOR // 8)
-    sums: npt.NDArray[np.uint64] = np.add.reduce(words, axis=1, dtype=np.uint64).astype("<u8")
-    return sums.tobytes()
-
-
 def packed_path(data_dir: Path, digest: str, fingerprint: str) -> Path:
     """Where the packed form of an adapter version for a base is, or would be."""
     if not _FINGERPRINT.fullmatch(fingerprint):
@@ -296,22 +260,25 @@ def lay_out(adapter: CanonicalAdapter, base: BaseDescription) -> Layout:
         at = pair.layer, TABLE_MODULES.index(pair.module)
         layout.rank[at], layout.scale[at] = pair.rank, pair.scale
     end = 0
+    placed: dict[tuple[Part, int], int] = {}
     for (layer, module, part), source in _pieces(adapter, base).items():
         count, width = _shape(part, source)
         at = layer, TABLE_MODULES.index(module)
+        start = placed.setdefault((part, id(source)), end)
         if part == "A":
-            layout.a_offset[at] = end
+            layout.a_offset[at] = start
         elif part == "B":
-            layout.b_offset[at] = end
+            layout.b_offset[at] = start
         elif part == "R":
-            layout.middle_offset[at] = end
+            layout.middle_offset[at] = start
         elif part == "ids":
-            layout.token_ids_offset[TOKEN_MODULES.index(module)] = end
+            layout.token_ids_offset[TOKEN_MODULES.index(module)] = start
         elif part == "rows":
-            layout.token_rows_offset[TOKEN_MODULES.index(module)] = end
+            layout.token_rows_offset[TOKEN_MODULES.index(module)] = start
         else:
-            layout.vector_offset[*at, VECTOR_KINDS.index(part)] = end
-        end += count * _padded(width, chunk)
+            layout.vector_offset[*at, VECTOR_KINDS.index(part)] = start
+        if start == end:
+            end += count * _padded(width, chunk)
     for tokens in adapter.tokens:
         layout.num_token_rows[TOKEN_MODULES.index(tokens.module)] = len(tokens.ids)
     return replace(layout, num_elems=end)
@@ -468,7 +435,11 @@ def _shape(part: Part, source: Source) -> tuple[int, int]:
 
 def _stream(adapter: CanonicalAdapter, base: BaseDescription, chunk: int) -> Iterator[Array]:
     """The stream's pieces, [vectors, padded width] each, in ``STORAGE[adapter.dtype]``."""
+    written = set()
     for (_, _, part), source in _pieces(adapter, base).items():
+        if (part, id(source)) in written:
+            continue
+        written.add((part, id(source)))
         count, width = _shape(part, source)
         values = source if isinstance(source, np.ndarray) else read_as(source, adapter.dtype)
         if part == "ids":  # integers among floats: their bits

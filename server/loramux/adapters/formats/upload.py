@@ -32,7 +32,7 @@ _NAME = re.compile(
     r"(?P<model>(?:model\.)?)layers\.(?P<layer>0|[1-9][0-9]{0,5})\."
     r"(?:self_attn\.(?P<attn>[qkvo]_proj)|mlp\.(?P<mlp>gate_proj|up_proj|down_proj)|"
     r"(?P<norm>input_layernorm|post_attention_layernorm))"
-    r"\.(?P<part>.+)"
+    r"(?:\.|(?=_lora_latent))(?P<part>.+)"
 )
 _END = re.compile(
     r"(?:base_model\.model\.)?(?:(?:model\.)?(?P<inner>embed_tokens|norm)|(?P<head>lm_head))"
@@ -172,23 +172,26 @@ class Upload:
             self.problems.add(f"tensor {name} holds values beyond {MAX_SCALE:g}", "out_of_range")
         return nonzero
 
-    def good_rank(self, module: Module, rank: int) -> bool:
+    def good_rank(self, module: Module, rank: int, why: str = "") -> bool:
         """Whether this server takes the rank; a problem when not."""
         if rank > self.base.max_rank:
             self.problems.add(
-                f"{self.name(module)} has rank {rank}; this server takes up to"
+                f"{self.name(module)} has rank {rank}{why}; this server takes up to"
                 f" {self.base.max_rank}",
                 "rank_too_large",
             )
         return rank <= self.base.max_rank
 
-    def add_pair(self, at: Module, scale: float, a: Matrix, b: Matrix) -> None:
-        """``y += scale * B (A x)``; a scale no training gives is a problem."""
+    def add_pair(
+        self, at: Module, scale: float, a: Matrix, b: Matrix, middle: Matrix | None = None
+    ) -> None:
+        """``y += scale * B (A x)``, or ``scale * B (R (A x))`` with a ``middle``; a scale no
+        training gives is a problem."""
         if abs(scale) > MAX_SCALE or np.float32(scale) == 0:
             text = f"{self.name(at)}: its scale would be {scale:g}"
             self.problems.add(text, "out_of_range")
             return
-        self.pairs[at] = LoraPair(*at, a.shape[0], float(np.float32(scale)), a, b)
+        self.pairs[at] = LoraPair(*at, a.shape[0], float(np.float32(scale)), a, b, middle)
 
     def add_vector(self, at: Module, kind: VectorKind, values: Float32) -> None:
         """To be added to what the module has of that kind. All zeros change nothing."""
@@ -240,7 +243,8 @@ class Upload:
         """What was found, once there are no problems."""
         order = sorted(self.pairs, key=lambda at: (at[0], TABLE_MODULES.index(at[1])))
         pairs = [self.pairs[at] for at in order]
-        dtypes = {half.dtype for pair in pairs for half in (pair.a, pair.b)}
+        matrices = (part for pair in pairs for part in (pair.a, pair.b, pair.middle))
+        dtypes = {matrix.dtype for matrix in matrices if matrix is not None}
         more = self.vectors or self.tokens
         dtype = dtypes.pop() if len(dtypes) == 1 and not more else "float32"
         vectors = [ModuleVector(*at, kind, values) for (at, kind), values in self.vectors.items()]
@@ -249,6 +253,6 @@ class Upload:
         )
 
 
-def values_of(tensor: FileTensor) -> Float32:
-    """A tensor as float32."""
-    return widen(tensor.read(), tensor.dtype)
+def values_of(matrix: Matrix) -> Float32:
+    """A matrix or any other tensor as float32."""
+    return widen(matrix.read(), matrix.dtype)
