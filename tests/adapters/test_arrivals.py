@@ -149,12 +149,18 @@ def test_where_each_layer_ends_in_the_stream() -> None:
             end += 96
         ends.append(end)
     scale = rank.astype(np.float32)
-    layout = Layout("float32", 16, end, a_offset, b_offset, rank, scale, *nothing_else(5))
+    none = np.full_like(a_offset, -1)
+    layout = Layout("float32", 16, end, a_offset, b_offset, none, rank, scale, *nothing_else(5))
+    assert layout.layer_ends().tolist() == ends
+    # With a basis only the middles are the stream's own.
+    middles = np.where(rank > 0, a_offset, -1)
+    zeros = np.zeros_like(a_offset)
+    layout = Layout("float32", 16, end, zeros, zeros, middles, rank, scale, *nothing_else(5))
     assert layout.layer_ends().tolist() == ends
 
 
 TABLE_FIELDS = (
-    *("a_offset", "b_offset", "rank", "scale", "vector_offset"),
+    *("a_offset", "b_offset", "middle_offset", "rank", "scale", "vector_offset"),
     *("token_ids_offset", "token_rows_offset", "num_token_rows"),
 )
 FRAME = FrameShape(num_slices=4, slice_bytes=64)
@@ -168,9 +174,12 @@ def packed(name: str) -> Any:
     a_offset = np.zeros((4, len(TABLE_MODULES)), np.int64)
     a_offset[:, 0] = np.cumsum([0, *sizes[:-1]])
     scale = rank.astype(np.float32)
-    layout = Layout("float32", 16, 256, a_offset, a_offset, rank, scale, *nothing_else(4))
+    none = np.full_like(a_offset, -1)
+    layout = Layout("float32", 16, 256, a_offset, a_offset, none, rank, scale, *nothing_else(4))
     return SimpleNamespace(
         digest=name,
+        basis="basis" if name.startswith("of basis") else None,
+        after=lambda basis, num_bytes: layout,
         num_bytes=layout.num_bytes,
         num_elems=256,
         dtype="float32",
