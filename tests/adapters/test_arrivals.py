@@ -285,6 +285,73 @@ def test_each_layer_finds_its_weights_however_late_they_come(
     bench.residency.close()
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_each_layer_finds_its_basis_too_however_late_it_comes(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Both arrive: nobody asks the adapter's own blocks to come after those of its basis."""
+    bench = Bench(monkeypatch, seed)
+    name = "of basis"
+    for digest in ("basis", name):
+        assert bench.residency.load(digest)
+        bench.settle()
+        bench.residency.prioritize([])
+    assert bench.residency.evict("basis") and not bench.residency.resident()
+    bench.arena.data.fill_(0xFF)
+    bench.device.gate.clear()
+    monkeypatch.setattr(bench.residency, "_most_loading", 16)
+    assert bench.residency.load(name) and bench.residency.num_loading == 2, "at once"
+    bench.residency.prioritize([])
+    bench.check()
+    assert bench.pool.num_available == 16 - bench.residency.num_leased_frames() == 8
+    bench.residency.lease(name)
+    frames = {digest: r.frames for digest, r in bench.residency._adapters.items()}
+    seen: list[dict[str, bytes]] = []
+    before_layer = bench.residency.before_layer([name])
+    for layer in range(LAYERS):
+        before_layer(layer)
+        bench.device.computing._do(
+            lambda: seen.append({d: landed(bench.arena.data, frames[d]) for d in frames})
+        )
+    bench.device.work_until(lambda: len(seen) == LAYERS)
+    for end, there in zip(packed(name).layer_ends() * 4, seen, strict=True):
+        for digest in ("basis", name):
+            assert there[digest][:end] == content(digest)[:end], digest
+    assert bench.files.num_reads == 2
+    bench.device.gate.set()
+    bench.settle()
+    bench.residency.release(name)
+    bench.check()
+    assert bench.pool.num_available == 16
+    bench.residency.close()
+
+
+def test_rows_join_when_the_basis_keeps_ahead_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch)
+    name = "of basis"
+    for digest in ("basis", name):
+        assert bench.residency.load(digest)
+        bench.settle()
+        bench.residency.prioritize([])
+    assert bench.residency.is_resident(name)
+    assert bench.residency.evict("basis")
+    bench.device.gate.clear()
+    bench.residency.pace.took(0.0)
+    bench.store.link.s_per_byte = 3600 / 1024
+    assert bench.residency.load("basis")
+    bench.store.link.s_per_byte = bench.store.link._free_at = 0.0
+    monkeypatch.setattr(bench.residency, "_most_loading", 16)
+    assert bench.residency.load(name) and bench.residency.num_loading == 2
+    bench.residency.prioritize([name])
+    assert bench.residency._adapters[name].arrival is not None
+    assert not bench.residency.is_resident(name), "the basis takes an hour"
+    bench.residency.pace._lead_s = 1e6
+    assert bench.residency.is_resident(name)
+    bench.device.gate.set()
+    bench.settle()
+    bench.residency.close()
+
+
 def test_an_adapter_on_its_way_is_joined_only_when_it_keeps_ahead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -175,7 +175,9 @@ def job(
         with BlobStore(data_dir).writer(1 << 30) as writer:
             writer.write(data)
             digests.append(writer.commit())
-    return IngestJob(1, digests[0], digests[1], base, do_pack)
+    return IngestJob(
+        job_id=1, config_digest=digests[0], weights_digest=digests[1], base=base, pack=do_pack
+    )
 
 
 def good(done: IngestDone) -> dict[str, Any]:

@@ -141,8 +141,10 @@ class Residency:
             return True
         if (basis := self._basis_of(digest)) is not None:
             self._asked[digest] = basis
+            if not self._is_here(basis) and not self.load(basis, ahead=ahead):
+                return False
             if not self._is_here(basis):
-                return self.load(basis, ahead=ahead)
+                return True
             self.hold(basis)  # or another load of this step might take its frames
             self._kept.append(basis)
         if self._deferred:
