@@ -84,7 +84,11 @@ def test_the_digest_is_that_of_a_and_b_alone(canonical: Import) -> None:
     assert shared(canonical(files(own=7))).digest == digest
     assert shared(canonical(files(), lora_alpha=99)).digest == digest
     adapter = canonical(files())
+    assert all(pair.scale == 1 for pair in shared(adapter).pairs.pairs), "whoever came first"
+    one_b = files()
+    next(t for name, t in one_b.items() if "lora_B" in name)[-1, -1] += 1
     others = [
+        canonical(one_b),
         canonical(files(seed=1)),
         canonical(files(rank=4)),
         canonical(files(dtype="<f2")),

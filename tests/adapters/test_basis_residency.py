@@ -3,6 +3,7 @@ while the kernels' table points at it."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from tests.adapters.test_residency import FRAME, FakePacked, FakeStore, NoWalk
 from tests.adapters.test_residency import Bench as PlainBench
 
 from loramux.adapters import loader
+from loramux.adapters.arrivals import Arrival
 from loramux.adapters.residency import Residency
 from loramux.errors import LoramuxError
 from loramux.memory.arena import Arena
@@ -271,6 +273,68 @@ def test_a_pin_brings_the_basis_and_then_the_adapter_though_nobody_asks_again(
     bench.residency.unpin("b")
     assert bench.pool.obtain(20, Owner.KV) is not None
     bench.check()
+
+
+def test_the_basis_of_a_pin_is_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "NUM_THREADS", 1)
+    bench = Bench(20, gated=True)
+    assert bench.residency.load("d")
+    while bench.store.begun != ["d"]:
+        time.sleep(0.001)
+    assert bench.residency.pin("a") and bench.residency.load("c")
+    bench.residency.prioritize([])
+    assert bench.residency.is_loading("P") and not bench.residency.is_loading("Q")
+    bench.residency.unpin("a")
+    bench.residency.prioritize([])
+    assert not bench.residency.is_loading("P"), "nobody wants it any more"
+    bench.store.gate.set()
+    bench.settle()
+    bench.residency.close()
+
+
+class Slow(Store):
+    """P is near and said to come in an hour; what is behind it is read from the disk at once."""
+
+    def begin(self, packed: Any, frames: Sequence[int], after: None) -> Any:
+        if packed.digest != "P":
+            return None
+        self.read_into(packed, frames, None)
+        self.come, self.held = threading.Event(), []
+        marks: Any = ["first", "last"]
+        lands = np.array([time.monotonic() + 3600] * 2)
+        arrival = Arrival(marks, lands, np.arange(2), hold=self.held.append, done=lambda: None)
+        arrival.finish = lambda: assert_(self.come.wait(20))  # type: ignore[method-assign]
+        return arrival
+
+
+def assert_(true: bool) -> None:
+    assert true
+
+
+def test_rows_wait_for_the_basis_though_their_own_part_is_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(20)
+    bench.store.__class__ = Slow
+    monkeypatch.setattr(bench.residency, "_most_loading", 20)
+    assert bench.residency.load("a") and bench.residency.num_loading == 2
+    bench.residency.prioritize(["a"])
+    while bench.residency.num_loading == 2:
+        bench.residency.poll()
+    bench.check()
+    assert bench.residency._adapters["a"].slot is not None
+    assert not bench.residency.is_resident("a"), "its basis is an hour away"
+    bench.residency.pace._lead_s = 7200
+    assert bench.residency.is_resident("a")
+    bench.residency.lease("a")
+    before_layer = bench.residency.before_layer(["a", "a"])
+    before_layer(0)
+    assert bench.store.held == ["first"]
+    before_layer(1)
+    assert bench.store.held == ["first", "last"]
+    bench.store.come.set()
+    bench.settle()
+    bench.residency.close()
 
 
 def test_a_pin_whose_basis_fails(bench: Bench) -> None:

@@ -87,25 +87,26 @@ def test_a_basis_is_in_the_pool_once(llama: Path, twins: list[tuple[Path, Path]]
 def test_little_room_changes_no_token(
     llama: Path, twins: list[tuple[Path, Path]], overlap: bool
 ) -> None:
-    """So little that adapters and their basis are evicted and rows preempted all the time; freed
+    """Ten seconds and more where others work too: sixteen requests, seven hundred steps. So little
+    room that adapters and their basis are evicted and rows preempted all the time; freed
     frames are NaN."""
-    lines = [[9, 8, 7, 6, 5, index] for index in range(24)]
+    lines = [[9, 8, 7, 6, 5, index] for index in range(16)]
     roomy = Harness(llama, num_frames=2000, max_num_seqs=32)
     sizes = [roomy.engine.residency.num_frames(roomy.install(p)) for pair in twins for p in pair]
-    whoever = [twins[i % NUM][i // NUM % 2] for i in range(len(lines))]
+    whoever = [twins[i % NUM][i % 3 == 2] for i in range(len(lines))]
     want = [
-        roomy.submit(line, path, max_tokens=20) for line, path in zip(lines, whoever, strict=True)
+        roomy.submit(line, path, max_tokens=50) for line, path in zip(lines, whoever, strict=True)
     ]
     expected = roomy.run()
-    tight = Harness(llama, num_frames=max(sizes) + 12, max_num_seqs=8, overlap=overlap)
+    tight = Harness(llama, num_frames=max(sizes) + 7, max_num_seqs=8, overlap=overlap)
     asked = [
-        tight.submit(line, path, max_tokens=20) for line, path in zip(lines, whoever, strict=True)
+        tight.submit(line, path, max_tokens=50) for line, path in zip(lines, whoever, strict=True)
     ]
     outputs = tight.run()
     assert not tight.failed, tight.failed
     assert [outputs[a] for a in asked] == [expected[w] for w in want]
-    stats = [step.stats for step in tight.steps]
-    assert sum(s["preemptions"] for s in stats) > 0
-    assert sum(sum(s["evictions"].values()) for s in stats) > NUM
+    stats = [step.stats for step in tight.steps if step.stats]
+    assert sum(s.get("preemptions", 0) for s in stats) > 0
+    assert sum(s.get("evictions", {}).get("adapter", 0) for s in stats) > NUM
     roomy.close()
     tight.close()

@@ -12,7 +12,7 @@ from loramux.adapters.pack import packed_path
 from loramux.adapters.registry import Registry
 from loramux.front.front import Front
 
-BASIS, OTHER = "ba" * 32, "0e" * 32
+BASIS, OTHER, KEPT = "ba" * 32, "0e" * 32, "ce" * 32
 
 
 def there(folder: Path) -> set[str]:
@@ -97,14 +97,17 @@ def test_a_start_makes_what_is_missing_and_removes_what_nobody_needs(tmp_path: P
         config = configure(tmp_path)
         async with running(config) as front:
             cat = await upload(front, "cat", basis=BASIS)
+            dog = await upload(front, "dog", b"dog", basis=KEPT)
         data_dir = config.data_dir
+        packed_path(data_dir, KEPT, "fake-base").write_bytes(b"as it was")
         packed_path(data_dir, BASIS, "fake-base").unlink()
         packed_path(data_dir, OTHER, "fake-base").write_bytes(b"a basis")
         packed_path(data_dir, "ad" * 32, "fake-base").write_bytes(b"an adapter")
         packed_path(data_dir, OTHER, "another-base").write_bytes(b"not ours to judge")
         async with running(config) as front:
             assert front.adapters.show("cat").status == "ready"
-            assert there(tmp_path) == {cat.digest, BASIS, OTHER}
+            assert there(tmp_path) == {cat.digest, BASIS, dog.digest, KEPT, OTHER}
+            assert content(tmp_path, KEPT) == b"as it was"
             assert packed_path(data_dir, OTHER, "another-base").exists()
             assert not packed_path(data_dir, OTHER, "fake-base").exists()
 
