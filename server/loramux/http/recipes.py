@@ -27,7 +27,7 @@ def parse_blend(blend: Any) -> tuple[BlendRecipe, list[tuple[str, float]]]:
     """The recipe, and every source's name and weight. Raises InvalidRequest naming the field."""
     if not isinstance(blend, dict):
         raise _bad("blend", "must be an object")
-    method = blend.get("method")
+    method: Any = blend.get("method")
     if method not in get_args(BlendMethod):
         raise _bad("blend.method", f"must be one of {', '.join(get_args(BlendMethod))}")
     for key in blend:
