@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from loramux.adapters.blend import FIELDS
+from loramux.adapters.formats.fields import MAX_SCALE
 from loramux.errors import InvalidRequest
 from loramux.wire import BlendMethod, BlendRecipe
 
@@ -86,13 +86,9 @@ def _sources(method: BlendMethod, sources: Any) -> list[tuple[str, float]]:
 def _number(value: Any, param: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _bad(param, "must be a number")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):  # 1e999 is read as infinity
-        raise _bad(param, "must be finite")
-    return number
+    if not -MAX_SCALE <= value <= MAX_SCALE:  # NaN is neither
+        raise _bad(param, f"must be from {-MAX_SCALE:g} to {MAX_SCALE:g}")
+    return float(value)
 
 
 def _bad(param: str, text: str) -> InvalidRequest:
