@@ -82,3 +82,9 @@ def deltas(folder: Path, base: BaseDescription) -> Deltas:
             )
             for pair in adapter.pairs
         }
+
+
+def differ(got: Deltas, want: Deltas) -> float:
+    """The largest difference, by the size of what is wanted."""
+    assert got.keys() == want.keys()
+    return max(float(np.abs(got[at] - want[at]).max() / np.abs(want[at]).max()) for at in want)

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import merge_utils
-from tests.adapters.blending import Deltas, blend, blend_job, deltas
+from tests.adapters.blending import Deltas, blend, blend_job, deltas, differ
 from tests.adapters.peft_files import (
     base_description,
     make_config,
@@ -83,7 +83,9 @@ def exact(model: PeftModel, folders: dict[str, Path]) -> PeftModel:
     return model.double()
 
 
-def by_peft(model: PeftModel, combination: str, weights: dict[str, float], **options: Any) -> Deltas:
+def by_peft(
+    model: PeftModel, combination: str, weights: dict[str, float], **options: Any
+) -> Deltas:
     """What PEFT's own blend changes. Modules where nobody has anything are left out."""
     if "svd_rank" in options:
         options["svd_full_matrices"] = False  # which fails above a module's smaller side
@@ -104,12 +106,6 @@ def deltas_of(model: PeftModel, name: str) -> Deltas:
             layer, _, leaf = path.split(".layers.")[1].split(".")
             found[int(layer), leaf] = module.get_delta_weight(name).detach().numpy()
     return found
-
-
-def differ(got: Deltas, want: Deltas) -> float:
-    """The largest difference, by the size of what is wanted."""
-    assert got.keys() == want.keys()
-    return max(float(np.abs(got[at] - want[at]).max() / np.abs(want[at]).max()) for at in want)
 
 
 def chosen(folders: dict[str, Path], weights: dict[str, float]) -> list[tuple[Path, float]]:
@@ -246,9 +242,7 @@ def test_the_largest_stay_and_of_equal_ones_the_first() -> None:
 
 
 def test_layers_are_scaled_in_a_line(folders: dict[str, Path], tmp_path: Path) -> None:
-    blend(
-        tmp_path, [(folders["patterns"], 1.0)], BASE, method="scale_layers", alpha=0.5, beta=-1.0
-    )
+    blend(tmp_path, [(folders["patterns"], 1.0)], BASE, method="scale_layers", alpha=0.5, beta=-1.0)
     before = deltas(folders["patterns"], BASE)
     want = {at: change * [0.5, 0.0, -0.5][at[0]] for at, change in before.items()}
     got = deltas(tmp_path, BASE)

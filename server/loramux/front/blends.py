@@ -3,7 +3,6 @@ upload's."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -82,9 +81,12 @@ class Blends:
             if not await self._background.on_disk(self._blobs.has, done.digest):
                 # The same bytes were another adapter's, which went before the hold was there.
                 await self._blend(terms, recipe, self.base)
+            fields = {name: getattr(recipe, name) for name in FIELDS[recipe.method]}
+            if not recipe.rank:
+                fields.pop("rank", None)
             report = {
                 "method": recipe.method,
-                **{name: getattr(recipe, name) for name in FIELDS[recipe.method]},
+                **fields,
                 "sources": [
                     {
                         "id": term.name,
@@ -104,9 +106,8 @@ class Blends:
         try:
             served = self._catalog.resolve(name, tenant=tenant)
         except LoramuxError as error:
-            named = copy.copy(error)
-            named.param = param
-            raise named from None
+            error.param = param
+            raise
         if not served.adapters:
             raise InvalidRequest(f"{param}: the base model is no adapter", param=param)
         digest = served.adapters[0].digest
