@@ -31,9 +31,11 @@ from tests.http.granting import client, grant
 from tests.http.test_bad_inputs import refusal
 
 from loramux.adapters.blobs import BlobStore
+from loramux.cli import main
 from loramux.front.front import INGEST as REAL_INGEST
 from loramux.front.front import Front
 from loramux.wire import MODULES, BaseDescription
+from loramux_client import AdapterInvalidError, Client, NotFoundError
 
 BASE = BaseDescription(
     fingerprint="fake-base",
@@ -467,3 +469,27 @@ def await_ready(http: httpx.Client) -> None:
                 return
         time.sleep(0.05)
     raise AssertionError("not ready")
+
+
+def test_the_client_and_the_command(real: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    with Client(real.url) as asking:
+        made = asking.adapters.blend(
+            "by-client", method="dare_ties", sources=["one", ("two", 0.5)], rank=3, density=0.5
+        )
+        assert made.status == "ready" and made.report["blend"]["seed"] == 0
+        with pytest.raises(NotFoundError) as missing:
+            asking.adapters.blend("by-client", method="soup", sources=["one", "nobody"])
+        assert missing.value.param == "blend.sources[1].id"
+        with pytest.raises(AdapterInvalidError, match="rank 68"):
+            asking.adapters.blend("by-client", method="soup", sources=["one"] * 17)
+    words = "blend by-command one two=-0.5 --method ties --rank 3 --density 0.5"
+    assert main(["adapters", "--url", real.url, *words.split()]) == 0
+    out = capsys.readouterr().out
+    assert "by-command" in out and '"weight": -0.5' in out and '"majority_sign_method"' in out
+    words = "blend by-command one --method soup --expected-generation 1"
+    assert main(["adapters", "--url", real.url, *words.split()]) == 0
+    assert main(["adapters", "--url", real.url, *words.replace("soup", "stew").split()]) == 1
+    assert "blend.method: must be one of soup, ties" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["adapters", "blend", "x", "one=much", "--method", "soup"])
+    assert "SOURCE[=WEIGHT]" in capsys.readouterr().err
