@@ -25,10 +25,12 @@ from tests.adapters.peft_files import (
 )
 from tests.adapters.peft_models import tiny_llama
 
-from loramux.adapters.blend import _keep_largest, _keep_some
+from loramux.adapters.blend import Blend, Source, _keep_largest, _keep_some
 from loramux.adapters.blobs import BlobStore
+from loramux.adapters.canonical import CanonicalAdapter, Computed, TokenRows
+from loramux.errors import AdapterInvalid
 from loramux.ingest.job import run
-from loramux.wire import MODULES, BaseDescription
+from loramux.wire import MODULES, BaseDescription, BlendRecipe
 
 BASE = base_description()
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -349,6 +351,14 @@ def test_only_pairs_are_blended(folders: dict[str, Path], tmp_path: Path) -> Non
         assert [problem.split()[0] for problem in done.problems] == ["biased", "shifted"]
         assert all("trained biases" in problem for problem in done.problems)
         assert done.code == "adapter_invalid" and not done.digest
+
+
+def test_token_rows_are_no_pairs() -> None:
+    rows = Computed((1, 32), lambda: np.zeros((1, 32), np.float32))
+    tokens = TokenRows("lm_head", np.array([3], np.int32), rows)
+    adapter = CanonicalAdapter("float32", (), tokens=(tokens,))
+    with pytest.raises(AdapterInvalid, match=r"^tokens@2 is more .* token rows"):
+        Blend([Source("tokens@2", adapter, 1.0)], BlendRecipe(method="soup"), BASE)
 
 
 def test_ranks_that_add_up_to_too_many(folders: dict[str, Path], tmp_path: Path) -> None:
