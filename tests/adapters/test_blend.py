@@ -253,8 +253,11 @@ def test_layers_are_scaled_in_a_line(folders: dict[str, Path], tmp_path: Path) -
     assert got[0, "q_proj"].any() and not got[1, "q_proj"].any()
 
 
-def test_a_single_layer_and_what_is_outside_blocks_are_scaled_by_alpha(tmp_path: Path) -> None:
-    base = base_description(layers=1)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_first_block_and_what_is_outside_of_blocks_are_scaled_by_alpha(
+    tmp_path: Path, layers: int
+) -> None:
+    base = base_description(layers=layers)
     base = type(base)(**{f: getattr(base, f) for f in base.__struct_fields__} | {"vocab_size": 40})
     tensors = make_tensors(base, modules=("q_proj",))
     rng = np.random.default_rng(3)
@@ -270,8 +273,9 @@ def test_a_single_layer_and_what_is_outside_blocks_are_scaled_by_alpha(tmp_path:
     write_adapter(source, make_config(target_modules=targets), tensors)
     done = blend(tmp_path, [(source, 1.0)], base, method="scale_layers", alpha=0.25, beta=8.0)
     before, after = deltas(source, base), deltas(tmp_path, base)
-    assert len(before) == 3
-    assert differ(after, {at: 0.25 * change for at, change in before.items()}) < 1e-6
+    assert len(before) == 2 + layers
+    scales = {at: 8.25 if at == (1, "q_proj") else 0.25 for at in before}
+    assert differ(after, {at: scales[at] * change for at, change in before.items()}) < 1e-6
     assert json.loads(done.config)["target_modules"] == ["embed_tokens", "lm_head", "q_proj"]
     thin = tmp_path / "thin"
     thin.mkdir()
@@ -351,6 +355,23 @@ def test_only_pairs_are_blended(folders: dict[str, Path], tmp_path: Path) -> Non
         assert [problem.split()[0] for problem in done.problems] == ["biased", "shifted"]
         assert all("trained biases" in problem for problem in done.problems)
         assert done.code == "adapter_invalid" and not done.digest
+
+
+def test_modules_in_some_layers_are_named_in_full(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The importer takes a config at its word: what it targets has to be in the file."""
+    done = blend(tmp_path, [(folders["rslora"], -0.1)], BASE, method="soup")
+    want = {at: -0.1 * change for at, change in deltas(folders["rslora"], BASE).items()}
+    assert differ(deltas(tmp_path, BASE), want) < 1e-6
+    assert json.loads(done.config)["target_modules"] == [
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.self_attn.q_proj",
+    ]
+
+
+def test_sources_that_change_nothing() -> None:
+    adapter = CanonicalAdapter("float32", ())
+    with pytest.raises(AdapterInvalid, match="none of the sources"):
+        Blend([Source("idle@1", adapter, 1.0)], BlendRecipe(method="soup"), BASE)
 
 
 def test_token_rows_are_no_pairs() -> None:

@@ -93,6 +93,9 @@ class Blend:
         problems.raise_any()
         self._terms = self._by_module()
         self.ranks = {at: self._rank(at, terms) for at, terms in self._terms.items()}
+        if not self.ranks:
+            problems.add("none of the sources changes anything")
+            problems.raise_any()
         largest = max(self.ranks.values())
         if largest > self.base.max_rank:
             at = next(at for at, rank in self.ranks.items() if rank == largest)
