@@ -370,6 +370,19 @@ def test_two_tenants_blend_only_what_they_see(tmp_path: Path) -> None:
         assert refusal(blend(infer, "mix", "one"), 403)["code"] == "insufficient_scope"
 
 
+def test_a_client_that_leaves_finds_its_blend_later(tmp_path: Path) -> None:
+    with server_with(tmp_path) as server:
+        upload(server, "one")
+        pid = ingest_pid(tmp_path)
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=server.url) as impatient:
+            body = {"name": "mix", "blend": {"method": "soup", "sources": [{"id": "one"}]}}
+            impatient.post("/v1/adapters", json=body, timeout=httpx.Timeout(10, read=0.3))
+        os.kill(pid, signal.SIGCONT)
+        url = f"{server.url}/v1/adapters/mix"
+        assert eventually(lambda: httpx.get(url).json().get("status") == "ready", within_s=20)
+
+
 def ingest_pid(folder: Path) -> int:
     """Of the ingest process that works in this folder."""
     for command in Path("/proc").glob("[0-9]*/cmdline"):

@@ -3,7 +3,7 @@
 Everything is defined on what a pair changes, ``scale * B A``, and done one module after the other.
 Sums stay in factors: pairs that stand side by side are exactly their sum. TIES and DARE look at
 single values of the changes, so there the module's changes are made, one source at a time: about
-four matrices [out, in] of float32 are in memory at once, however many sources there are.
+five matrices [out, in] of float32 are in memory at once, however many sources there are.
 """
 
 from __future__ import annotations
