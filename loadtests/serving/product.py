@@ -4,16 +4,16 @@
 
 All on the 135M shape of ``throughput.py``, fp32.
 
-*Import*: an adapter of rank 128 on all linear modules (156 MB), as PEFT saves it; every phase of its
-way in is timed by itself, in the order the server goes through them, on files in the page cache. The
-write ends with fsync, twice: the blob's and the packed file's.
+*Import*: an adapter of rank 128 on all linear modules (156 MB), as PEFT saves it; every phase of
+its way in is timed by itself, in the order the server goes through them, on files in the page
+cache. The write ends with fsync, twice: the blob's and the packed file's.
 
 *Load*: that adapter's stream from its packed file into frames, checksum of the first time apart,
 beside two copies of as many bytes: from memory to memory, and from the page cache into one buffer.
 
-*Wear*: decode steps of rows with an adapter each: LoRA of rank 16, DoRA of the same rank, two LoRA of
-rank 16 a row, and one of rank 32, which is as many bytes. Every kind is measured in turns with the
-first; A/A is neighbouring steps of the first.
+*Wear*: decode steps of rows with an adapter each: LoRA of rank 16, DoRA of the same rank, two LoRA
+of rank 16 a row, and one of rank 32, which is as many bytes. Every kind is measured in turns with
+the first; A/A is neighbouring steps of the first.
 """
 
 from __future__ import annotations
