@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from loramux.adapters.blobs import READ_BYTES, BlobStore, adapter_digest
 from loramux.adapters.registry import AdapterRow, Registry
@@ -20,6 +20,7 @@ from loramux.errors import (
     Overloaded,
 )
 from loramux.front.background import Background
+from loramux.front.blends import Blends
 from loramux.front.blobs import BlobService
 from loramux.front.catalog import SHARED, AdapterView, Catalog, Served
 from loramux.front.ingest_client import IngestClient
@@ -78,6 +79,7 @@ class AdapterService:
             deleted=lambda row: self._forget_soon([row]),
         )
         self.blobs = BlobService(config, self._registry, self._store, self.background)
+        self.blends = Blends(config, self._catalog, ingest, self.blobs, self.background)
         self.resumable = ResumableUploads(
             config, self._registry.database, self._store, self.blobs, self.background
         )
@@ -149,6 +151,7 @@ class AdapterService:
         wait_s: float = 0,
         expected_generation: int | None = None,
         tenant: str = SHARED,
+        blend: Mapping[str, Any] | None = None,
     ) -> AdapterView:
         """Register an uploaded adapter and have it validated and packed.
 
@@ -156,7 +159,7 @@ class AdapterService:
         yet. Raises InvalidRequest (name), PayloadTooLarge (config), NotFound (blob_not_found),
         QuotaExceeded, Conflict (generation_conflict, name_reserved), and AdapterInvalid when the
         verdict is in and bad. ``validate_only`` always waits and registers nothing; its view has
-        generation 0.
+        generation 0. ``blend``: how the files were made here, for the report.
         """
         if not ADAPTER_NAME.fullmatch(name):
             raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
@@ -169,9 +172,11 @@ class AdapterService:
             await upload.write(config)
             files = (await upload.commit(), weights_digest)
             if validate_only:
-                return await self.verdicts.preview(name, files, self._base)
+                return await self.verdicts.preview(name, files, self._base, blend)
             row, fresh = await self.shelf.change(
-                tenant, name, lambda: self._register(tenant, name, files, expected_generation)
+                tenant,
+                name,
+                lambda: self._register(tenant, name, files, expected_generation, blend),
             )
         finally:
             await upload.abort()
@@ -212,7 +217,12 @@ class AdapterService:
             await upload.abort()
 
     def _register(
-        self, tenant: str, name: str, files: tuple[str, str], expected_generation: int | None
+        self,
+        tenant: str,
+        name: str,
+        files: tuple[str, str],
+        expected_generation: int | None,
+        blend: Mapping[str, Any] | None,
     ) -> tuple[AdapterRow, bool]:
         config_digest, weights_digest = files
         if not self._store.has(weights_digest):
@@ -224,6 +234,7 @@ class AdapterService:
             config_digest=config_digest,
             weights_digest=weights_digest,
             expected_generation=expected_generation,
+            blend=blend,
         )
 
     def _check_quota(self, tenant: str, name: str, files: tuple[str, str]) -> None:
@@ -301,7 +312,7 @@ class AdapterService:
 
     async def serve_for(self, base: BaseDescription) -> None:
         """This is the base from now on: it decides which adapters are compatible."""
-        self._base = base
+        self._base = self.blends.base = base
         self._registry.base_fingerprint = base.fingerprint
         await self.shelf.refresh_all()
 

@@ -26,7 +26,7 @@ Factors = tuple[Float32, Float32]
 
 
 def init_of(init: object) -> str | None:
-    """ "pissa" or "olora" when ``init_lora_weights`` says so in PEFT's eyes."""
+    """What ``init_lora_weights`` means to PEFT, if it is "pissa" or "olora"."""
     if isinstance(init, str) and (init == "pissa" or init.lower() == "olora"):
         return init.lower()
     return None
