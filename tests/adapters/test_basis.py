@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
+from tests.adapters.blending import FILES, blend, deltas, differ
 from tests.adapters.peft_files import (
     Tensors,
     base_description,
@@ -223,6 +224,24 @@ def test_the_limit_is_for_both(tmp_path: Path) -> None:
         base = msgspec.structs.replace(BASE, max_adapter_bytes=limit)
         done = run(job(tmp_path, files(), do_pack=False, base=base), tmp_path)
         assert (done.code if done.problems else "") == code
+
+
+def test_a_blend_takes_the_middles_into_account(tmp_path: Path) -> None:
+    tensors = files(own=3)
+    source, mixed = tmp_path / "source", tmp_path / "mixed"
+    for folder in (source, mixed):
+        folder.mkdir()
+    (source / FILES[0]).write_text(json.dumps(config()))
+    (source / FILES[1]).write_bytes(safetensors_bytes(tensors))
+    blend(mixed, [(source, 0.5)], BASE, method="soup")
+    want = {}
+    for layer in range(BASE.num_layers):
+        for module in MODULES:
+            name = f"base_model.model.{module_name(layer, module)}"
+            a, b = (tensors[f"{name}.lora_{side}.weight"].astype(np.float64) for side in "AB")
+            r = tensors[f"{name}.default_lora_latent_mapping.weight"].astype(np.float64)
+            want[layer, module] = 0.5 * (8 / RANK) * b @ r @ a
+    assert differ(deltas(mixed, BASE), want) < 1e-6
 
 
 @pytest.mark.parametrize("call", range(3))
