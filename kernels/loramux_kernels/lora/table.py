@@ -58,20 +58,19 @@ class AdapterTable:
     element e is at byte ``slices[e // n] + (e % n) * itemsize``, ``n = slice_bytes // itemsize``.
     ``a_offset`` and ``b_offset`` count elements of the stream. A is ``rank`` vectors of the
     module's in width, B ``rank`` vectors of its out width, each padded with zeros to a multiple
-    of ``chunk``. Rank 0 means there is no pair. Between them may stand a ``middle``, R [rank, rank]
-    as so many vectors padded alike: ``middle_offset`` says where it begins, -1 where there is none.
+    of ``chunk``. Rank 0 means there is no pair. Between them may stand a middle, R [rank, rank] as
+    so many vectors padded alike: ``middle_offset`` says where it begins, -1 where there is none.
     Then A and B may be other adapters' too: the lists of all of them begin with the same slices.
-    An fp32 adapter may have vectors, padded alike:
-    ``vector_offset`` says where the GAIN and the SHIFT (of the out width) and the INPUT_GAIN (of
-    the in width) begin, -1 where there is none. And rows for single tokens: ``num_token_rows``
-    increasing int32 ids, and as many rows of the hidden width, padded alike.
+    An fp32 adapter may have vectors, padded alike: ``vector_offset`` says where the GAIN and the
+    SHIFT (of the out width) and the INPUT_GAIN (of the in width) begin, -1 where there is none. And
+    rows for single tokens: ``num_token_rows`` increasing int32 ids, and as many rows of the hidden
+    width, padded alike.
 
     Arrays, indexed by slot: ``a_offset``, ``b_offset``, ``middle_offset``, ``rank``, ``scale``
     [slots, layers, M], M being the TABLE_MODULES, ``vector_offset`` [slots, layers, M, 3],
-    ``token_ids_offset``,
-    ``token_rows_offset`` and ``num_token_rows`` [slots, 2], ``dtype`` (index into DTYPES) and
-    ``list_start`` [slots]; the slice list of a slot begins at ``slices[list_start[slot]]``.
-    ``tensors`` holds the same arrays on ``device``.
+    ``token_ids_offset``, ``token_rows_offset`` and ``num_token_rows`` [slots, 2], ``dtype`` (index
+    into DTYPES) and ``list_start`` [slots]; the slice list of a slot begins at
+    ``slices[list_start[slot]]``. ``tensors`` holds the same arrays on ``device``.
 
     For the host, which asks every step: ``site_rank`` [slots, layers, sites], the largest rank at
     each of the TABLE_SITES, ``site_middles`` [slots, layers, sites], whether there are middles, and

@@ -450,5 +450,5 @@ class Residency:
                 assert digest in self._adapters[r.packed.basis].dependents, digest
             if digest in self._bases:
                 busy = sum(not self._adapters[d].is_idle for d in r.dependents)
-                arriving = r.arrival is not None
-                assert r.leases == busy + self._kept.count(digest) + arriving, digest
+                comes = r.arrival is not None
+                assert r.leases == busy + self._kept.count(digest) + comes, digest
