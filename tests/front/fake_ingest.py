@@ -20,11 +20,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--socket")
     parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--parent", type=int)
     options = parser.parse_args()
     socket = zmq.Context().socket(zmq.PAIR)
     socket.connect(options.socket)
     store = BlobStore(options.data_dir)
-    while os.getppid() != 1:
+    while os.getppid() == options.parent:
         if not socket.poll(50):
             continue
         job = wire.decode_ingest_job(socket.recv())

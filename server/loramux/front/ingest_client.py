@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,7 +90,8 @@ class IngestClient:
 
     def command(self, epoch: int, address: str) -> Sequence[str]:
         """See Charge."""
-        return [*self._executable, "--socket", address, "--data-dir", str(self._data_dir)]
+        options = ["--socket", address, "--data-dir", str(self._data_dir)]
+        return [*self._executable, *options, "--parent", str(os.getpid())]
 
     def stdin(self) -> bytes:
         """Nothing: each job carries all it needs."""
