@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from loramux.cli import DEFAULT_URL
+from loramux.adapters_cli import DEFAULT_URL
 from loramux.config import DEMO_DIR
 from loramux.demo.prompts import SHOWCASE
 from loramux_client import AsyncClient, Client, LoramuxClientError

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, TypeVarTuple
+from typing import Literal
 
 from loramux.adapters.blobs import READ_BYTES, BlobStore, adapter_digest
 from loramux.adapters.pack import packed_path
 from loramux.adapters.registry import AdapterRow, Registry
-from loramux.config import ADAPTER_NAME, DEMO_DIR, ServerConfig
+from loramux.config import ADAPTER_NAME, ServerConfig
 from loramux.errors import (
     AdapterInvalid,
     Conflict,
@@ -21,27 +19,24 @@ from loramux.errors import (
     LoramuxError,
     NotFound,
     Overloaded,
-    ServiceError,
 )
+from loramux.front.background import Background
 from loramux.front.blobs import BlobService
 from loramux.front.catalog import SHARED, AdapterView, Catalog, Served
 from loramux.front.ingest_client import IngestClient
 from loramux.front.observations import Observations
 from loramux.front.quotas import Quotas
 from loramux.front.resumable import ResumableUploads
+from loramux.front.shelf import Shelf
 from loramux.front.uploads import UploadWriter
-from loramux.wire import BaseDescription, IngestDone
+from loramux.front.verdicts import Verdicts
+from loramux.wire import BaseDescription
 
 __all__ = ["AdapterService", "AdapterView", "Served", "UploadWriter"]
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_UPLOAD_THREADS = 4
-NOT_THE_ADAPTERS_FAULT = frozenset({"storage_full", "internal_error"})
-"""Verdicts that say something of this server now and nothing of the adapter."""
 
 
 class AdapterService:
@@ -62,33 +57,28 @@ class AdapterService:
     ) -> None:
         """Opens the data directory; raises ConfigError or StorageFull when it cannot be used."""
         self._config = config
-        self._ingest = ingest
         self._ask_engine = ask_engine
-        self._observations = observations
         self._quotas = quotas
         self._base: BaseDescription | None = None
-        self._catalog = Catalog(base_name, observations.snapshot)
         self._registry = Registry(config.data_dir)
         self._store = BlobStore(config.data_dir)
         self._store.sweep()  # now: uploads may begin before there is an engine
-        self._verdicts: dict[int, asyncio.Task[None]] = {}
         self._references: Counter[str] = Counter()
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._disk = ThreadPoolExecutor(1, thread_name_prefix="registry")
-        self._uploads = ThreadPoolExecutor(_UPLOAD_THREADS, thread_name_prefix="upload")
-        self.blobs = BlobService(
-            config, self._registry, self._store, self._disk, self._uploads, self._spawn
+        self._catalog = Catalog(base_name, observations.snapshot)
+        self.background = Background()
+        self.shelf = Shelf(self._registry, self._catalog, self.background)
+        self.verdicts = Verdicts(
+            self.shelf,
+            ingest,
+            observations,
+            self.background,
+            pin=lambda digest: self.tell_engine("pin", digest),
+            deleted=lambda row: self._forget_soon([row]),
         )
+        self.blobs = BlobService(config, self._registry, self._store, self.background)
         self.resumable = ResumableUploads(
-            config,
-            self._registry.database,
-            self._store,
-            self.blobs,
-            self._disk,
-            self._uploads,
+            config, self._registry.database, self._store, self.blobs, self.background
         )
-        self.starting_up = True
-        """Until the adapters of earlier runs and of the command line have their verdicts."""
 
     # What names mean to a tenant: its own adapters, and under the other names the shared ones.
 
@@ -177,24 +167,47 @@ class AdapterService:
             await upload.write(config)
             files = (await upload.commit(), weights_digest)
             if validate_only:
-                return await self._validate_only(name, files, self._base)
-            row, fresh = await self._on(
-                self._disk, self._register, tenant, name, files, expected_generation
+                return await self.verdicts.preview(name, files, self._base)
+            row, fresh = await self.shelf.change(
+                tenant, name, lambda: self._register(tenant, name, files, expected_generation)
             )
-            await self._refresh(tenant, name)
         finally:
             await upload.abort()
         if fresh:
             if tenant == SHARED:
                 self._catalog.broken.pop(name, None)
-            self._validate_soon(row)
-        if wait_s > 0 and (verdict := self._verdicts.get(row.id)):
-            await asyncio.wait([verdict], timeout=wait_s)
+            self.verdicts.begin(row, self._base)
+        if wait_s > 0:
+            await self.verdicts.wait(row, wait_s)
         row = self._catalog.row(row)
         if row.status == "failed" and row.error is not None:
             error = row.error
             raise AdapterInvalid(error["message"], problems=error["problems"], code=error["code"])
         return self._catalog.view(row)
+
+    async def register_files(
+        self, name: str, config_path: Path, weights_path: Path, *, wait_s: float = 0
+    ) -> AdapterView:
+        """Register two files of this machine; they replace what held the name.
+
+        Raises OSError when a file cannot be read, and as ``create``.
+        """
+        upload = await self.begin()
+        try:
+            with open(weights_path, "rb") as file:
+                while block := await self.background.on_uploads(file.read, READ_BYTES):
+                    await upload.write(block)
+            weights = await upload.commit()
+            config = config_path.read_bytes()
+            try:
+                return await self.create(name, config, weights, wait_s=wait_s)
+            except Conflict:
+                current = self._catalog.holder(name)
+                return await self.create(
+                    name, config, weights, wait_s=wait_s, expected_generation=current
+                )
+        finally:
+            await upload.abort()
 
     def _register(
         self, tenant: str, name: str, files: tuple[str, str], expected_generation: int | None
@@ -221,74 +234,15 @@ class AdapterService:
         sizes = [self._store.size(row.weights_digest) for row in held]
         self._quotas.check_adapters(tenant, sizes, self._store.size(files[1]))
 
-    async def _validate_only(
-        self, name: str, files: tuple[str, str], base: BaseDescription
-    ) -> AdapterView:
-        done = await self._ingest.examine(*files, base, pack=False)
-        if done.problems:
-            raise AdapterInvalid(_summary(done), problems=done.problems, code=done.code)
-        return AdapterView(
-            id=f"{name}@0",
-            name=name,
-            digest=done.digest,
-            generation=0,
-            status="ready",
-            rank=done.report.get("rank", 0),
-            num_bytes=done.report.get("num_bytes", 0),
-            num_frames=done.report.get("num_frames", 0),
-            report=done.report,
-        )
-
-    def _validate_soon(self, row: AdapterRow) -> None:
-        if row.id not in self._verdicts:
-            task = self._verdicts[row.id] = self._spawn(self._validate(row))
-            task.add_done_callback(lambda _: self._verdicts.pop(row.id, None))
-
-    async def _validate(self, row: AdapterRow) -> None:
-        """Examine, and write the verdict down."""
-        base = self._base
-        assert base is not None
-        try:
-            done = await self._ingest.examine(
-                row.config_digest, row.weights_digest, base, pack=True
-            )
-        except ServiceError as error:
-            done = IngestDone(job_id=0, problems=[error.message], code=error.code)
-        if row.status == "ready" and done.code in NOT_THE_ADAPTERS_FAULT and done.problems:
-            log.error("could not pack %s again: %s", row.name, done.problems[0])
-            return
-        if not done.problems and done.digest != row.digest:
-            done = IngestDone(job_id=0, problems=["its files changed on disk"], code="corrupt")
-        try:
-            await self._on(self._disk, self._record, row, done, base.fingerprint)
-        except NotFound:  # deleted meanwhile
-            self._verdicts.pop(row.id, None)
-            await self._refresh(row.tenant, row.name)
-            self._forget_soon([self._catalog.row(row)])
-            return
-        self._catalog.unpacked.discard(row.digest)
-        await self._refresh(row.tenant, row.name)
-        self._observations.uploaded(done.code if done.problems else "ready")
-        if self._catalog.row(row).pinned:
-            await self._tell_engine("pin", row.digest)
-
-    def _record(self, row: AdapterRow, done: IngestDone, fingerprint: str) -> None:
-        if done.problems:
-            self._registry.mark_failed(row.id, code=done.code, problems=done.problems)
-        else:
-            self._registry.mark_ready(row.id, fingerprint=fingerprint, report=done.report)
-
     # Pins and deletion.
 
     async def set_pinned(self, name: str, pinned: bool, *, tenant: str = SHARED) -> AdapterView:
         """Keep it in the pool, or no longer. Raises NotFound, Conflict (not ready; no room)."""
 
         async def note(pin: bool) -> AdapterRow:
-            row = await self._on(
-                self._disk, lambda: self._registry.set_pinned(name, pin, tenant=tenant)
+            return await self.shelf.change(
+                tenant, name, lambda: self._registry.set_pinned(name, pin, tenant=tenant)
             )
-            await self._refresh(tenant, name)
-            return row
 
         row = await note(pinned)
         try:
@@ -308,22 +262,23 @@ class AdapterService:
         """
         if tenant == SHARED and name in self._catalog.broken:
             return self._catalog.broken.pop(name)
-        rows = await self._on(self._disk, lambda: self._registry.delete(name, tenant=tenant))
-        await self._refresh(tenant, name)
+        rows = await self.shelf.change(
+            tenant, name, lambda: self._registry.delete(name, tenant=tenant)
+        )
         self._forget_soon(rows)
         return self._catalog.view(rows[0])
 
     def _forget_soon(self, rows: Iterable[AdapterRow]) -> None:
         """End those that are being deleted and that nobody uses any more."""
         for row in list(rows):
-            in_use = row.digest in self._references or row.id in self._verdicts
+            in_use = row.digest in self._references or row.id in self.verdicts
             if row.status == "deleting" and not in_use:
-                self._spawn(self._forget(row))
+                self.background.spawn(self._forget(row))
 
     async def _forget(self, row: AdapterRow) -> None:
-        if not await self._on(self._disk, self._forget_row, row):
-            await self._tell_engine("evict", row.digest)
-        await self._refresh(row.tenant, row.name)
+        lives = await self.shelf.change(row.tenant, row.name, lambda: self._forget_row(row))
+        if not lives:
+            await self.tell_engine("evict", row.digest)
 
     def _forget_row(self, row: AdapterRow) -> bool:
         """Remove the row, then the files nobody else needs; whether the version lives on."""
@@ -336,7 +291,8 @@ class AdapterService:
             self.blobs.holds.collect(digest)
         return lives
 
-    async def _tell_engine(self, kind: Literal["pin", "evict"], digest: str) -> None:
+    async def tell_engine(self, kind: Literal["pin", "evict"], digest: str) -> None:
+        """What can wait for the next engine when this one does not take it."""
         try:
             await self._ask_engine(kind, digest)
         except LoramuxError as error:
@@ -344,155 +300,17 @@ class AdapterService:
 
     # Beginning and end.
 
-    def base_ready(self, base: BaseDescription) -> None:
-        """An engine is ready. The first time: bring in what earlier runs and the command line left.
-
-        Nothing an adapter does wrong is raised from here: it is listed as failed.
-        """
-        self._spawn(self._take_stock(base))
-
-    async def _take_stock(self, base: BaseDescription) -> None:
-        first = self._base is None
+    async def serve_for(self, base: BaseDescription) -> None:
+        """This is the base from now on: it decides which adapters are compatible."""
         self._base = base
         self._registry.base_fingerprint = base.fingerprint
-        try:
-            if first:
-                await self._on(self._disk, self._collect_blobs)
-                self._spawn(self._sweep_for_ever())
-            await self._refresh_all()
-            self._make_good(base)
-            if first:
-                self._forget_soon(self._catalog.deleting())
-                for name, folder in configured(self._config):
-                    await self._preload(name, folder)
-                if self._verdicts:
-                    await asyncio.wait(list(self._verdicts.values()))
-        finally:  # a disk that fails here must not keep the base from being served
-            if first:
-                self.starting_up = False
+        await self.shelf.refresh_all()
 
-    def _make_good(self, base: BaseDescription) -> None:
-        """Give the engine its pins; validate, or pack again, what lacks it."""
-        for row in self._catalog.rows():
-            if row.pinned and row.status == "ready":
-                self._spawn(self._tell_engine("pin", row.digest))
-            path = packed_path(self._config.data_dir, row.digest, base.fingerprint)
-            if row.status == "ready" and not path.exists():
-                self._catalog.unpacked.add(row.digest)
-                self._validate_soon(row)
-            if row.status == "validating":
-                self._validate_soon(row)
-
-    def _collect_blobs(self) -> None:
-        """Remove what an earlier run left behind."""
-        for digest in list(self._store.digests()):
-            self.blobs.holds.collect(digest)
-
-    async def _sweep_for_ever(self) -> None:
-        while True:
-            try:
-                await self.blobs.sweep()
-                await self.resumable.sweep()
-            except LoramuxError as error:  # a full disk, for one
-                log.warning("expired uploads stay for now: %s", error.message)
-            await asyncio.sleep(self._config.sweep_s)
-
-    async def register_files(
-        self, name: str, config_path: Path, weights_path: Path, *, wait_s: float = 0
-    ) -> AdapterView:
-        """Register two files of this machine; they replace what held the name.
-
-        Raises OSError when a file cannot be read, and as ``create``.
-        """
-        upload = await self.begin()
-        try:
-            with open(weights_path, "rb") as file:
-                while block := await self._on(self._uploads, file.read, READ_BYTES):
-                    await upload.write(block)
-            weights = await upload.commit()
-            config = config_path.read_bytes()
-            try:
-                return await self.create(name, config, weights, wait_s=wait_s)
-            except Conflict:
-                current = self._catalog.holder(name)
-                return await self.create(
-                    name, config, weights, wait_s=wait_s, expected_generation=current
-                )
-        finally:
-            await upload.abort()
-
-    async def _preload(self, name: str, folder: Path) -> None:
-        """Register an adapter folder of the command line."""
-        try:
-            await self.register_files(name, folder / CONFIG_FILE, folder / WEIGHTS_FILE)
-        except (OSError, LoramuxError) as error:
-            log.error("adapter %s of %s is not served: %s", name, folder, error)
-            code = error.code if isinstance(error, LoramuxError) else "unreadable"
-            problems = [str(error)]
-            self._catalog.broken[name] = AdapterView(
-                id=f"{name}@0",
-                name=name,
-                digest="",
-                generation=0,
-                status="failed",
-                error={"code": code, "message": problems[0], "problems": problems},
-            )
+    def forget_deleted(self) -> None:
+        """End the deletions that an earlier run did not come to."""
+        self._forget_soon(self._catalog.deleting())
 
     async def stop(self) -> None:
         """Finish what runs on threads, close the registry. The ingest client is stopped before."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._uploads.shutdown(wait=True)
-        self._disk.shutdown(wait=True)
+        await self.background.stop()
         self._registry.close()
-
-    async def _refresh(self, tenant: str, name: str) -> None:
-        """Bring the catalog up to the registry, for one name."""
-        rows = await self._on(self._disk, lambda: self._registry.list(name, tenant=tenant))
-        self._catalog.put(name, rows, tenant=tenant)
-
-    async def _refresh_all(self) -> None:
-        by_name: dict[tuple[str, str], list[AdapterRow]] = {}
-        for row in await self._on(self._disk, self._registry.every):
-            by_name.setdefault((row.tenant, row.name), []).append(row)
-        for (tenant, name), versions in by_name.items():
-            self._catalog.put(name, versions, tenant=tenant)
-
-    async def _on(
-        self, executor: ThreadPoolExecutor, function: Callable[[*Ts], T], *arguments: *Ts
-    ) -> T:
-        return await asyncio.get_running_loop().run_in_executor(executor, function, *arguments)
-
-    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._spawned_ended)
-        return task
-
-    def _spawned_ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()):
-            log.error("work on an adapter failed", exc_info=error)
-
-
-def configured(config: ServerConfig) -> list[tuple[str, Path]]:
-    """The adapter folders of the demo, ``--adapters`` and ``--adapter``; of a name the last one."""
-    parents = [config.adapters] if config.adapters is not None else []
-    if config.model == DEMO_DIR / "base":
-        parents.insert(0, DEMO_DIR / "adapters")
-    found = {
-        folder.name: folder
-        for parent in parents
-        if parent.is_dir()
-        for folder in sorted(parent.iterdir())
-        if (folder / CONFIG_FILE).exists()
-    }
-    for item in config.adapter:
-        name, _, folder_name = item.partition("=")
-        found[name] = Path(folder_name)
-    return list(found.items())
-
-
-def _summary(done: IngestDone) -> str:
-    return done.problems[0] if len(done.problems) == 1 else f"{len(done.problems)} problems"

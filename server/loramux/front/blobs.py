@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import Executor
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from loramux.adapters.blobs import BlobStore, check_digest
 from loramux.adapters.registry import Registry
 from loramux.adapters.tenant_blobs import TenantBlobs
 from loramux.config import ServerConfig
 from loramux.errors import NotFound, PayloadTooLarge
+from loramux.front.background import Background
 from loramux.front.holds import BlobHolds
 from loramux.front.uploads import UploadWriter
 
@@ -21,7 +19,7 @@ class BlobService:
     """``HEAD`` and ``PUT /v1/blobs``, and what registrations ask of blobs.
 
     A tenant sees the blobs it has sent (for ``config.blob_ttl_s`` from the last time) and those of
-    its adapters. ``disk`` is the registry's one thread, ``writers`` those that take bytes.
+    its adapters.
     """
 
     def __init__(
@@ -29,35 +27,35 @@ class BlobService:
         config: ServerConfig,
         registry: Registry,
         store: BlobStore,
-        disk: Executor,
-        writers: Executor,
-        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        background: Background,
     ) -> None:
         self._config = config
         self._registry = registry
         self._store = store
-        self._disk = disk
-        self._writers = writers
-        self._spawn = spawn
+        self._background = background
         self._granted = TenantBlobs(registry.database)
         self.holds = BlobHolds(store, lambda d: registry.uses_blob(d) or self._granted.uses(d))
 
     async def begin(self, limit_bytes: int, param: str) -> UploadWriter:
         """Start receiving a blob. The caller calls its ``abort`` in the end, always."""
-        loop = asyncio.get_running_loop()
-        writer = await loop.run_in_executor(self._writers, self._store.writer, limit_bytes)
-        return UploadWriter(writer, limit_bytes, param, self._writers, self.holds.hold, self.let_go)
+        writer = await self._background.on_uploads(self._store.writer, limit_bytes)
+        threads = self._background.uploads
+        return UploadWriter(writer, limit_bytes, param, threads, self.holds.hold, self.let_go)
 
     def let_go(self, digest: str) -> None:
         """The end of one hold; a blob that nobody needs goes."""
         if self.holds.let_go(digest):
-            self._spawn(self.collect([digest]))
+            self._background.spawn(self.collect([digest]))
 
     async def collect(self, digests: list[str] | set[str]) -> None:
         """Delete those of these blobs that nobody needs."""
-        loop = asyncio.get_running_loop()
         for digest in digests:
-            await loop.run_in_executor(self._disk, self.holds.collect, digest)
+            await self._background.on_disk(self.holds.collect, digest)
+
+    def collect_all(self) -> None:
+        """Remove what an earlier run left behind. On the registry's thread."""
+        for digest in list(self._store.digests()):
+            self.holds.collect(digest)
 
     async def put(self, tenant: str, digest: str, body: AsyncIterator[bytes]) -> bool:
         """Store a blob; whether it is new to the tenant. Every byte is read and hashed either way.
@@ -71,10 +69,7 @@ class BlobService:
             async for piece in body:
                 await writer.write(piece)
             await writer.commit(digest)
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(
-                self._disk, self._grant, tenant, digest, writer.num_bytes
-            )
+            return await self._background.on_disk(self._grant, tenant, digest, writer.num_bytes)
         finally:
             await writer.abort()
 
@@ -91,8 +86,7 @@ class BlobService:
 
     async def size(self, tenant: str, digest: str, param: str = "digest") -> int:
         """Bytes of a blob the tenant has. Raises NotFound (blob_not_found), and InvalidRequest."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._disk, self._size, tenant, digest, param)
+        return await self._background.on_disk(self._size, tenant, digest, param)
 
     def _size(self, tenant: str, digest: str, param: str) -> int:
         if not self._visible(tenant, check_digest(digest)):
@@ -116,10 +110,8 @@ class BlobService:
                 raise PayloadTooLarge(
                     f"config: exceeds {self._config.max_config_bytes} bytes", param="config"
                 )
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._writers, self._store.path(digest).read_bytes)
+            return await self._background.on_uploads(self._store.path(digest).read_bytes)
 
     async def sweep(self) -> None:
         """Blobs that waited too long for an adapter go."""
-        loop = asyncio.get_running_loop()
-        await self.collect(await loop.run_in_executor(self._disk, self._granted.sweep))
+        await self.collect(await self._background.on_disk(self._granted.sweep))

@@ -30,6 +30,7 @@ from loramux.front.keys import Keys
 from loramux.front.ledger import Ledger
 from loramux.front.observations import Observations, Observer, Snapshot
 from loramux.front.quotas import Quotas
+from loramux.front.stock import Stock
 from loramux.front.tokenizer import TokenizerService
 from loramux.wire import Ready
 
@@ -98,6 +99,7 @@ class Front:
         self.adapters = AdapterService(
             config, self.base_name, self._ingest, self.command, self._observations, self.quotas
         )
+        self._stock = Stock(config, self.adapters)
         self._ledger = Ledger(
             self._observations, self.adapters.retain, self.adapters.release, self.quotas.end
         )
@@ -145,7 +147,7 @@ class Front:
 
     def _engine_ready(self, info: Ready) -> None:
         self._ever_ready = True
-        self.adapters.base_ready(info.base)
+        self._stock.base_ready(info.base)
 
     async def stop(self) -> None:
         """Refuse new requests, let running ones go on for ``config.drain_s``, end everything.
@@ -170,7 +172,7 @@ class Front:
     def not_ready(self) -> list[str]:
         """Why this server should get no requests now; empty when it should."""
         reasons = self._closed()
-        if not reasons and self.adapters.starting_up:
+        if not reasons and self._stock.starting_up:
             reasons.append("adapters_starting")
         return reasons
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Executor
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import TypeVar, TypeVarTuple
 
 from loramux.adapters.blobs import BlobStore
 from loramux.adapters.database import Database
@@ -20,18 +17,15 @@ from loramux.errors import (
     StorageFull,
     UploadOffsetConflict,
 )
+from loramux.front.background import Background
 from loramux.front.blobs import BlobService
 from loramux.front.uploads import AppendWriter
-
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
 
 
 class ResumableUploads:
     """``/v1/uploads``. State is on disk alone, but for who appends at the moment.
 
-    ``disk`` is the registry's one thread, ``writers`` those that take bytes. Everything that takes
-    an id raises NotFound (upload_not_found), also for another tenant's.
+    Everything that takes an id raises NotFound (upload_not_found), also for another tenant's.
     """
 
     def __init__(
@@ -40,14 +34,12 @@ class ResumableUploads:
         database: Database,
         store: BlobStore,
         blobs: BlobService,
-        disk: Executor,
-        writers: Executor,
+        background: Background,
     ) -> None:
         self._config = config
         self._store = store
         self._blobs = blobs
-        self._disk = disk
-        self._writers = writers
+        self._background = background
         self._busy: dict[str, int | None] = {}  # where what is being appended to stood before
         self._partial = PartialUploads(database, config.data_dir)
         self._partial.repair()
@@ -57,13 +49,13 @@ class ResumableUploads:
         limit = self._config.max_adapter_file_bytes
         if num_bytes > limit:
             raise PayloadTooLarge(f"bytes: a file may have {limit}", param="bytes")
-        return await self._on(
-            self._disk, self._partial.create, tenant, num_bytes, sha256, self._config.upload_ttl_s
+        return await self._background.on_disk(
+            self._partial.create, tenant, num_bytes, sha256, self._config.upload_ttl_s
         )
 
     async def show(self, tenant: str, upload_id: str) -> tuple[PartialUpload, int]:
         """An upload and its offset: of what is durable, not of a part that is still coming."""
-        upload, size = await self._on(self._disk, self._show, tenant, upload_id)
+        upload, size = await self._background.on_disk(self._show, tenant, upload_id)
         before = self._busy.get(upload_id)
         return upload, size if before is None else before
 
@@ -83,7 +75,7 @@ class ResumableUploads:
         nothing of the part is kept) and StorageFull (neither). A part that breaks off is kept as
         far as it came; what broke it is raised.
         """
-        upload = await self._on(self._disk, self._partial.get, tenant, upload_id)
+        upload = await self._background.on_disk(self._partial.get, tenant, upload_id)
         with self._alone(upload_id):
             upload, size = await self.show(tenant, upload_id)
             if offset != size:
@@ -93,8 +85,8 @@ class ResumableUploads:
                     f"the upload was announced with {upload.num_bytes} bytes", param="bytes"
                 )
             self._busy[upload_id] = size
-            file = await self._on(self._writers, self._partial.open, upload)
-            writer = AppendWriter(file, upload.num_bytes, self._writers)
+            file = await self._background.on_uploads(self._partial.open, upload)
+            writer = AppendWriter(file, upload.num_bytes, self._background.uploads)
             try:
                 async for piece in body:
                     await writer.write(piece)
@@ -112,7 +104,7 @@ class ResumableUploads:
         Raises Conflict (upload_incomplete, upload_busy), StorageFull, and InvalidRequest
         (digest_mismatch), after which the upload is gone.
         """
-        upload = await self._on(self._disk, self._partial.get, tenant, upload_id)
+        upload = await self._background.on_disk(self._partial.get, tenant, upload_id)
         with self._alone(upload_id):
             upload, size = await self.show(tenant, upload_id)
             if size != upload.num_bytes:
@@ -123,11 +115,11 @@ class ResumableUploads:
                 )
             self._blobs.holds.hold(upload.sha256)
             try:
-                await self._on(self._writers, self._partial.publish, upload, self._store)
+                await self._background.on_uploads(self._partial.publish, upload, self._store)
                 ttl_s = self._config.blob_ttl_s
-                await self._on(self._disk, self._partial.settle, upload, ttl_s)
+                await self._background.on_disk(self._partial.settle, upload, ttl_s)
             except InvalidRequest:
-                await self._on(self._disk, self._partial.remove, upload_id)
+                await self._background.on_disk(self._partial.remove, upload_id)
                 raise
             finally:
                 self._blobs.let_go(upload.sha256)
@@ -135,16 +127,16 @@ class ResumableUploads:
 
     async def cancel(self, tenant: str, upload_id: str) -> None:
         """Forget it and what has arrived. Raises Conflict (upload_busy) too."""
-        await self._on(self._disk, self._partial.get, tenant, upload_id)
+        await self._background.on_disk(self._partial.get, tenant, upload_id)
         with self._alone(upload_id):
-            await self._on(self._disk, self._partial.remove, upload_id)
+            await self._background.on_disk(self._partial.remove, upload_id)
 
     async def sweep(self) -> None:
         """Uploads whose time is over go; one that is being written to, at the next sweep."""
-        for upload_id in await self._on(self._disk, self._partial.expired):
+        for upload_id in await self._background.on_disk(self._partial.expired):
             if upload_id not in self._busy:
                 with self._alone(upload_id):
-                    await self._on(self._disk, self._partial.remove, upload_id)
+                    await self._background.on_disk(self._partial.remove, upload_id)
 
     @contextmanager
     def _alone(self, upload_id: str) -> Iterator[None]:
@@ -160,6 +152,3 @@ class ResumableUploads:
             yield
         finally:
             del self._busy[upload_id]
-
-    async def _on(self, executor: Executor, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
-        return await asyncio.get_running_loop().run_in_executor(executor, function, *arguments)

@@ -1,0 +1,107 @@
+"""What earlier runs and the command line left: brought in when the first engine is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from loramux.adapters.pack import packed_path
+from loramux.config import DEMO_DIR, ServerConfig
+from loramux.errors import LoramuxError
+from loramux.front.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterService
+from loramux.front.catalog import AdapterView
+from loramux.wire import BaseDescription
+
+log = logging.getLogger(__name__)
+
+
+class Stock:
+    """Takes stock of a service's adapters whenever an engine is ready, and sweeps for ever."""
+
+    def __init__(self, config: ServerConfig, adapters: AdapterService) -> None:
+        self._config = config
+        self._adapters = adapters
+        self._background = adapters.background
+        self._taken = False
+        self.starting_up = True
+        """Until the adapters of earlier runs and of the command line have their verdicts."""
+
+    def base_ready(self, base: BaseDescription) -> None:
+        """An engine is ready. Nothing an adapter does wrong is raised from here: it is listed as
+        failed."""
+        self._background.spawn(self._take(base))
+
+    async def _take(self, base: BaseDescription) -> None:
+        adapters, first, self._taken = self._adapters, not self._taken, True
+        try:
+            await adapters.serve_for(base)
+            if first:
+                await self._background.on_disk(adapters.blobs.collect_all)
+                self._background.spawn(self._sweep_for_ever())
+            self._make_good(base)
+            if first:
+                adapters.forget_deleted()
+                for name, folder in configured(self._config):
+                    await self._preload(name, folder)
+                await adapters.verdicts.wait_all()
+        finally:  # a disk that fails here must not keep the base from being served
+            if first:
+                self.starting_up = False
+
+    def _make_good(self, base: BaseDescription) -> None:
+        """Give the engine its pins; validate, or pack again, what lacks it."""
+        catalog = self._adapters.shelf.catalog
+        for row in catalog.rows():
+            if row.pinned and row.status == "ready":
+                self._background.spawn(self._adapters.tell_engine("pin", row.digest))
+            path = packed_path(self._config.data_dir, row.digest, base.fingerprint)
+            if row.status == "ready" and not path.exists():
+                catalog.unpacked.add(row.digest)
+                self._adapters.verdicts.begin(row, base)
+            if row.status == "validating":
+                self._adapters.verdicts.begin(row, base)
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            try:
+                await self._adapters.blobs.sweep()
+                await self._adapters.resumable.sweep()
+            except LoramuxError as error:  # a full disk, for one
+                log.warning("expired uploads stay for now: %s", error.message)
+            await asyncio.sleep(self._config.sweep_s)
+
+    async def _preload(self, name: str, folder: Path) -> None:
+        """Register an adapter folder of the command line."""
+        try:
+            await self._adapters.register_files(name, folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+        except (OSError, LoramuxError) as error:
+            log.error("adapter %s of %s is not served: %s", name, folder, error)
+            code = error.code if isinstance(error, LoramuxError) else "unreadable"
+            problems = [str(error)]
+            self._adapters.shelf.catalog.broken[name] = AdapterView(
+                id=f"{name}@0",
+                name=name,
+                digest="",
+                generation=0,
+                status="failed",
+                error={"code": code, "message": problems[0], "problems": problems},
+            )
+
+
+def configured(config: ServerConfig) -> list[tuple[str, Path]]:
+    """The adapter folders of the demo, ``--adapters`` and ``--adapter``; of a name the last one."""
+    parents = [config.adapters] if config.adapters is not None else []
+    if config.model == DEMO_DIR / "base":
+        parents.insert(0, DEMO_DIR / "adapters")
+    found = {
+        folder.name: folder
+        for parent in parents
+        if parent.is_dir()
+        for folder in sorted(parent.iterdir())
+        if (folder / CONFIG_FILE).exists()
+    }
+    for item in config.adapter:
+        name, _, folder_name = item.partition("=")
+        found[name] = Path(folder_name)
+    return list(found.items())

@@ -1,0 +1,118 @@
+"""What the ingest process says of each adapter: asked once at a time, and written down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from loramux.adapters.registry import AdapterRow
+from loramux.errors import AdapterInvalid, NotFound, ServiceError
+from loramux.front.background import Background
+from loramux.front.catalog import AdapterView
+from loramux.front.ingest_client import IngestClient
+from loramux.front.observations import Observations
+from loramux.front.shelf import Shelf
+from loramux.wire import BaseDescription, IngestDone
+
+log = logging.getLogger(__name__)
+
+NOT_THE_ADAPTERS_FAULT = frozenset({"storage_full", "internal_error"})
+"""Verdicts that say something of this server now and nothing of the adapter."""
+
+
+class Verdicts:
+    """Validation of registered adapters, and of files nobody registers.
+
+    ``pin`` tells the engine of a new version that is pinned; ``deleted`` hears of rows that went
+    while they were being examined.
+    """
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        ingest: IngestClient,
+        observations: Observations,
+        background: Background,
+        *,
+        pin: Callable[[str], Awaitable[None]],
+        deleted: Callable[[AdapterRow], None],
+    ) -> None:
+        self._shelf = shelf
+        self._ingest = ingest
+        self._observations = observations
+        self._background = background
+        self._pin = pin
+        self._deleted = deleted
+        self._running: dict[int, asyncio.Task[None]] = {}
+
+    def __contains__(self, row_id: int) -> bool:
+        """Whether the row is being examined."""
+        return row_id in self._running
+
+    async def wait(self, row: AdapterRow, timeout_s: float) -> None:
+        """Until the verdict on a row is in, or the time is over."""
+        if running := self._running.get(row.id):
+            await asyncio.wait([running], timeout=timeout_s)
+
+    async def wait_all(self) -> None:
+        """Until all that are under way are in."""
+        if self._running:
+            await asyncio.wait(list(self._running.values()))
+
+    def begin(self, row: AdapterRow, base: BaseDescription) -> None:
+        """Have a registered adapter examined and packed, unless it is being already."""
+        if row.id not in self._running:
+            task = self._running[row.id] = self._background.spawn(self._examine(row, base))
+            task.add_done_callback(lambda _: self._running.pop(row.id, None))
+
+    async def _examine(self, row: AdapterRow, base: BaseDescription) -> None:
+        files = row.config_digest, row.weights_digest
+        try:
+            done = await self._ingest.examine(*files, base, pack=True)
+        except ServiceError as error:
+            done = IngestDone(job_id=0, problems=[error.message], code=error.code)
+        if row.status == "ready" and done.code in NOT_THE_ADAPTERS_FAULT and done.problems:
+            log.error("could not pack %s again: %s", row.name, done.problems[0])
+            return
+        if not done.problems and done.digest != row.digest:
+            done = IngestDone(job_id=0, problems=["its files changed on disk"], code="corrupt")
+        try:
+            await self._background.on_disk(self._record, row, done, base.fingerprint)
+        except NotFound:  # deleted meanwhile
+            self._running.pop(row.id, None)
+            await self._shelf.refresh(row.tenant, row.name)
+            self._deleted(self._shelf.catalog.row(row))
+            return
+        self._shelf.catalog.unpacked.discard(row.digest)
+        await self._shelf.refresh(row.tenant, row.name)
+        self._observations.uploaded(done.code if done.problems else "ready")
+        if self._shelf.catalog.row(row).pinned:
+            await self._pin(row.digest)
+
+    def _record(self, row: AdapterRow, done: IngestDone, fingerprint: str) -> None:
+        registry = self._shelf.registry
+        if done.problems:
+            registry.mark_failed(row.id, code=done.code, problems=done.problems)
+        else:
+            registry.mark_ready(row.id, fingerprint=fingerprint, report=done.report)
+
+    async def preview(
+        self, name: str, files: tuple[str, str], base: BaseDescription
+    ) -> AdapterView:
+        """What an upload would become: generation 0, registered nowhere. Raises AdapterInvalid."""
+        done = await self._ingest.examine(*files, base, pack=False)
+        if done.problems:
+            summary = f"{len(done.problems)} problems" if done.problems[1:] else done.problems[0]
+            raise AdapterInvalid(summary, problems=done.problems, code=done.code)
+        return AdapterView(
+            id=f"{name}@0",
+            name=name,
+            digest=done.digest,
+            generation=0,
+            status="ready",
+            rank=done.report.get("rank", 0),
+            num_bytes=done.report.get("num_bytes", 0),
+            num_frames=done.report.get("num_frames", 0),
+            report=done.report,
+        )
