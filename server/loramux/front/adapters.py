@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from loramux.adapters.blobs import READ_BYTES, BlobStore, adapter_digest
+from loramux.adapters.blobs import READ_BYTES, BlobStore
 from loramux.adapters.pack import packed_path
 from loramux.adapters.registry import AdapterRow, Registry
 from loramux.config import ADAPTER_NAME, ServerConfig
@@ -58,7 +58,6 @@ class AdapterService:
         """Opens the data directory; raises ConfigError or StorageFull when it cannot be used."""
         self._config = config
         self._ask_engine = ask_engine
-        self._quotas = quotas
         self._base: BaseDescription | None = None
         self._registry = Registry(config.data_dir)
         self._store = BlobStore(config.data_dir)
@@ -67,6 +66,7 @@ class AdapterService:
         self._catalog = Catalog(base_name, observations.snapshot)
         self.background = Background()
         self.shelf = Shelf(self._registry, self._catalog, self.background)
+        self.blobs = BlobService(config, self._registry, self._store, self.background, quotas)
         self.verdicts = Verdicts(
             self.shelf,
             ingest,
@@ -74,8 +74,8 @@ class AdapterService:
             self.background,
             pin=lambda digest: self.tell_engine("pin", digest),
             deleted=lambda row: self._forget_soon([row]),
+            failed=self.blobs.collect_files,
         )
-        self.blobs = BlobService(config, self._registry, self._store, self.background)
         self.resumable = ResumableUploads(
             config, self._registry.database, self._store, self.blobs, self.background
         )
@@ -215,7 +215,7 @@ class AdapterService:
         config_digest, weights_digest = files
         if not self._store.has(weights_digest):
             raise NotFound("no such blob", param="weights", code="blob_not_found")
-        self._check_quota(tenant, name, files)
+        self.blobs.storage.check_adapter(tenant, name, files)
         return self._registry.create(
             name,
             tenant=tenant,
@@ -223,16 +223,6 @@ class AdapterService:
             weights_digest=weights_digest,
             expected_generation=expected_generation,
         )
-
-    def _check_quota(self, tenant: str, name: str, files: tuple[str, str]) -> None:
-        """Raises QuotaExceeded. On the registry's thread, so no two uploads take the last place."""
-        rows = self._registry.list(tenant=tenant)
-        held = [row for row in rows if row.status not in ("failed", "deleting")]
-        digest = adapter_digest(*files)
-        if any(row.name == name and row.digest == digest for row in held):
-            return  # nothing is added
-        sizes = [self._store.size(row.weights_digest) for row in held]
-        self._quotas.check_adapters(tenant, sizes, self._store.size(files[1]))
 
     # Pins and deletion.
 
@@ -287,8 +277,7 @@ class AdapterService:
         if not lives and self._base is not None:
             fingerprint = self._base.fingerprint
             packed_path(self._config.data_dir, row.digest, fingerprint).unlink(missing_ok=True)
-        for digest in (row.config_digest, row.weights_digest):
-            self.blobs.holds.collect(digest)
+        self.blobs.collect_files(row)
         return lives
 
     async def tell_engine(self, kind: Literal["pin", "evict"], digest: str) -> None:

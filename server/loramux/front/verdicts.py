@@ -25,7 +25,7 @@ class Verdicts:
     """Validation of registered adapters, and of files nobody registers.
 
     ``pin`` tells the engine of a new version that is pinned; ``deleted`` hears of rows that went
-    while they were being examined.
+    while they were being examined; ``failed``, on the registry's thread, of those refused.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Verdicts:
         *,
         pin: Callable[[str], Awaitable[None]],
         deleted: Callable[[AdapterRow], None],
+        failed: Callable[[AdapterRow], None],
     ) -> None:
         self._shelf = shelf
         self._ingest = ingest
@@ -44,6 +45,7 @@ class Verdicts:
         self._background = background
         self._pin = pin
         self._deleted = deleted
+        self._failed = failed
         self._running: dict[int, asyncio.Task[None]] = {}
 
     def __contains__(self, row_id: int) -> bool:
@@ -94,6 +96,7 @@ class Verdicts:
         registry = self._shelf.registry
         if done.problems:
             registry.mark_failed(row.id, code=done.code, problems=done.problems)
+            self._failed(row)
         else:
             registry.mark_ready(row.id, fingerprint=fingerprint, report=done.report)
 
