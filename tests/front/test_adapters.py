@@ -262,6 +262,7 @@ def test_pins(tmp_path: Path) -> None:
             assert not (await front.adapters.set_pinned("cat", False)).pinned
             assert (await engine_said(front))["commands"][:-1] == [
                 ["pin", view.digest],
+                ["unpin", view.digest],
                 ["pin", two.digest],
                 ["unpin", two.digest],
             ]

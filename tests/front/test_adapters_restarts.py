@@ -23,6 +23,8 @@ from loramux.errors import (
     LoramuxError,
 )
 from loramux.front.front import INGEST
+from loramux.metrics.stats import StepStats
+from loramux.request import AdapterRef
 
 
 def test_adapters_survive_a_restart(tmp_path: Path) -> None:
@@ -199,6 +201,36 @@ def test_residency_comes_from_the_engine(tmp_path: Path) -> None:
             assert view.residency == "disk"
             front.snapshot.resident = frozenset([view.digest])
             assert front.adapters.show("cat").residency == "pool"
+
+    asyncio.run(main())
+
+
+def test_residency_tells_nothing_of_another_tenants_file(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(configure(tmp_path)) as front:
+            for tenant in ("alice", "bob"):
+                digest = (await upload(front, "cat", tenant=tenant)).digest
+
+            def seen() -> dict[str, str]:
+                show = front.adapters.show
+                return {each: show("cat", tenant=each).residency for each in ("alice", "bob")}
+
+            def engine_says(*resident: str) -> None:
+                front._observations.step(StepStats(resident=list(resident)))
+
+            await collect(front.submit(spec("r", adapters=(AdapterRef(digest),), tenant="alice")))
+            assert seen() == {"alice": "disk", "bob": "disk"}
+            engine_says(digest)
+            assert seen() == {"alice": "pool", "bob": "disk"}
+            engine_says(digest, "0" * 64)
+            assert seen() == {"alice": "pool", "bob": "disk"}
+            engine_says()
+            assert seen() == {"alice": "disk", "bob": "disk"}
+            await collect(front.submit(spec("s", adapters=(AdapterRef(digest),), tenant="bob")))
+            engine_says(digest)
+            assert seen() == {"alice": "disk", "bob": "pool"}, "hers had gone since"
+            await front.adapters.set_pinned("cat", True, tenant="alice")
+            assert seen() == {"alice": "pool", "bob": "pool"}
 
     asyncio.run(main())
 

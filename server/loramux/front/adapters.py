@@ -72,7 +72,7 @@ class AdapterService:
             ingest,
             observations,
             self.background,
-            pin=lambda digest: self.tell_engine("pin", digest),
+            pin=self._pin_instead,
             deleted=lambda row: self._forget_soon([row]),
             failed=self.blobs.collect_files,
         )
@@ -245,6 +245,16 @@ class AdapterService:
             raise
         return self._catalog.view(self._catalog.row(row))
 
+    async def _pin_instead(self, row: AdapterRow) -> None:
+        """The pin of a name has moved to this row: what had it before may go."""
+        pinned = {each.digest for each in self._catalog.rows() if each.pinned}
+        for before in await self.background.on_disk(
+            lambda: self._registry.list(row.name, tenant=row.tenant)
+        ):
+            if before.digest not in pinned:
+                await self.tell_engine("unpin", before.digest)
+        await self.tell_engine("pin", row.digest)
+
     async def delete(self, name: str, *, tenant: str = SHARED) -> AdapterView:
         """No new requests from now on; the files go when the last running request has ended.
 
@@ -280,7 +290,7 @@ class AdapterService:
         self.blobs.collect_files(row)
         return lives
 
-    async def tell_engine(self, kind: Literal["pin", "evict"], digest: str) -> None:
+    async def tell_engine(self, kind: Literal["pin", "unpin", "evict"], digest: str) -> None:
         """What can wait for the next engine when this one does not take it."""
         try:
             await self._ask_engine(kind, digest)

@@ -200,13 +200,16 @@ class Catalog:
         status: Status = row.status
         if status == "ready" and row.digest in self.unpacked:
             status = "validating"
+        # A tenant must not see that another one uses a file with the same bytes.
+        wearers = self._snapshot.wearers.get(row.digest, ())
+        here = row.tenant == SHARED or row.pinned or row.tenant in wearers
         return AdapterView(
             id=f"{row.name}@{row.generation}",
             name=row.name,
             digest=row.digest,
             generation=row.generation,
             status=status,
-            residency="pool" if row.digest in self._snapshot.resident else "disk",
+            residency="pool" if here and row.digest in self._snapshot.resident else "disk",
             pinned=row.pinned,
             created=int(row.created),
             rank=row.report.get("rank", 0),

@@ -35,7 +35,7 @@ class Verdicts:
         observations: Observations,
         background: Background,
         *,
-        pin: Callable[[str], Awaitable[None]],
+        pin: Callable[[AdapterRow], Awaitable[None]],
         deleted: Callable[[AdapterRow], None],
         failed: Callable[[AdapterRow], None],
     ) -> None:
@@ -89,8 +89,9 @@ class Verdicts:
         self._shelf.catalog.unpacked.discard(row.digest)
         await self._shelf.refresh(row.tenant, row.name)
         self._observations.uploaded(done.code if done.problems else "ready")
-        if self._shelf.catalog.row(row).pinned:
-            await self._pin(row.digest)
+        row = self._shelf.catalog.row(row)
+        if row.pinned:
+            await self._pin(row)
 
     def _record(self, row: AdapterRow, done: IngestDone, fingerprint: str) -> None:
         registry = self._shelf.registry
