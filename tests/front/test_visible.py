@@ -9,7 +9,7 @@ import asyncio
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -131,7 +131,21 @@ tenants = st.sampled_from(["alice", "alice", "alice", "bob", SHARED])
 names = st.sampled_from(["cat", "cat", "cat", "dog"])
 versions = st.tuples(st.sampled_from([CONFIGS[0], *CONFIGS]), st.sampled_from(WEIGHTS))
 expectations = st.sampled_from(["right", "right", "right", None, 0, 7])
+ways = st.sampled_from(["multipart", "multipart", "blob"])
 picks = st.integers(0, 99)
+
+ACTIONS: list[tuple[Any, tuple[st.SearchStrategy[Any], ...]]] = []
+
+
+def action(*strategies: st.SearchStrategy[Any], often: int = 1) -> Callable[[T], T]:
+    """A step of a history, with what its arguments are drawn from. These are not rules of
+    Hypothesis's own, of which it leaves some out at random: without uploads, nothing happens."""
+
+    def remember(method: T) -> T:
+        ACTIONS.extend([(method, strategies)] * often)
+        return method
+
+    return remember
 
 
 class Visible(RuleBasedStateMachine):
@@ -225,13 +239,7 @@ class Visible(RuleBasedStateMachine):
             await writer.abort()
         return view.generation
 
-    @rule(
-        tenant=tenants,
-        name=names,
-        files=versions,
-        expected=expectations,
-        by=st.sampled_from(["multipart", "multipart", "blob"]),
-    )
+    @action(tenants, names, versions, expectations, ways, often=6)
     def upload(
         self, tenant: str, name: str, files: tuple[bytes, bytes], expected: Any, by: str
     ) -> None:
@@ -252,7 +260,7 @@ class Visible(RuleBasedStateMachine):
             if fresh and not self.ingest.holding:
                 model.conclude(row)
 
-    @rule(tenant=tenants, name=names, files=versions)
+    @action(tenants, names, versions)
     def validate_only(self, tenant: str, name: str, files: tuple[bytes, bytes]) -> None:
         if self.ingest.holding:
             return
@@ -272,7 +280,7 @@ class Visible(RuleBasedStateMachine):
         refused = None if is_good(files[0]) else Refused(AdapterInvalid.code)
         self.told(preview(), refused)
 
-    @rule(weights=st.sampled_from(WEIGHTS))
+    @action(st.sampled_from(WEIGHTS))
     def begin_upload(self, weights: bytes) -> None:
         """Its file is here, its adapter not yet registered."""
 
@@ -285,18 +293,18 @@ class Visible(RuleBasedStateMachine):
         self.writers.append((self.do(begin()), weights))
         self.model.held[sha(weights)] += 1
 
-    @rule(pick=picks)
+    @action(picks)
     def abandon_upload(self, pick: int) -> None:
         if self.writers:
             writer, weights = self.writers.pop(pick % len(self.writers))
             self.do(writer.abort())
             self.model.held[sha(weights)] -= 1
 
-    @rule()
+    @action()
     def hold_verdicts(self) -> None:
         self.ingest.holding = True
 
-    @rule()
+    @action(often=3)
     def verdicts_come(self) -> None:
         self.ingest.holding = False
 
@@ -310,7 +318,7 @@ class Visible(RuleBasedStateMachine):
 
     # Files that wait for an adapter.
 
-    @rule(tenant=tenants, data=st.sampled_from(WEIGHTS))
+    @action(tenants, st.sampled_from(WEIGHTS), often=2)
     def put_blob(self, tenant: str, data: bytes) -> None:
         async def body() -> AsyncIterator[bytes]:
             yield data
@@ -320,12 +328,12 @@ class Visible(RuleBasedStateMachine):
         assert fresh is not known
         self.model.granted[tenant, sha(data)] = len(data)
 
-    @rule(tenant=tenants, data=st.sampled_from(WEIGHTS))
+    @action(tenants, st.sampled_from(WEIGHTS))
     def open_upload(self, tenant: str, data: bytes) -> None:
         made = self.do(self.service.resumable.create(tenant, len(data), sha(data)))
         self.model.uploads[made.id] = tenant, data, 0
 
-    @rule(pick=picks, num=st.integers(1, 200))
+    @action(picks, st.integers(1, 200))
     def continue_upload(self, pick: int, num: int) -> None:
         if not self.model.uploads:
             return
@@ -339,7 +347,7 @@ class Visible(RuleBasedStateMachine):
         self.model.uploads[upload_id] = tenant, data, at
         assert at == min(offset + num, len(data))
 
-    @rule(pick=picks)
+    @action(picks)
     def complete_upload(self, pick: int) -> None:
         if not self.model.uploads:
             return
@@ -351,7 +359,7 @@ class Visible(RuleBasedStateMachine):
             del self.model.uploads[upload_id]
             self.model.granted[tenant, sha(data)] = len(data)
 
-    @rule(tenant=tenants, blobs=st.booleans())
+    @action(tenants, st.booleans())
     def expire(self, tenant: str, blobs: bool) -> None:
         """A day goes by for what a tenant has sent, and the sweep comes."""
         table = "tenant_blobs" if blobs else "uploads"
@@ -367,7 +375,7 @@ class Visible(RuleBasedStateMachine):
 
     # Pins and deletions.
 
-    @rule(tenant=tenants, name=names)
+    @action(tenants, names, often=2)
     def delete(self, tenant: str, name: str) -> None:
         refused = None
         try:
@@ -376,7 +384,7 @@ class Visible(RuleBasedStateMachine):
             refused = error
         self.told(self.service.delete(name, tenant=tenant), refused)
 
-    @rule(tenant=tenants, name=names, pinned=st.booleans(), full=st.booleans())
+    @action(tenants, names, st.booleans(), st.booleans(), often=2)
     def pin(self, tenant: str, name: str, pinned: bool, full: bool) -> None:
         refused, before = None, self.model.pins()
         try:
@@ -392,7 +400,7 @@ class Visible(RuleBasedStateMachine):
 
     # Requests.
 
-    @rule(tenant=tenants, name=names, begin=st.booleans())
+    @action(tenants, names, st.booleans(), often=3)
     def request(self, tenant: str, name: str, begin: bool) -> None:
         """Resolved, and begun at once or later."""
         try:
@@ -404,7 +412,7 @@ class Visible(RuleBasedStateMachine):
         if begin:
             self.begin_resolved(len(self.resolved) - 1)
 
-    @rule(pick=picks)
+    @action(picks)
     def begin_resolved(self, pick: int) -> None:
         if not self.resolved or not self.engine.up:
             return
@@ -420,7 +428,7 @@ class Visible(RuleBasedStateMachine):
         self.engine.leases[digest] += 1
         self.engine.resident.add(digest)
 
-    @rule(pick=picks)
+    @action(picks, often=2)
     def end_request(self, pick: int) -> None:
         if self.running:
             self.end(self.running.pop(pick % len(self.running)))
@@ -436,14 +444,14 @@ class Visible(RuleBasedStateMachine):
 
     # The pool, the engine, the server.
 
-    @rule(pick=picks)
+    @action(picks)
     def evict(self, pick: int) -> None:
         """The pool needs the frames of something idle."""
         idle = [d for d in self.engine.resident - self.engine.pins if not self.engine.leases[d]]
         if idle:
             self.engine.resident.discard(sorted(idle)[pick % len(idle)])
 
-    @rule()
+    @action()
     def engine_dies(self) -> None:
         self.engine.up = False
         self.engine.pins.clear()
@@ -451,7 +459,7 @@ class Visible(RuleBasedStateMachine):
         while self.running:
             self.end(self.running.pop())
 
-    @rule(lost=picks)
+    @action(st.integers(0, 9), often=2)
     def engine_starts(self, lost: int) -> None:
         """Perhaps one packed file has gone since."""
         if self.engine.up:
@@ -483,7 +491,7 @@ class Visible(RuleBasedStateMachine):
                 if row.examined:
                     model.conclude(row)
 
-    @rule(lost=picks)
+    @action(st.integers(0, 9))
     def restart(self, lost: int) -> None:
         self.close()
         model = self.model
@@ -505,6 +513,11 @@ class Visible(RuleBasedStateMachine):
         self.loop.run_until_complete(stop())
 
     # What has to be so in every state.
+
+    @rule(action=st.integers(0, len(ACTIONS) - 1).map(ACTIONS.__getitem__), data=st.data())
+    def step(self, action: Any, data: st.DataObject) -> None:
+        method, strategies = action
+        method(self, *[data.draw(strategy, method.__name__) for strategy in strategies])
 
     @invariant()
     def names_mean_what_they_should(self) -> None:
