@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -231,6 +232,53 @@ def test_residency_tells_nothing_of_another_tenants_file(tmp_path: Path) -> None
             assert seen() == {"alice": "disk", "bob": "pool"}, "hers had gone since"
             await front.adapters.set_pinned("cat", True, tenant="alice")
             assert seen() == {"alice": "pool", "bob": "pool"}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("code", ["adapter_load_failed", "packed_file_invalid"])
+@pytest.mark.parametrize("rotten", [False, True], ids=["blob whole", "blob rotten"])
+def test_what_the_engine_cannot_load_is_made_again_from_whole_files(
+    tmp_path: Path, rotten: bool, code: str
+) -> None:
+    """Or, with a blob that has rotted too, is no longer served at all."""
+    where = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{where}.lora_A.weight": np.ones((2, 16), np.float32),
+        f"{where}.lora_B.weight": np.ones((16, 2), np.float32),
+    }
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+
+    async def main() -> None:
+        async with running(configure(tmp_path), ingest=INGEST) as front:
+            show = front.adapters.show
+            view = await upload(front, "cat", save(tensors), wait_s=60, **config)
+            await upload(front, "dog", save(tensors), wait_s=60, **config, tenant="bob")
+            [packed] = files(tmp_path)
+            whole = packed.read_bytes()
+            packed.write_bytes(whole[:-1] + b"!")
+            if rotten:
+                blob = BlobStore(tmp_path / "data").path(hashlib.sha256(save(tensors)).hexdigest())
+                blob.write_bytes(blob.read_bytes()[:-1] + b"!")
+            refs = front.adapters.resolve("cat").adapters
+            with pytest.raises(LoramuxError):
+                await collect(front.submit(spec("r", f"fail={code}", adapters=refs)))
+            assert show("cat").status == show("dog", tenant="bob").status == "validating"
+            with pytest.raises(Conflict) as caught:
+                front.submit(spec("s", adapters=refs))
+            assert caught.value.code == "adapter_not_ready"
+            await until(lambda: not front.adapters.verdicts._running)
+            if rotten:
+                assert (show("cat").error or {})["code"] == "blob_corrupt"
+                with pytest.raises(Conflict):
+                    front.adapters.resolve("cat")
+                await upload(front, "cat", save(tensors), wait_s=60, **config)
+            assert [show("cat").status, files(tmp_path)] == ["ready", [packed]]
+            assert packed.read_bytes() == whole and show("cat").digest == view.digest
+            await collect(front.submit(spec("t", adapters=refs)))
+            with pytest.raises(LoramuxError):
+                await collect(front.submit(spec("u", f"fail={code}", adapters=refs)))
+            assert show("cat").status == "ready", "not again so soon"
 
     asyncio.run(main())
 
