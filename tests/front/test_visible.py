@@ -9,122 +9,27 @@ import asyncio
 import logging
 import random
 import tempfile
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-from tests.adapters.peft_files import base_description
+from tests.front.played import BASE, Errors, House
 from tests.front.visible_model import SHARED, Model, Refused, is_good, sha
 
-from loramux.adapters.blobs import BlobStore, adapter_digest
+from loramux.adapters.blobs import BlobStore
 from loramux.adapters.pack import packed_path
-from loramux.config import ServerConfig
-from loramux.errors import AdapterInvalid, Conflict, LoramuxError, Overloaded, ServiceError
-from loramux.front.adapters import AdapterService
-from loramux.front.ingest_client import IngestClient
-from loramux.front.keys import NO_LIMITS
-from loramux.front.observations import Observations
-from loramux.front.quotas import Quotas
-from loramux.front.stock import Stock
+from loramux.errors import AdapterInvalid, Conflict, LoramuxError
 from loramux.front.uploads import UploadWriter
-from loramux.wire import BaseDescription, IngestDone
 
 T = TypeVar("T")
-BASE = base_description()
 TENANTS = ["alice", "bob", SHARED]
 NAMES = ["cat", "dog"]
 CONFIGS = [b"{}", b'{"x":1}', b'{"bad":1}']
 WEIGHTS = [b"w" * 10, b"v" * 200, b"u"]
-
-
-class Ingest:
-    """Answers at once, or, while ``holding``, when it is released."""
-
-    def __init__(self, data_dir: Path) -> None:
-        self.data_dir = data_dir
-        self.holding = False
-        self.held: list[tuple[asyncio.Future[IngestDone], IngestDone, bool]] = []
-        self.blocked: set[asyncio.Task[Any] | None] = set()
-
-    async def examine(
-        self, config: str, weights: str, base: BaseDescription, *, pack: bool
-    ) -> IngestDone:
-        store = BlobStore(self.data_dir)
-        assert store.has(weights), "the files stay while they are examined"
-        digest = adapter_digest(config, weights)
-        done = IngestDone(job_id=1, digest=digest)
-        if not is_good(store.path(config).read_bytes()):
-            done = IngestDone(job_id=1, problems=["bad"], code="adapter_invalid")
-        if not self.holding:
-            return self.answer(done, pack)
-        future: asyncio.Future[IngestDone] = asyncio.get_running_loop().create_future()
-        self.held.append((future, done, pack))
-        task = asyncio.current_task()
-        self.blocked.add(task)
-        try:
-            return await future
-        finally:
-            self.blocked.discard(task)
-
-    def answer(self, done: IngestDone, pack: bool) -> IngestDone:
-        if pack and not done.problems:
-            path = packed_path(self.data_dir, done.digest, BASE.fingerprint)
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(b"packed")
-        return done
-
-    def release(self) -> None:
-        for future, done, pack in self.held:
-            future.set_result(self.answer(done, pack))
-        self.held.clear()
-        self.blocked.clear()
-
-    def stop(self) -> None:
-        for future, _, _ in self.held:
-            future.set_exception(ServiceError("the server is shutting down"))
-        self.held.clear()
-
-
-class Engine:
-    """Pins, leases and residents of one engine's pool."""
-
-    def __init__(self) -> None:
-        self.up, self.full = True, False
-        self.pins: set[str] = set()
-        self.leases: Counter[str] = Counter()
-        self.resident: set[str] = set()
-
-    async def ask(self, kind: str, digest: str) -> None:
-        await asyncio.sleep(0)
-        if not self.up:
-            raise Overloaded("the engine is not running", code="engine_starting")
-        if kind == "pin" and self.full and digest not in self.pins:
-            raise Conflict("no room", code="pool_full")
-        if kind == "pin":
-            self.pins.add(digest)
-            self.resident.add(digest)
-        if kind == "unpin":
-            self.pins.discard(digest)
-        if kind == "evict":
-            if self.leases[digest] or digest in self.pins:
-                raise Conflict("the adapter is in use", code="adapter_in_use")
-            self.resident.discard(digest)
-
-
-class Errors(logging.Handler):
-    """What background work logged as its failure."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.seen: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.seen.append(record)
 
 
 # What arguments are drawn from; some more often than others, so that histories of one name go deep.
@@ -157,8 +62,6 @@ class Visible(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.data_dir = Path(self.folder.name) / "data"
-        self.config = ServerConfig(data_dir=self.data_dir, sweep_s=1e9, adapters=None, adapter=())
-        self.config = self.config.model_copy(update={"model": self.data_dir / "no demo"})
         self.model = Model()
         self.loop = asyncio.new_event_loop()
         self.errors = Errors()
@@ -170,23 +73,14 @@ class Visible(RuleBasedStateMachine):
         self.writers: list[tuple[UploadWriter, bytes]] = []
         self.running: list[str] = []
         self.resolved: list[str] = []
-        self.ingest, self.engine = Ingest(self.data_dir), Engine()
 
         async def start() -> None:
-            self.service = AdapterService(
-                self.config,
-                "base",
-                cast(IngestClient, self.ingest),
-                self.engine.ask,
-                Observations(),
-                Quotas(lambda _: NO_LIMITS, lambda _: None),
-            )
-            self.stock = Stock(self.config, self.service)
-            self.stock.base_ready(BASE)
-            while self.stock.starting_up:
-                await asyncio.sleep(0.001)
+            self.house = House(self.data_dir)
+            await self.house.start()
 
-        self.do(start())
+        self.loop.run_until_complete(start())
+        self.service, self.stock = self.house.service, self.house.stock
+        self.ingest, self.engine = self.house.ingest, self.house.engine
 
     def do(self, work: Awaitable[T]) -> T:
         """Run it, and then all that it has set going, up to the verdicts that are held back."""
@@ -195,21 +89,9 @@ class Visible(RuleBasedStateMachine):
             try:
                 return await work
             finally:
-                await self.settle()
+                await self.house.settle()
 
         return self.loop.run_until_complete(whole())
-
-    async def settle(self) -> None:
-        while True:
-            await asyncio.sleep(0)
-            going = {
-                task
-                for task in self.service.background._tasks - self.ingest.blocked
-                if task.get_coro().__qualname__ != "Stock._sweep_for_ever"  # type: ignore[union-attr]
-            }
-            if not going:
-                return
-            await asyncio.wait(going, timeout=0.01)
 
     def told(self, work: Awaitable[T], expected: Refused | None) -> T | None:
         """The answer, which is a refusal exactly when the model says so, and with its code."""
@@ -377,7 +259,7 @@ class Visible(RuleBasedStateMachine):
 
     # Pins and deletions.
 
-    @action(TENANT, NAME, often=2)
+    @action(TENANT, NAME, often=3)
     def delete(self, tenant: str, name: str) -> None:
         refused = None
         try:
@@ -386,7 +268,7 @@ class Visible(RuleBasedStateMachine):
             refused = error
         self.told(self.service.delete(name, tenant=tenant), refused)
 
-    @action(TENANT, NAME, EITHER, EITHER, often=2)
+    @action(TENANT, NAME, [True, True, False], [False, False, False, True], often=4)
     def pin(self, tenant: str, name: str, pinned: bool, full: bool) -> None:
         refused, before = None, self.model.pins()
         try:
@@ -402,7 +284,7 @@ class Visible(RuleBasedStateMachine):
 
     # Requests.
 
-    @action(TENANT, NAME, EITHER, often=3)
+    @action(TENANT, NAME, [True, True, False], often=5)
     def request(self, tenant: str, name: str, begin: bool) -> None:
         """Resolved, and begun at once or later."""
         try:
@@ -508,11 +390,7 @@ class Visible(RuleBasedStateMachine):
         model.forget()
 
     def close(self) -> None:
-        async def stop() -> None:
-            self.ingest.stop()
-            await self.service.stop()
-
-        self.loop.run_until_complete(stop())
+        self.loop.run_until_complete(self.house.stop())
 
     # What has to be so in every state.
 
@@ -607,7 +485,7 @@ def test_a_history(seed: int) -> None:
     alike."""
     draw, server = random.Random(seed), Visible()
     try:
-        for _ in range(150):
+        for _ in range(250):
             server.act(draw.choice)
             server.check()
     finally:
