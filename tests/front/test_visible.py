@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from tests.front.played import BASE, Errors, House
-from tests.front.visible_model import SHARED, Model, Refused, is_good, sha
+from tests.front.visible_model import SHARED, Model, Refused, facts, is_good, sha
 
 from loramux.adapters.blobs import BlobStore
 from loramux.adapters.pack import packed_path
@@ -164,7 +164,7 @@ class Visible(RuleBasedStateMachine):
         refused = None if is_good(files[0]) else Refused(AdapterInvalid.code)
         self.told(preview(), refused)
 
-    @action(WEIGHTS)
+    @action(WEIGHTS, often=3)
     def begin_upload(self, weights: bytes) -> None:
         """Its file is here, its adapter not yet registered."""
 
@@ -184,11 +184,11 @@ class Visible(RuleBasedStateMachine):
             self.do(writer.abort())
             self.model.held[sha(weights)] -= 1
 
-    @action()
+    @action(often=2)
     def hold_verdicts(self) -> None:
         self.ingest.holding = True
 
-    @action(often=3)
+    @action(often=2)
     def verdicts_come(self) -> None:
         self.ingest.holding = False
 
@@ -403,6 +403,7 @@ class Visible(RuleBasedStateMachine):
         method, arguments = choose(ACTIONS)
         method(self, *map(choose, arguments))
 
+    @invariant()
     def check(self) -> None:
         """All of what follows."""
         self.names_mean_what_they_should()
@@ -410,7 +411,6 @@ class Visible(RuleBasedStateMachine):
         self.no_file_is_kept_that_nobody_needs()
         self.nothing_leaks()
 
-    @invariant()
     def names_mean_what_they_should(self) -> None:
         for tenant in TENANTS:
             for name in NAMES:
@@ -430,7 +430,6 @@ class Visible(RuleBasedStateMachine):
         row = self.model.resolve(tenant, name, generation)
         assert (served.label, served.generation) == (row.digest, row.generation), (tenant, text)
 
-    @invariant()
     def the_registry_and_its_mirror_hold_the_same_rows(self) -> None:
         expected = sorted(map(facts, self.model.rows))
         registry = self.service.shelf.registry
@@ -442,7 +441,6 @@ class Visible(RuleBasedStateMachine):
                 name for name in NAMES if self.model.of(tenant, name) or self.model.of(SHARED, name)
             }
 
-    @invariant()
     def no_file_is_kept_that_nobody_needs(self) -> None:
         store = BlobStore(self.data_dir)
         assert set(store.digests()) == self.model.needed_blobs()
@@ -452,7 +450,6 @@ class Visible(RuleBasedStateMachine):
         uploads = {path.name for path in (self.data_dir / "uploads").iterdir()}
         assert uploads == set(self.model.uploads)
 
-    @invariant()
     def nothing_leaks(self) -> None:
         assert not self.errors.seen, [record.exc_info for record in self.errors.seen]
         service, model = self.service, self.model
@@ -472,11 +469,6 @@ class Visible(RuleBasedStateMachine):
         self.loop.close()
         logging.getLogger("loramux").removeHandler(self.errors)
         self.folder.cleanup()
-
-
-def facts(row: Any) -> tuple[Any, ...]:
-    """What the registry's rows and the model's have in common."""
-    return row.tenant, row.name, row.generation, row.digest, row.status, row.pinned
 
 
 @pytest.mark.parametrize("seed", range(4))

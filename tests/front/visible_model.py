@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from loramux.adapters.blobs import adapter_digest
 
@@ -198,3 +198,8 @@ class Model:
 
 def best(rows: list[Row]) -> Row:
     return next((row for row in rows if row.status == "ready"), rows[0])
+
+
+def facts(row: Any) -> tuple[Any, ...]:
+    """What the registry's rows and the model's have in common."""
+    return row.tenant, row.name, row.generation, row.digest, row.status, row.pinned
