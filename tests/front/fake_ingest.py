@@ -1,5 +1,6 @@
 """An ingest process without an importer: a config of ``{"bad": [...]}`` is refused for those
-reasons, ``{"die": true}`` kills the process, anything else is good after ``{"wait": seconds}``."""
+reasons (by the ``"code"``), ``{"die": true}`` kills the process, anything else is good after
+``{"wait": seconds}``."""
 
 from __future__ import annotations
 
@@ -34,6 +35,7 @@ def main() -> None:
             os._exit(4)
         time.sleep(config.get("wait", 0))
         done = wire.IngestDone(job_id=job.job_id, problems=config.get("bad", []))
+        done.code = config.get("code", done.code)
         if not done.problems:
             done.digest = adapter_digest(job.config_digest, job.weights_digest)
             done.report = {"rank": 4, "num_bytes": 128, "num_frames": 1}

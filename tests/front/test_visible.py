@@ -284,7 +284,7 @@ class Visible(RuleBasedStateMachine):
 
     # Requests.
 
-    @action(TENANT, NAME, [True, True, False], often=5)
+    @action(TENANT, NAME, EITHER, often=5)
     def request(self, tenant: str, name: str, begin: bool) -> None:
         """Resolved, and begun at once or later."""
         try:
@@ -296,7 +296,7 @@ class Visible(RuleBasedStateMachine):
         if begin:
             self.begin_resolved(len(self.resolved) - 1)
 
-    @action(PICK)
+    @action(PICK, often=2)
     def begin_resolved(self, pick: int) -> None:
         if not self.resolved or not self.engine.up:
             return

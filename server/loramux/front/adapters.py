@@ -13,7 +13,6 @@ from loramux.adapters.pack import packed_path
 from loramux.adapters.registry import AdapterRow, Registry
 from loramux.config import ADAPTER_NAME, ServerConfig
 from loramux.errors import (
-    AdapterInvalid,
     Conflict,
     InvalidRequest,
     LoramuxError,
@@ -29,7 +28,7 @@ from loramux.front.quotas import Quotas
 from loramux.front.resumable import ResumableUploads
 from loramux.front.shelf import Shelf
 from loramux.front.uploads import UploadWriter
-from loramux.front.verdicts import Verdicts
+from loramux.front.verdicts import Verdicts, refusal
 from loramux.wire import BaseDescription
 
 __all__ = ["AdapterService", "AdapterView", "Served", "UploadWriter"]
@@ -152,9 +151,9 @@ class AdapterService:
 
         Waits up to ``wait_s`` for the verdict; the view's status is "validating" when it is not in
         yet. Raises InvalidRequest (name), PayloadTooLarge (config), NotFound (blob_not_found),
-        QuotaExceeded, Conflict (generation_conflict, name_reserved), and AdapterInvalid when the
-        verdict is in and bad. ``validate_only`` always waits and registers nothing; its view has
-        generation 0.
+        QuotaExceeded, Conflict (generation_conflict, name_reserved), and for a bad verdict that is
+        in AdapterInvalid, or StorageFull or ServiceError when only this server is to blame.
+        ``validate_only`` always waits and registers nothing; its view has generation 0.
         """
         if not ADAPTER_NAME.fullmatch(name):
             raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
@@ -181,8 +180,7 @@ class AdapterService:
             await self.verdicts.wait(row, wait_s)
         row = self._catalog.row(row)
         if row.status == "failed" and row.error is not None:
-            error = row.error
-            raise AdapterInvalid(error["message"], problems=error["problems"], code=error["code"])
+            raise refusal(row.error["code"], row.error["message"], row.error["problems"])
         return self._catalog.view(row)
 
     async def register_files(

@@ -15,6 +15,9 @@ from loramux import wire
 from loramux.errors import ServiceError
 from loramux.front.supervisor import Supervisor
 
+INGEST_FAILED = "ingest_failed"
+"""The code of there being no verdict, for want of a process."""
+
 _MAX_TRIES = 2
 
 
@@ -59,7 +62,7 @@ class IngestClient:
     ) -> wire.IngestDone:
         """The verdict on two blobs. Raises ServiceError when no ingest process can be had."""
         if self._supervisor is None or self._supervisor.given_up:
-            raise ServiceError("the ingest process cannot be started", code="ingest_failed")
+            raise ServiceError("the ingest process cannot be started", code=INGEST_FAILED)
         self._last_id += 1
         job = wire.IngestJob(
             job_id=self._last_id,
@@ -84,7 +87,7 @@ class IngestClient:
         while self._jobs:
             verdict = self._jobs.popleft().verdict
             if not verdict.done():
-                verdict.set_exception(ServiceError(message, code="ingest_failed"))
+                verdict.set_exception(ServiceError(message, code=INGEST_FAILED))
 
     # What the supervisor asks and tells (supervisor.Charge).
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from loramux.adapters.registry import AdapterRow
-from loramux.errors import AdapterInvalid, NotFound, ServiceError
+from loramux.errors import AdapterInvalid, LoramuxError, NotFound, ServiceError, StorageFull
 from loramux.front.background import Background
 from loramux.front.catalog import AdapterView
-from loramux.front.ingest_client import IngestClient
+from loramux.front.ingest_client import INGEST_FAILED, IngestClient
 from loramux.front.observations import Observations
 from loramux.front.shelf import Shelf
 from loramux.wire import BaseDescription, IngestDone
@@ -19,6 +19,15 @@ log = logging.getLogger(__name__)
 
 NOT_THE_ADAPTERS_FAULT = frozenset({"storage_full", "internal_error"})
 """Verdicts that say something of this server now and nothing of the adapter."""
+
+
+def refusal(code: str, message: str, problems: Sequence[str]) -> LoramuxError:
+    """A bad verdict as an error: the adapter's, or this server's own."""
+    if code == StorageFull.code:
+        return StorageFull(message)
+    if code in (LoramuxError.code, INGEST_FAILED):
+        return ServiceError(message, code=code)
+    return AdapterInvalid(message, problems=problems, code=code)
 
 
 class Verdicts:
@@ -104,11 +113,11 @@ class Verdicts:
     async def preview(
         self, name: str, files: tuple[str, str], base: BaseDescription
     ) -> AdapterView:
-        """What an upload would become: generation 0, registered nowhere. Raises AdapterInvalid."""
+        """What an upload would become: generation 0, registered nowhere. Raises as ``refusal``."""
         done = await self._ingest.examine(*files, base, pack=False)
         if done.problems:
             summary = f"{len(done.problems)} problems" if done.problems[1:] else done.problems[0]
-            raise AdapterInvalid(summary, problems=done.problems, code=done.code)
+            raise refusal(done.code, summary, done.problems)
         return AdapterView(
             id=f"{name}@0",
             name=name,
