@@ -31,6 +31,7 @@ class Ingest:
 
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = data_dir
+        (data_dir / "packed").mkdir(parents=True, exist_ok=True)
         self.holding = False
         self.held: list[tuple[asyncio.Future[IngestDone], IngestDone, bool]] = []
         self.blocked: set[asyncio.Task[Any] | None] = set()
@@ -57,9 +58,7 @@ class Ingest:
 
     def answer(self, done: IngestDone, pack: bool) -> IngestDone:
         if pack and not done.problems:
-            path = packed_path(self.data_dir, done.digest, BASE.fingerprint)
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(b"packed")
+            packed_path(self.data_dir, done.digest, BASE.fingerprint).write_bytes(b"packed")
         return done
 
     def release(self) -> None:

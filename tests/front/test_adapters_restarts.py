@@ -23,6 +23,7 @@ from loramux.errors import (
     Conflict,
     LoramuxError,
 )
+from loramux.front.adapters import AdapterView
 from loramux.front.front import INGEST
 from loramux.metrics.stats import StepStats
 from loramux.request import AdapterRef
@@ -46,6 +47,33 @@ def test_adapters_survive_a_restart(tmp_path: Path) -> None:
             assert len(files(tmp_path)) == 3
             assert len(blobs(tmp_path)) == 5  # three weights, two configs
             assert not list((config.data_dir / "blobs" / "tmp").iterdir())
+
+    asyncio.run(main())
+
+
+def test_packed_files_go_with_their_version(tmp_path: Path) -> None:
+    """Of every base and importer; what a death has left, at the next start."""
+
+    def pack_as(view: AdapterView, ending: str) -> Path:
+        path = tmp_path / "data" / "packed" / f"{view.digest}-{ending}.lmx"
+        path.write_bytes(b"packed")
+        return path
+
+    async def main() -> None:
+        config = configure(tmp_path)
+        async with running(config) as front:
+            cat, dog = await upload(front, "cat"), await upload(front, "dog", b"dog")
+            [*packed] = files(tmp_path)
+            version = packed[0].stem.rpartition("-")[2]
+            others = [pack_as(view, f"another-base-{version}") for view in (cat, dog)]
+            await front.adapters.delete("cat")
+            await until(lambda: not others[0].exists())
+            assert {path.name[:64] for path in files(tmp_path)} == {dog.digest}
+        stale = pack_as(dog, "fake-base-v0")
+        orphan = pack_as(cat, f"fake-base-{version}")
+        async with running(config) as front:
+            assert not stale.exists() and not orphan.exists() and len(files(tmp_path)) == 2
+            assert front.adapters.resolve("dog").label == dog.digest
 
     asyncio.run(main())
 

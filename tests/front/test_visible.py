@@ -378,6 +378,8 @@ class Visible(RuleBasedStateMachine):
     @action(range(10))
     def restart(self, lost: int) -> None:
         self.close()
+        # As a death leaves it between a row's end and its file's.
+        packed_path(self.data_dir, sha(b"orphan"), BASE.fingerprint).touch()
         model = self.model
         model.held.clear()
         model.references.clear()

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from loramux.adapters import pack
 from loramux.adapters.blobs import READ_BYTES, BlobStore
-from loramux.adapters.pack import packed_path
 from loramux.adapters.registry import AdapterRow, Registry
 from loramux.config import ADAPTER_NAME, ServerConfig
 from loramux.errors import (
@@ -282,9 +282,8 @@ class AdapterService:
         """Remove the row, then the files nobody else needs; whether the version lives on."""
         self._registry.forget(row.id)
         lives = self._registry.uses_adapter(row.digest)
-        if not lives and self._base is not None:
-            fingerprint = self._base.fingerprint
-            packed_path(self._config.data_dir, row.digest, fingerprint).unlink(missing_ok=True)
+        if not lives:
+            pack.delete(self._config.data_dir, row.digest)
         self.blobs.collect_files(row)
         return lives
 
@@ -302,6 +301,11 @@ class AdapterService:
         self._base = base
         self._registry.base_fingerprint = base.fingerprint
         await self.shelf.refresh_all()
+
+    def collect_files(self) -> None:
+        """Remove what an earlier run left behind. On the registry's thread."""
+        self.blobs.collect_all()
+        pack.collect(self._config.data_dir, self._registry.uses_adapter)
 
     def forget_deleted(self) -> None:
         """End the deletions that an earlier run did not come to."""

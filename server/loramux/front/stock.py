@@ -43,7 +43,7 @@ class Stock:
         try:
             await adapters.serve_for(base)
             if first:
-                await self._background.on_disk(adapters.blobs.collect_all)
+                await self._background.on_disk(adapters.collect_files)
                 self._background.spawn(self._sweep_for_ever())
             self._make_good(base)
             if first:
