@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 from loramux.adapters import pack
 from loramux.adapters.blobs import READ_BYTES, BlobStore
@@ -24,6 +23,7 @@ from loramux.front.blobs import BlobService
 from loramux.front.catalog import SHARED, AdapterView, Catalog, Served
 from loramux.front.ingest_client import IngestClient
 from loramux.front.observations import Observations
+from loramux.front.pins import Ask, Pins
 from loramux.front.quotas import Quotas
 from loramux.front.resumable import ResumableUploads
 from loramux.front.shelf import Shelf
@@ -50,7 +50,7 @@ class AdapterService:
         config: ServerConfig,
         base_name: str,
         ingest: IngestClient,
-        ask_engine: Callable[[Literal["pin", "unpin", "evict"], str], Awaitable[object]],
+        ask_engine: Ask,
         observations: Observations,
         quotas: Quotas,
     ) -> None:
@@ -63,6 +63,7 @@ class AdapterService:
         self._store.sweep()  # now: uploads may begin before there is an engine
         self._references: Counter[str] = Counter()
         self._catalog = Catalog(base_name, observations.snapshot)
+        self.pins = Pins(self._catalog, ask_engine)
         self.background = Background()
         self.shelf = Shelf(self._registry, self._catalog, self.background)
         self.blobs = BlobService(config, self._registry, self._store, self.background, quotas)
@@ -71,7 +72,7 @@ class AdapterService:
             ingest,
             observations,
             self.background,
-            pin=self._pin_instead,
+            pins=self.pins,
             deleted=lambda row: self._forget_soon([row]),
             failed=self.blobs.collect_files,
         )
@@ -233,25 +234,11 @@ class AdapterService:
             )
 
         row = await note(pinned)
-        try:
-            if pinned or not any(r.pinned and r.digest == row.digest for r in self._catalog.rows()):
-                await self._ask_engine("pin" if pinned else "unpin", row.digest)
-        except Overloaded:
-            pass  # no engine now: the next one is told of every pin when it is ready
-        except LoramuxError:
-            await note(not pinned)
-            raise
+        refused = await self.pins.tell()
+        if pinned and row.digest in refused:
+            await note(False)
+            raise refused[row.digest]
         return self._catalog.view(self._catalog.row(row))
-
-    async def _pin_instead(self, row: AdapterRow) -> None:
-        """The pin of a name has moved to this row: what had it before may go."""
-        pinned = {each.digest for each in self._catalog.rows() if each.pinned}
-        for before in await self.background.on_disk(
-            lambda: self._registry.list(row.name, tenant=row.tenant)
-        ):
-            if before.digest not in pinned:
-                await self.tell_engine("unpin", before.digest)
-        await self.tell_engine("pin", row.digest)
 
     async def delete(self, name: str, *, tenant: str = SHARED) -> AdapterView:
         """No new requests from now on; the files go when the last running request has ended.
@@ -276,7 +263,10 @@ class AdapterService:
     async def _forget(self, row: AdapterRow) -> None:
         lives = await self.shelf.change(row.tenant, row.name, lambda: self._forget_row(row))
         if not lives:
-            await self.tell_engine("evict", row.digest)
+            try:
+                await self._ask_engine("evict", row.digest)
+            except LoramuxError as error:
+                log.warning("could not evict adapter %s: %s", row.digest[:12], error.message)
 
     def _forget_row(self, row: AdapterRow) -> bool:
         """Remove the row, then the files nobody else needs; whether the version lives on."""
@@ -287,19 +277,13 @@ class AdapterService:
         self.blobs.collect_files(row)
         return lives
 
-    async def tell_engine(self, kind: Literal["pin", "unpin", "evict"], digest: str) -> None:
-        """What can wait for the next engine when this one does not take it."""
-        try:
-            await self._ask_engine(kind, digest)
-        except LoramuxError as error:
-            log.warning("could not %s adapter %s: %s", kind, digest[:12], error.message)
-
     # Beginning and end.
 
     async def serve_for(self, base: BaseDescription) -> None:
         """This is the base from now on: it decides which adapters are compatible."""
         self._base = base
         self._registry.base_fingerprint = base.fingerprint
+        self.pins.forget()
         await self.shelf.refresh_all()
 
     def collect_files(self) -> None:

@@ -106,7 +106,11 @@ class Catalog:
 
     def row(self, row: AdapterRow) -> AdapterRow:
         """The newest state of a row; itself when it is gone."""
-        return next((r for r in self._of(row.tenant, row.name) if r.id == row.id), row)
+        return self.find(row) or row
+
+    def find(self, row: AdapterRow) -> AdapterRow | None:
+        """The newest state of a row; None when it is gone."""
+        return next((r for r in self._of(row.tenant, row.name) if r.id == row.id), None)
 
     def resolve(self, model: str, *, tenant: str = SHARED) -> Served:
         """See AdapterService.resolve."""

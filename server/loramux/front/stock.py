@@ -57,10 +57,8 @@ class Stock:
 
     def _make_good(self, base: BaseDescription) -> None:
         """Give the engine its pins; validate, or pack again, what lacks it."""
-        catalog = self._adapters.shelf.catalog
-        for row in catalog.rows():
-            if row.pinned and row.status == "ready":
-                self._background.spawn(self._adapters.tell_engine("pin", row.digest))
+        self._background.spawn(self._adapters.pins.tell())
+        for row in self._adapters.shelf.catalog.rows():
             path = packed_path(self._config.data_dir, row.digest, base.fingerprint)
             if row.status == "ready" and not path.exists():
                 self._pack_again(row, base)

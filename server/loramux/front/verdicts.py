@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from loramux.adapters.registry import AdapterRow
 from loramux.errors import AdapterInvalid, LoramuxError, NotFound, ServiceError, StorageFull
@@ -12,6 +12,7 @@ from loramux.front.background import Background
 from loramux.front.catalog import AdapterView
 from loramux.front.ingest_client import INGEST_FAILED, IngestClient
 from loramux.front.observations import Observations
+from loramux.front.pins import Pins
 from loramux.front.shelf import Shelf
 from loramux.wire import BaseDescription, IngestDone
 
@@ -33,8 +34,8 @@ def refusal(code: str, message: str, problems: Sequence[str]) -> LoramuxError:
 class Verdicts:
     """Validation of registered adapters, and of files nobody registers.
 
-    ``pin`` tells the engine of a new version that is pinned; ``deleted`` hears of rows that went
-    while they were being examined; ``failed``, on the registry's thread, of those refused.
+    ``deleted`` hears of rows that may have gone while they were being examined, ``failed``, on the
+    registry's thread, of those refused.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Verdicts:
         observations: Observations,
         background: Background,
         *,
-        pin: Callable[[AdapterRow], Awaitable[None]],
+        pins: Pins,
         deleted: Callable[[AdapterRow], None],
         failed: Callable[[AdapterRow], None],
     ) -> None:
@@ -52,7 +53,7 @@ class Verdicts:
         self._ingest = ingest
         self._observations = observations
         self._background = background
-        self._pin = pin
+        self._pins = pins
         self._deleted = deleted
         self._failed = failed
         self._running: dict[int, asyncio.Task[None]] = {}
@@ -72,10 +73,22 @@ class Verdicts:
             await asyncio.wait(list(self._running.values()))
 
     def begin(self, row: AdapterRow, base: BaseDescription) -> None:
-        """Have a registered adapter examined and packed, unless it is being already."""
-        if row.id not in self._running:
+        """Have a registered adapter examined and packed, unless it is being already, or was deleted
+        since: then nobody would remove what is packed."""
+        now = self._shelf.catalog.find(row)
+        if row.id not in self._running and now is not None and now.status != "deleting":
             task = self._running[row.id] = self._background.spawn(self._examine(row, base))
-            task.add_done_callback(lambda _: self._running.pop(row.id, None))
+            task.add_done_callback(lambda task: self._ended(task, row, base))
+
+    def _ended(self, task: asyncio.Task[None], row: AdapterRow, base: BaseDescription) -> None:
+        # What was deleted, or tried again, at any moment before this one was left to this one.
+        del self._running[row.id]
+        if task.cancelled() or task.exception():
+            return
+        now = self._shelf.catalog.row(row)
+        if now.status == "validating":
+            self.begin(now, base)
+        self._deleted(now)
 
     async def _examine(self, row: AdapterRow, base: BaseDescription) -> None:
         files = row.config_digest, row.weights_digest
@@ -91,16 +104,12 @@ class Verdicts:
         try:
             await self._background.on_disk(self._record, row, done, base.fingerprint)
         except NotFound:  # deleted meanwhile
-            self._running.pop(row.id, None)
             await self._shelf.refresh(row.tenant, row.name)
-            self._deleted(self._shelf.catalog.row(row))
             return
         self._shelf.catalog.unpacked.discard(row.digest)
         await self._shelf.refresh(row.tenant, row.name)
         self._observations.uploaded(done.code if done.problems else "ready")
-        row = self._shelf.catalog.row(row)
-        if row.pinned:
-            await self._pin(row)
+        await self._pins.tell()  # a pin moves on to a new generation
 
     def _record(self, row: AdapterRow, done: IngestDone, fingerprint: str) -> None:
         registry = self._shelf.registry
