@@ -282,7 +282,7 @@ def test_a_pin_the_engine_refuses_is_taken_back(
             async def refuse(kind: str, digest: str | None = None) -> dict[str, Any]:
                 raise Conflict("no room", code="pool_full")
 
-            monkeypatch.setattr(front.adapters, "_ask_engine", refuse)
+            monkeypatch.setattr(front.adapters.pins, "_ask_engine", refuse)
             with pytest.raises(Conflict, match="no room"):
                 await front.adapters.set_pinned("cat", True)
             assert not front.adapters.show("cat").pinned
