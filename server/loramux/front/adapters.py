@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from loramux.adapters import pack
 from loramux.adapters.blobs import READ_BYTES, BlobStore
@@ -19,6 +20,7 @@ from loramux.errors import (
     Overloaded,
 )
 from loramux.front.background import Background
+from loramux.front.blends import Blends
 from loramux.front.blobs import BlobService
 from loramux.front.catalog import SHARED, AdapterView, Catalog, Served
 from loramux.front.ingest_client import IngestClient
@@ -76,6 +78,7 @@ class AdapterService:
             deleted=lambda row: self._forget_soon([row]),
             failed=self.blobs.collect_files,
         )
+        self.blends = Blends(config, self._catalog, ingest, self.blobs, self.background)
         self.resumable = ResumableUploads(
             config, self._registry.database, self._store, self.blobs, self.background
         )
@@ -147,6 +150,7 @@ class AdapterService:
         wait_s: float = 0,
         expected_generation: int | None = None,
         tenant: str = SHARED,
+        blend: Mapping[str, Any] | None = None,
     ) -> AdapterView:
         """Register an uploaded adapter and have it validated and packed.
 
@@ -155,6 +159,7 @@ class AdapterService:
         QuotaExceeded, Conflict (generation_conflict, name_reserved), and for a bad verdict that is
         in AdapterInvalid, or StorageFull or ServiceError when only this server is to blame.
         ``validate_only`` always waits and registers nothing; its view has generation 0.
+        ``blend``: how the files were made here, for the report.
         """
         if not ADAPTER_NAME.fullmatch(name):
             raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
@@ -167,9 +172,11 @@ class AdapterService:
             await upload.write(config)
             files = (await upload.commit(), weights_digest)
             if validate_only:
-                return await self.verdicts.preview(name, files, self._base)
+                return await self.verdicts.preview(name, files, self._base, blend)
             row, fresh = await self.shelf.change(
-                tenant, name, lambda: self._register(tenant, name, files, expected_generation)
+                tenant,
+                name,
+                lambda: self._register(tenant, name, files, expected_generation, blend),
             )
         finally:
             await upload.abort()
@@ -209,7 +216,12 @@ class AdapterService:
             await upload.abort()
 
     def _register(
-        self, tenant: str, name: str, files: tuple[str, str], expected_generation: int | None
+        self,
+        tenant: str,
+        name: str,
+        files: tuple[str, str],
+        expected_generation: int | None,
+        blend: Mapping[str, Any] | None,
     ) -> tuple[AdapterRow, bool]:
         config_digest, weights_digest = files
         if not self._store.has(weights_digest):
@@ -221,6 +233,7 @@ class AdapterService:
             config_digest=config_digest,
             weights_digest=weights_digest,
             expected_generation=expected_generation,
+            blend=blend,
         )
 
     # Pins and deletion.
@@ -281,7 +294,7 @@ class AdapterService:
 
     async def serve_for(self, base: BaseDescription) -> None:
         """This is the base from now on: it decides which adapters are compatible."""
-        self._base = base
+        self._base = self.blends.base = base
         self._registry.base_fingerprint = base.fingerprint
         self.pins.forget()
         await self.shelf.refresh_all()
