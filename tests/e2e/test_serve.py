@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 import time
@@ -147,6 +148,47 @@ def test_a_deleted_adapter_is_gone(server: Server, shouters: tuple[Path, dict[in
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert server.complete("say-40", [1, 2], max_tokens=1).status_code == 200
+
+
+def test_a_packed_file_that_rots_is_made_again(
+    server: Server, shouters: tuple[Path, dict[int, Path]], tmp_path: Path
+) -> None:
+    """From the uploaded files, when those are whole; else the adapter is no longer served."""
+    source = shouters[1][40]
+    for name, whole in (("mended", True), ("lost", False)):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = (source / "adapter_config.json").read_text() + " " * len(name)
+        (folder / "adapter_config.json").write_text(config)
+        weights = (source / "adapter_model.safetensors").read_bytes()
+        (folder / "adapter_model.safetensors").write_bytes(weights)
+        digest = server.upload(name, folder).json()["digest"]
+        [packed] = (server.data_dir / "packed").glob(f"{digest}*")
+        spoil(packed)
+        blob = hashlib.sha256(config.encode()).hexdigest()
+        if not whole:
+            spoil(server.data_dir / "blobs" / "sha256" / blob[:2] / blob)
+        assert server.complete(name, [5, 6], max_tokens=3).status_code == 500
+        deadline = time.monotonic() + 30
+        while True:
+            answer = server.complete(name, [5, 6], max_tokens=3, return_token_ids=True)
+            error = answer.json().get("error", {})
+            if error.get("code") != "adapter_not_ready":
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        if whole:
+            assert answer.json()["choices"][0]["token_ids"] == [40] * 3
+        else:
+            assert (answer.status_code, error["code"]) == (409, "adapter_failed")
+            reason = server.http.get(f"/v1/adapters/{name}").json()["error"]
+            assert reason["code"] == "blob_corrupt"
+
+
+def spoil(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
 
 
 def test_killing_the_engine_leaves_the_server_alive(

@@ -72,7 +72,7 @@ class Process:
         self.socket.bind(address)
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "loramux.ingest.main", "--socket", address]
-            + ["--data-dir", str(self.data_dir)],
+            + ["--data-dir", str(self.data_dir), "--parent", str(os.getpid())],
             cwd=ROOT,
             env={"PYTHONPATH": str(ROOT / "server")},
         )
@@ -187,9 +187,10 @@ def test_it_ends_with_its_parent(tmp_path: Path, busy: bool) -> None:
         [
             sys.executable,
             "-c",
-            "import subprocess, sys, time\n"
+            "import os, subprocess, sys, time\n"
             "child = subprocess.Popen([sys.executable, '-m', 'loramux.ingest.main',"
-            " '--socket', 'ipc://' + sys.argv[1] + '/s', '--data-dir', sys.argv[1]])\n"
+            " '--socket', 'ipc://' + sys.argv[1] + '/s', '--data-dir', sys.argv[1],\n"
+            "    '--parent', str(os.getpid())])\n"
             "print(child.pid, flush=True)\n"
             "time.sleep(600)",
             str(tmp_path),

@@ -123,17 +123,17 @@ def _read_header(file: BinaryIO, max_header_bytes: int) -> tuple[dict[str, Any],
     file_bytes = os.fstat(file.fileno()).st_size
     prefix = os.pread(file.fileno(), 8, 0)
     header_bytes = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or header_bytes > max_header_bytes:
+    if len(prefix) < 8 or header_bytes > min(max_header_bytes, file_bytes - 8):
         for magic, what in _MAGICS.items():
             if prefix.startswith(magic):
                 raise _invalid(f"the weights are {what}, not safetensors", "not_safetensors")
         if len(prefix) < 8:
             raise _invalid("the weights are too short for safetensors", "not_safetensors")
-        raise _invalid(
-            f"the header would be {header_bytes} bytes; at most {max_header_bytes} are taken",
-            "header_too_large",
-        )
-    if header_bytes > file_bytes - 8:
+        if header_bytes > max_header_bytes:
+            raise _invalid(
+                f"the header would be {header_bytes} bytes; at most {max_header_bytes} are taken",
+                "header_too_large",
+            )
         raise _invalid(f"the header would be {header_bytes} bytes, the file has {file_bytes}")
     text = os.pread(file.fileno(), header_bytes, 8)
     try:
