@@ -11,7 +11,8 @@ MAX_LISTED = 50
 class Problems:
     """Offenders found so far. The error's code is theirs if they agree, else adapter_invalid."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MAX_LISTED) -> None:
+        self._most = most
         self._listed: list[str] = []
         self._codes: set[str] = set()
         self._count = 0
@@ -20,7 +21,7 @@ class Problems:
         """Note one offender. ``text`` names it and says what is wrong with it."""
         self._count += 1
         self._codes.add(code)
-        if self._count <= MAX_LISTED:
+        if self._count <= self._most:
             self._listed.append(text)
 
     def raise_any(self) -> None:
@@ -28,8 +29,8 @@ class Problems:
         if not self._count:
             return
         listed = list(self._listed)
-        if self._count > MAX_LISTED:
-            listed.append(f"... and {self._count - MAX_LISTED} more")
+        if self._count > self._most:
+            listed.append(f"... and {self._count - self._most} more")
         message = (
             self._listed[0]
             if self._count == 1

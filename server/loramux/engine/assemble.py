@@ -117,7 +117,7 @@ def assemble(
     timer.done("graphs")
     ready = Ready(
         engine_epoch=epoch,
-        base=_describe(config, architecture, base, kv.frame, frames),
+        base=_describe(config, architecture, base, kv.frame, frames, dtype),
         vocab_size=architecture.vocab_size,
         max_model_len=_max_model_len(config, architecture),
         page_tokens=config.page_tokens,
@@ -207,8 +207,16 @@ def _store(config: ServerConfig, files: PackedFiles, arena: Arena) -> Store:
 
 
 def _describe(
-    config: ServerConfig, architecture: Architecture, base: str, frame: FrameShape, frames: int
+    config: ServerConfig,
+    architecture: Architecture,
+    base: str,
+    frame: FrameShape,
+    frames: int,
+    dtype: torch.dtype,
 ) -> BaseDescription:
+    quantized = config.quantize != "none"
+    # Computed in float32, matrices are read as the checkpoint holds them.
+    held = DTYPES[architecture.checkpoint_dtype] if dtype == torch.float32 else dtype
     return BaseDescription(
         fingerprint=base,
         num_layers=architecture.num_layers,
@@ -220,7 +228,8 @@ def _describe(
         pool_bytes=frames * frame.frame_bytes,
         tied=architecture.tie_embeddings,
         directory=str(config.model),
-        quantized=config.quantize != "none",
+        step_bytes=architecture.matrix_elements * (1 if quantized else held.itemsize),
+        quantized=quantized,
     )
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from loramux.adapters import pack
 from loramux.adapters.blobs import BlobStore, adapter_digest
-from loramux.adapters.canonical import TOKEN_MODULES, VECTOR_KINDS, CanonicalAdapter
-from loramux.adapters.formats import MAX_CONFIG_BYTES, import_adapter, parse_config
-from loramux.adapters.safetensors_file import read_tensors
+from loramux.adapters.canonical import CanonicalAdapter
+from loramux.adapters.formats import MAX_CONFIG_BYTES
 from loramux.errors import AdapterInvalid, LoramuxError
-from loramux.ingest.base import CheckpointWeights
-from loramux.wire import TABLE_MODULES, BaseDescription, IngestDone, IngestJob
+from loramux.ingest.reading import read_adapter
+from loramux.ingest.report import report_of
+from loramux.wire import BaseDescription, IngestDone, IngestJob
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +41,17 @@ def _run(job: IngestJob, data_dir: Path) -> IngestDone:
     with blobs.open(job.config_digest) as file:
         config_bytes = file.read(MAX_CONFIG_BYTES + 1)
     with blobs.open(job.weights_digest) as file:
-        tensors = read_tensors(file)
-        weights = CheckpointWeights(Path(job.base.directory))
-        adapter = import_adapter(parse_config(config_bytes), tensors, job.base, weights)
+        read = read_adapter(config_bytes, file, job.base)
+        adapter = read.canonical()
         _check_size(adapter, job.base)
         if job.pack:
             path = pack.packed_path(data_dir, digest, job.base.fingerprint)
             layout = pack.pack(adapter, job.base, digest, path)
         else:
             layout = pack.lay_out(adapter, job.base)
-    report = _report(adapter, layout, job.base.slice_bytes, len(tensors))
+        report = report_of(adapter, layout, job.base, read.upload.placed)
+    if read.compression:
+        report["compression"] = read.compression
     return IngestDone(job_id=job.job_id, digest=digest, report=report)
 
 
@@ -66,23 +66,3 @@ def _check_size(adapter: CanonicalAdapter, base: BaseDescription) -> None:
             "(--max-adapter-bytes)"
         )
         raise AdapterInvalid(text, problems=[text], code="adapter_too_large")
-
-
-def _report(
-    adapter: CanonicalAdapter, layout: pack.Layout, slice_bytes: int, num_tensors: int
-) -> dict[str, Any]:
-    changed = {(pair.layer, pair.module) for pair in adapter.pairs}
-    changed |= {(vector.layer, vector.module) for vector in adapter.vectors}
-    used = {module for _, module in changed} | {tokens.module for tokens in adapter.tokens}
-    return {
-        "rank": layout.max_rank,
-        "num_bytes": layout.num_bytes,
-        "num_frames": layout.num_frames(slice_bytes),
-        "dtype": layout.dtype,
-        "vectors": [kind for kind in VECTOR_KINDS if any(v.kind == kind for v in adapter.vectors)],
-        "tensors": num_tensors,
-        "modules": [module for module in TABLE_MODULES if module in used],
-        "layers": sorted({layer for layer, module in changed if module not in TOKEN_MODULES}),
-        "token_rows": {tokens.module: len(tokens.ids) for tokens in adapter.tokens},
-        "warnings": list(adapter.warnings),
-    }
