@@ -43,21 +43,19 @@ def _run(job: IngestJob, data_dir: Path) -> IngestDone:
     with blobs.open(job.weights_digest) as file:
         read = read_adapter(config_bytes, file, job.base)
         adapter = read.canonical()
-        _check_size(adapter, job.base)
+        check_size(adapter, job.base)
         if job.pack:
             path = pack.packed_path(data_dir, digest, job.base.fingerprint)
             layout = pack.pack(adapter, job.base, digest, path)
         else:
             layout = pack.lay_out(adapter, job.base)
-        report = report_of(adapter, layout, job.base, read.upload.placed)
-    if read.compression:
-        report["compression"] = read.compression
+        report = report_of(adapter, layout, job.base, read)
     return IngestDone(job_id=job.job_id, digest=digest, report=report)
 
 
-def _check_size(adapter: CanonicalAdapter, base: BaseDescription) -> None:
+def check_size(adapter: CanonicalAdapter, base: BaseDescription) -> None:
     """Before anything is packed: one adapter must not crowd out the others. Without a limit set,
-    whole embeddings may take a quarter of the pool."""
+    whole embeddings may take a quarter of the pool. Raises AdapterInvalid (adapter_too_large)."""
     size = pack.lay_out(adapter, base).num_bytes
     limit = base.max_adapter_bytes or (base.pool_bytes // 4 if adapter.tokens else 0)
     if limit and size > limit:

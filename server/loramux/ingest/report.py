@@ -20,6 +20,7 @@ from loramux.adapters.canonical import (
 )
 from loramux.adapters.formats.upload import Module
 from loramux.adapters.pack import Layout
+from loramux.ingest.reading import Read
 from loramux.wire import TABLE_MODULES, BaseDescription
 
 BATCHES = (1, 8, 32)
@@ -28,17 +29,15 @@ FLOAT16_MOST = float(np.finfo(np.float16).max)
 
 
 def report_of(
-    adapter: CanonicalAdapter,
-    layout: Layout,
-    base: BaseDescription,
-    placed: Mapping[str, tuple[Module, str] | None],
+    adapter: CanonicalAdapter, layout: Layout, base: BaseDescription, read: Read
 ) -> dict[str, Any]:
     """Its facts, a line for each of TABLE_MODULES at most. Reads every pair once, a matrix at a
     time."""
+    placed = read.upload.placed
     changed = {(pair.layer, pair.module) for pair in adapter.pairs}
     changed |= {(vector.layer, vector.module) for vector in adapter.vectors}
     used = {module for _, module in changed} | {tokens.module for tokens in adapter.tokens}
-    return {
+    report = {
         "rank": layout.max_rank,
         "num_bytes": layout.num_bytes,
         "num_frames": layout.num_frames(base.slice_bytes),
@@ -52,6 +51,7 @@ def report_of(
         "cost": _cost(adapter, layout, base),
         "warnings": list(adapter.warnings),
     }
+    return {**report, "compression": read.compression} if read.compression else report
 
 
 def _by_module(
