@@ -25,6 +25,7 @@ from tests.adapters.peft_files import (
 from loramux.adapters import compeft
 from loramux.adapters.canonical import widen
 from loramux_client import AdapterFilesError, Compressed, compress
+from loramux_client._compress import _rounded
 
 BASE = base_description()
 
@@ -58,7 +59,7 @@ def compeft_by_definition(
 
 
 @pytest.mark.parametrize("alpha", [1.0, 2.5])
-@pytest.mark.parametrize("density", [1e-9, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize("density", [1e-9, 0.0777, 0.3, 1.0])
 def test_the_server_reads_what_the_definition_says(
     density: float, alpha: float, tmp_path: Path
 ) -> None:
@@ -67,7 +68,7 @@ def test_the_server_reads_what_the_definition_says(
     write_adapter(tmp_path / "a", config, tensors)
     done = compress(tmp_path / "a", density, alpha)
     want, got = compeft_by_definition(tensors, density, alpha), expanded(done, tmp_path)
-    assert got.keys() == want.keys()
+    assert list(got) == sorted(want)
     for name, values in want.items():
         np.testing.assert_allclose(got[name], values, rtol=1e-6, atol=0)
     assert done.kept == np.mean([v != 0 for part in want.values() for v in part.flat])
@@ -105,6 +106,16 @@ def test_the_dtype_stays_and_holds_the_scale(storage: str, tmp_path: Path) -> No
         assert {t.dtype for t in found.tensors.values()} == {
             {"<f4": "float32", "<f2": "float16", "<u2": "bfloat16"}[storage]
         }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_scale_is_rounded_to_the_nearest(dtype: str) -> None:
+    import torch
+
+    short = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
+    for value in [*np.geomspace(1e-4, 1e4, 400).tolist(), 1 + 2**-8, 1 + 3 * 2**-8]:
+        wanted = torch.tensor(value, dtype=torch.float32).to(getattr(torch, dtype))
+        assert _rounded(value, short) == wanted.item()
 
 
 def _config_of(done: Compressed) -> dict[str, Any]:
