@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from loramux.adapters.blobs import READ_BYTES, BlobStore, adapter_digest
 from loramux.adapters.pack import packed_path
@@ -21,6 +21,7 @@ from loramux.errors import (
     Overloaded,
 )
 from loramux.front.background import Background
+from loramux.front.blends import Blends
 from loramux.front.blobs import BlobService
 from loramux.front.catalog import SHARED, AdapterView, Catalog, Served
 from loramux.front.ingest_client import IngestClient
@@ -76,6 +77,7 @@ class AdapterService:
             deleted=lambda row: self._forget_soon([row]),
         )
         self.blobs = BlobService(config, self._registry, self._store, self.background)
+        self.blends = Blends(config, self._catalog, ingest, self.blobs, self.background)
         self.resumable = ResumableUploads(
             config, self._registry.database, self._store, self.blobs, self.background
         )
@@ -147,6 +149,7 @@ class AdapterService:
         wait_s: float = 0,
         expected_generation: int | None = None,
         tenant: str = SHARED,
+        blend: Mapping[str, Any] | None = None,
     ) -> AdapterView:
         """Register an uploaded adapter and have it validated and packed.
 
@@ -154,7 +157,7 @@ class AdapterService:
         yet. Raises InvalidRequest (name), PayloadTooLarge (config), NotFound (blob_not_found),
         QuotaExceeded, Conflict (generation_conflict, name_reserved), and AdapterInvalid when the
         verdict is in and bad. ``validate_only`` always waits and registers nothing; its view has
-        generation 0.
+        generation 0. ``blend``: how the files were made here, for the report.
         """
         if not ADAPTER_NAME.fullmatch(name):
             raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
@@ -167,9 +170,11 @@ class AdapterService:
             await upload.write(config)
             files = (await upload.commit(), weights_digest)
             if validate_only:
-                return await self.verdicts.preview(name, files, self._base)
+                return await self.verdicts.preview(name, files, self._base, blend)
             row, fresh = await self.shelf.change(
-                tenant, name, lambda: self._register(tenant, name, files, expected_generation)
+                tenant,
+                name,
+                lambda: self._register(tenant, name, files, expected_generation, blend),
             )
         finally:
             await upload.abort()
@@ -210,7 +215,12 @@ class AdapterService:
             await upload.abort()
 
     def _register(
-        self, tenant: str, name: str, files: tuple[str, str], expected_generation: int | None
+        self,
+        tenant: str,
+        name: str,
+        files: tuple[str, str],
+        expected_generation: int | None,
+        blend: Mapping[str, Any] | None,
     ) -> tuple[AdapterRow, bool]:
         config_digest, weights_digest = files
         if not self._store.has(weights_digest):
@@ -222,6 +232,7 @@ class AdapterService:
             config_digest=config_digest,
             weights_digest=weights_digest,
             expected_generation=expected_generation,
+            blend=blend,
         )
 
     def _check_quota(self, tenant: str, name: str, files: tuple[str, str]) -> None:
@@ -302,7 +313,7 @@ class AdapterService:
 
     async def serve_for(self, base: BaseDescription) -> None:
         """This is the base from now on: it decides which adapters are compatible."""
-        self._base = base
+        self._base = self.blends.base = base
         self._registry.base_fingerprint = base.fingerprint
         await self.shelf.refresh_all()
 

@@ -61,7 +61,8 @@ class Adapters:
         expected_generation: Annotated[int | None, Query(ge=0, le=2**31)] = None,
     ) -> Response:
         """Upload an adapter as multipart parts ``name``, ``config`` (adapter_config.json) and
-        ``weights`` (adapter_model.safetensors), or as JSON that names files sent before.
+        ``weights`` (adapter_model.safetensors), or as JSON that names files sent before, or in
+        ``blend`` adapters to make it of: that is computed before the answer.
 
         201 when it is ready, 202 while it is being validated (``wait``: seconds to stay for the
         verdict), 200 when exactly this was there before. ``validate_only`` registers nothing.
@@ -87,6 +88,7 @@ class Adapters:
                 wait_s=wait,
                 expected_generation=expected_generation,
                 tenant=tenant,
+                blend=upload.blend,
             )
         except LoramuxError as exc:
             # The front counts the verdicts on what it registered.
