@@ -6,12 +6,12 @@ environment would load. Nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loramux.adapters import pack
 from loramux.adapters.formats import MAX_CONFIG_BYTES
+from loramux.adapters.formats.upload import Upload
 from loramux.adapters.problems import Problems
 from loramux.adapters.safetensors_file import MAX_TENSORS, FileTensor
 from loramux.adapters.strict_json import shown
@@ -24,10 +24,11 @@ from loramux.memory.formats import KvFormat
 from loramux.model.architecture import read_architecture
 from loramux.model.description import describe
 from loramux.request import BASE_MODEL_ID
-from loramux.wire import MODULES, BaseDescription
+from loramux.wire import BaseDescription
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FLOAT32_BYTES = 4
+_OF_NO_LAYER = ("norm", "lm_head", "embed_tokens")
 _MOST_PROBLEMS = 4 * MAX_TENSORS
 
 
@@ -55,15 +56,7 @@ def inspect(folder: Path, config: ServerConfig) -> dict[str, Any]:
             fields = file.read(MAX_CONFIG_BYTES + 1)
         with open(folder / WEIGHTS, "rb") as file:
             read = read_adapter(fields, file, base, problems)
-            upload = read.upload
-            names = {place[0]: upload.name(place[0]) for place in upload.placed.values() if place}
-            wrong = {name: _problem(name, None, problems) for name in upload.tensors}
-            for name, place in upload.placed.items():
-                wrong[name] = _problem(name, place and names[place[0]], problems)
-            found["tensors"] = [
-                _tensor(tensor, upload.placed, wrong[name])
-                for name, tensor in upload.tensors.items()
-            ]
+            found["tensors"] = [_tensor(t, read.upload) for t in read.upload.tensors.values()]
             adapter = read.canonical()
             check_size(adapter, base)
             found["report"] = report_of(adapter, pack.lay_out(adapter, base), base, read)
@@ -90,23 +83,23 @@ def _base(config: ServerConfig) -> BaseDescription:
     )
 
 
+def _tensor(tensor: FileTensor, upload: Upload) -> dict[str, Any]:
+    place = upload.placed.get(tensor.name)
+    at, part = place or (None, "shared" if tensor.name in upload.placed else None)
+    return {
+        "name": tensor.name,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "layer": at[0] if at and at[1] not in _OF_NO_LAYER else None,
+        "module": at[1] if at else None,
+        "part": part,
+        "problem": _problem(tensor.name, at and upload.name(at), upload.problems),
+    }
+
+
 def _problem(name: str, module: str | None, problems: Problems) -> str | None:
     """The first problem that names the tensor, or else its module."""
     for text in problems.listed:
         if shown(name) in text or (module and text.startswith((f"{module} ", f"{module}:"))):
             return text
     return None
-
-
-def _tensor(tensor: FileTensor, placed: Mapping[str, Any], problem: str | None) -> dict[str, Any]:
-    place = placed.get(tensor.name)
-    at, part = place or (None, None)
-    return {
-        "name": tensor.name,
-        "dtype": tensor.dtype,
-        "shape": list(tensor.shape),
-        "layer": at[0] if at and (at[1] in MODULES or "layernorm" in at[1]) else None,
-        "module": at[1] if at else None,
-        "part": part or ("shared" if tensor.name in placed else None),
-        "problem": problem,
-    }

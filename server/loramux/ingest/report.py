@@ -43,7 +43,7 @@ def report_of(
         "num_frames": layout.num_frames(base.slice_bytes),
         "dtype": layout.dtype,
         "vectors": [kind for kind in VECTOR_KINDS if any(v.kind == kind for v in adapter.vectors)],
-        "tensors": len(placed),
+        "tensors": len(read.upload.tensors),
         "modules": [module for module in TABLE_MODULES if module in used],
         "layers": sorted({layer for layer, module in changed if module not in TOKEN_MODULES}),
         "token_rows": {tokens.module: len(tokens.ids) for tokens in adapter.tokens},
