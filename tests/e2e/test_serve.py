@@ -17,6 +17,7 @@ import pytest
 from tests import tiny
 from tests.e2e.server import Server
 
+from loramux.cli import main
 from loramux_client import AdapterInvalidError, AsyncClient, Client
 
 
@@ -75,6 +76,21 @@ def test_the_openai_package_works_unmodified(server: Server) -> None:
     with pytest.raises(openai.NotFoundError) as error:
         client.completions.create(model="nobody", prompt="Hello")
     assert error.value.code == "model_not_found"
+
+
+def test_a_compressed_adapter_is_what_it_says(
+    server: Server, shouters: tuple[Path, dict[int, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["adapters", "--url", server.url, "push", str(shouters[1][40]), "--name", "small"]
+    assert main([*command, "--compress", "density=0.3"]) == 0
+    assert "of the values kept" in " ".join(capsys.readouterr().out.split())
+    with Client(server.url) as client:
+        view = client.adapters.show("small")
+        facts = view.report["compression"]
+        assert view.status == "ready" and facts["claimed"]["density"] == 0.3
+        assert facts["kept"] == pytest.approx(0.3 * facts["values"], rel=0.01)
+        assert client.complete([5, 6], model="small", max_tokens=3).choices[0].text
+        client.adapters.delete("small")
 
 
 def test_two_choices_of_two_prompts_keep_their_order(server: Server) -> None:
