@@ -1,9 +1,12 @@
-"""``loramux adapters``: upload, list, show, remove and pin adapters of a running server."""
+"""``loramux adapters``: upload, list, show, remove and pin adapters of a running server, and look
+into an adapter's folder without one."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +23,22 @@ def add_adapters(commands: Any) -> None:
     """Adds the command to ``loramux``'s own."""
     adapters = commands.add_parser(
         "adapters",
-        help="upload, list, show, remove and pin adapters of a running server",
-        description="Manage the adapters of a running server.",
+        help="upload, list, show, remove and pin adapters of a running server; inspect a folder",
+        description="Manage the adapters of a running server, or inspect one on this machine.",
     )
     adapters.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
     adapters.add_argument("--api-key", help="your key, if it needs one (default: $LORAMUX_API_KEY)")
     verbs = adapters.add_subparsers(dest="verb", required=True, metavar="VERB")
     push = verbs.add_parser("push", help="upload a PEFT adapter folder, tar or zip")
-    push.add_argument("source", type=Path, help="folder with adapter_config.json and weights")
+    push.add_argument(
+        "source", help="folder with adapter_config.json and weights, archive, or hf:ORG/REPO"
+    )
     push.add_argument("--name", help="name to serve it under (default: the folder's)")
+    push.add_argument(
+        "--compress",
+        metavar="density=D[,alpha=A]",
+        help="send only the signs of that share of its values (ComPEFT); says what it costs",
+    )
     _add_blend(verbs)
     verbs.add_parser("list", help="all adapters")
     for verb, text in {
@@ -38,7 +48,23 @@ def add_adapters(commands: Any) -> None:
         "unpin": "let a pinned adapter be evicted again",
     }.items():
         verbs.add_parser(verb, help=text).add_argument("name")
+    _add_inspect(verbs)
     adapters.set_defaults(run=_adapters)
+
+
+def _add_inspect(verbs: Any) -> None:
+    inspect = verbs.add_parser(
+        "inspect",
+        help="what a server would say to an adapter's folder; needs none",
+        description="Run the importer on an adapter's folder: every tensor, every problem, and what"
+        " the adapter would cost. Exit code 1 when it would be refused, or is not as PEFT has it.",
+    )
+    inspect.add_argument("folder", type=Path, help="folder with adapter_config.json and weights")
+    inspect.add_argument("--model", type=Path, help="directory of the base (default: the demo's)")
+    inspect.add_argument("--json", action="store_true", help="print it as JSON")
+    inspect.add_argument(
+        "--verify", action="store_true", help="compare greedy answers with PEFT's (if installed)"
+    )
 
 
 def _add_blend(verbs: Any) -> None:
@@ -75,11 +101,13 @@ def _weighed(text: str) -> str | tuple[str, float]:
 
 
 def _adapters(args: dict[str, Any]) -> int:
+    if args["verb"] == "inspect":
+        return _inspect(args["folder"], args["model"], as_json=args["json"], check=args["verify"])
     try:
         from loramux_client import Client, LoramuxClientError
     except ImportError as error:
         raise ConfigError("this command needs the client: pip install loramux-client") from error
-    from loramux.console import adapter_table, upload_progress
+    from loramux.console import adapter_table
 
     verb = args["verb"]
     try:
@@ -87,11 +115,7 @@ def _adapters(args: dict[str, Any]) -> int:
             if verb == "list":
                 adapter_table(client.adapters.list())
             elif verb == "push":
-                with upload_progress() as progress:
-                    view = client.adapters.push(
-                        args["source"], name=args["name"], progress=progress
-                    )
-                adapter_table([view])
+                adapter_table([_push(client, args["source"], args["name"], args["compress"])])
             elif verb == "blend":
                 fields = {key: args[key] for key in _BLEND_FIELDS if key in args}
                 view = client.adapters.blend(args["name"], sources=args["sources"], **fields)
@@ -105,3 +129,59 @@ def _adapters(args: dict[str, Any]) -> int:
         print(f"loramux: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _push(client: Any, source: str, name: str | None, compression: str | None) -> Any:
+    from loramux.console import compression_facts, upload_progress
+    from loramux_client import compress
+
+    try:
+        pushed: Any = source
+        if compression is not None:
+            pushed = compress(source, **_compression(compression))
+            compression_facts(pushed)
+        with upload_progress() as progress:
+            return client.adapters.push(pushed, name=name, progress=progress)
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _compression(text: str) -> dict[str, float]:
+    """``density=0.1,alpha=1``."""
+    found: dict[str, float] = {}
+    try:
+        for item in text.split(","):
+            key, _, value = item.partition("=")
+            if key not in ("density", "alpha") or key in found:
+                raise ValueError
+            found[key] = float(value)
+        if not 0 < found["density"] <= 1 or not 0 < found.get("alpha", 1) < float("inf"):
+            raise ValueError
+    except (KeyError, ValueError):
+        raise ConfigError(
+            f"--compress {text!r} is not density=D[,alpha=A] with 0 < D <= 1 and A > 0"
+        ) from None
+    return found
+
+
+def _inspect(folder: Path, model: Path | None, *, as_json: bool, check: bool) -> int:
+    from loramux.config import ServerConfig
+    from loramux.console import inspection, parity_table
+    from loramux.inspection import inspect
+
+    given: dict[str, Any] = {} if model is None else {"model": model}
+    config = ServerConfig(**given)
+    found = inspect(folder, config)
+    compared = []
+    if check and found["accepted"]:
+        from loramux.parity import verify
+
+        compared = verify(folder, config)
+    if as_json:
+        more = {"parity": [asdict(line) for line in compared]} if check else {}
+        print(json.dumps({**found, **more}, indent=1))
+    else:
+        inspection(found)
+        if compared:
+            parity_table(compared)
+    return 0 if found["accepted"] and all(line.agrees for line in compared) else 1

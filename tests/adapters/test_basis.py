@@ -205,9 +205,14 @@ def test_adapters_of_one_basis_have_it_on_disk_once(tmp_path: Path) -> None:
     before = packed.path.stat().st_mtime_ns
     good(run(job(tmp_path, files(own=4)), tmp_path))
     assert packed.path.stat().st_mtime_ns == before
+    whole = packed.path.read_bytes()
+    for damaged in (b"", whole[:-1], whole[:-8] + bytes(8)):
+        packed.path.write_bytes(damaged)
+        good(run(job(tmp_path, files(own=4)), tmp_path))
+        assert packed.path.read_bytes() == whole, "what is damaged is made again"
     packed.path.unlink()
     good(run(job(tmp_path, files(own=4)), tmp_path))
-    assert facts["digest"] in on_disk(tmp_path), "what is missing is made again"
+    assert packed.path.read_bytes() == whole, "and what is missing"
     other = good(run(job(tmp_path, files(seed=1)), tmp_path))["basis"]
     assert other["digest"] != facts["digest"] and len(on_disk(tmp_path)) == 7
 

@@ -1,6 +1,7 @@
 """Python client for loramux: ``Client`` and ``AsyncClient``, typed answers, typed errors."""
 
 from loramux_client._client import AsyncClient, AsyncStream, Client, Stream
+from loramux_client._compress import Compressed
 from loramux_client._errors import (
     ERRORS,
     AdapterFailedError,
@@ -49,7 +50,7 @@ from loramux_client._models import (
     PromptTokensDetails,
     Usage,
 )
-from loramux_client._verbs import ChatOptions, CompletionOptions
+from loramux_client._verbs import ChatOptions, CompletionOptions, Compression, compress
 
 __version__ = "0.1.0"
 
@@ -74,6 +75,8 @@ __all__ = [
     "Completion",
     "CompletionChoice",
     "CompletionOptions",
+    "Compressed",
+    "Compression",
     "ConflictError",
     "ConnectionFailedError",
     "ContextLengthExceededError",
@@ -104,4 +107,5 @@ __all__ = [
     "Stream",
     "UnsupportedMediaTypeError",
     "Usage",
+    "compress",
 ]

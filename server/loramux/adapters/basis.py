@@ -16,7 +16,8 @@ import msgspec
 import numpy as np
 
 from loramux.adapters.canonical import CanonicalAdapter, read_as
-from loramux.adapters.pack import lay_out, pack, packed_path
+from loramux.adapters.pack import lay_out, pack, packed_path, read_header, verify_payload
+from loramux.errors import AdapterInvalid
 from loramux.wire import BaseDescription
 
 _DOMAIN = b"loramux/basis/1"
@@ -30,29 +31,44 @@ class Basis:
     pairs: CanonicalAdapter
 
 
+def shared_of(adapter: CanonicalAdapter) -> CanonicalAdapter | None:
+    """The pairs of an adapter that are a basis; None when none of them has a middle."""
+    shared = [pair for pair in adapter.pairs if pair.middle is not None]
+    alone = tuple(replace(pair, scale=1.0, middle=None) for pair in shared)
+    return CanonicalAdapter(adapter.dtype, alone) if alone else None
+
+
 def basis_of(adapter: CanonicalAdapter) -> Basis | None:
-    """What the adapter shares; None when none of its pairs has a middle. Reads all of it.
+    """The basis of an adapter, if it has one. Reads all of it.
 
     The digest is SHA-256 over dtype, places and shapes, then the bytes of A and B, pair after pair.
     """
-    shared = [pair for pair in adapter.pairs if pair.middle is not None]
-    if not shared:
+    shared = shared_of(adapter)
+    if shared is None:
         return None
-    places = [(pair.layer, pair.module, pair.a.shape, pair.b.shape) for pair in shared]
+    places = [(pair.layer, pair.module, pair.a.shape, pair.b.shape) for pair in shared.pairs]
     head = msgspec.msgpack.encode((adapter.dtype, places))
     digest = hashlib.sha256(_DOMAIN + len(head).to_bytes(8, "little") + head)
-    for pair in shared:
+    for pair in shared.pairs:
         for matrix in (pair.a, pair.b):
             digest.update(np.ascontiguousarray(read_as(matrix, adapter.dtype)).data)
-    alone = tuple(replace(pair, scale=1.0, middle=None) for pair in shared)
-    return Basis(digest.hexdigest(), CanonicalAdapter(adapter.dtype, alone))
+    return Basis(digest.hexdigest(), shared)
 
 
 def keep(basis: Basis, base: BaseDescription, data_dir: Path) -> None:
-    """Pack it unless it is there. Two that do so at once write the same. Raises StorageFull."""
+    """Pack it unless it is there and whole. Two that do so at once write the same. Raises
+    StorageFull."""
     path = packed_path(data_dir, basis.digest, base.fingerprint)
-    if not path.exists():
+    if not _is_whole(path):
         pack(basis.pairs, base, basis.digest, path)
+
+
+def _is_whole(path: Path) -> bool:
+    # An adapter that cannot be loaded is packed again, and it may be this that was damaged.
+    try:
+        return verify_payload(read_header(path))
+    except (OSError, AdapterInvalid):
+        return False
 
 
 def facts(basis: Basis, base: BaseDescription) -> dict[str, Any]:

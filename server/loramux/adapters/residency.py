@@ -40,6 +40,9 @@ LOADING_SHARE = 0.25
 """Of the pool, at most so much is on its way at a time: frames that nobody computes with yet. One
 adapter larger than that is loaded alone."""
 
+PINNED_SHARE = 0.5
+"""Of the pool, at most so much may be pinned: the rest stays for everybody."""
+
 
 class Residency:
     """Adapters in the pool by digest.
@@ -60,7 +63,7 @@ class Residency:
         self._table = table
         self._adapters: dict[str, Resident] = {}
         self._frequency = Frequency()
-        self._pins: set[str] = set()
+        self._pins: dict[str, int] = {}
         self._pinned: list[str] = []
         self._errors: dict[str, LoramuxError] = {}
         self._num_leased_frames = 0
@@ -345,14 +348,18 @@ class Residency:
     # -- asked by an operator --------------------------------------------------------------------
 
     def pin(self, digest: str) -> bool:
-        """Keep ``digest`` in the pool, loading it if need be; False if there is no room for it."""
+        """Keep ``digest`` in the pool, loading it if need be; False if there is no room for it, or
+        for one more that may not be evicted."""
         if digest in self._pins:
             return True
         if (error := self._errors.pop(digest, None)) is not None:
             raise error
+        num_frames = self.num_frames(digest)
+        if sum(self._pins.values()) + num_frames > PINNED_SHARE * self._pool.frames.num_frames:
+            return False
         if digest not in self._adapters and not self._begin_pinned(digest):
             return False
-        self._pins.add(digest)
+        self._pins[digest] = num_frames
         self._pinned = sorted(self._pins)
         resident = self._adapters.get(digest)
         if resident is None:
@@ -393,7 +400,7 @@ class Residency:
         """Let ``digest`` be evicted again."""
         self._pins_waiting.pop(digest, None)
         if digest in self._pins:
-            self._pins.remove(digest)
+            del self._pins[digest]
             self._pinned = sorted(self._pins)
         resident = self._adapters.get(digest)
         if resident is None or not resident.pinned:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from loramux.adapters.blobs import READ_BYTES, BlobStore, adapter_digest
+from loramux.adapters.blobs import READ_BYTES, BlobStore
 from loramux.adapters.registry import AdapterRow, Registry
 from loramux.config import ADAPTER_NAME, ServerConfig
 from loramux.errors import (
-    AdapterInvalid,
     Conflict,
     InvalidRequest,
     LoramuxError,
@@ -26,11 +25,12 @@ from loramux.front.catalog import SHARED, AdapterView, Catalog, Served
 from loramux.front.ingest_client import IngestClient
 from loramux.front.observations import Observations
 from loramux.front.packed import PackedFiles
+from loramux.front.pins import Ask, Pins
 from loramux.front.quotas import Quotas
 from loramux.front.resumable import ResumableUploads
 from loramux.front.shelf import Shelf
 from loramux.front.uploads import UploadWriter
-from loramux.front.verdicts import Verdicts
+from loramux.front.verdicts import Verdicts, refusal
 from loramux.wire import BaseDescription
 
 __all__ = ["AdapterService", "AdapterView", "Served", "UploadWriter"]
@@ -52,14 +52,13 @@ class AdapterService:
         config: ServerConfig,
         base_name: str,
         ingest: IngestClient,
-        ask_engine: Callable[[Literal["pin", "unpin", "evict"], str], Awaitable[object]],
+        ask_engine: Ask,
         observations: Observations,
         quotas: Quotas,
     ) -> None:
         """Opens the data directory; raises ConfigError or StorageFull when it cannot be used."""
         self._config = config
         self._ask_engine = ask_engine
-        self._quotas = quotas
         self._base: BaseDescription | None = None
         self._registry = Registry(config.data_dir)
         self.packed = PackedFiles(config.data_dir, self._registry)
@@ -67,18 +66,20 @@ class AdapterService:
         self._store.sweep()  # now: uploads may begin before there is an engine
         self._references: Counter[str] = Counter()
         self._catalog = Catalog(base_name, observations.snapshot)
+        self.pins = Pins(self._catalog, ask_engine)
         self.background = Background()
         self.shelf = Shelf(self._registry, self._catalog, self.background)
+        self.blobs = BlobService(config, self._registry, self._store, self.background, quotas)
         self.verdicts = Verdicts(
             self.shelf,
             ingest,
             observations,
             self.background,
-            lacks=self.packed.lacks,
-            pin=lambda digest: self.tell_engine("pin", digest),
+            packed=self.packed,
+            pins=self.pins,
             deleted=lambda row: self._forget_soon([row]),
+            failed=self.blobs.collect_files,
         )
-        self.blobs = BlobService(config, self._registry, self._store, self.background)
         self.blends = Blends(config, self._catalog, ingest, self.blobs, self.background)
         self.resumable = ResumableUploads(
             config, self._registry.database, self._store, self.blobs, self.background
@@ -157,9 +158,10 @@ class AdapterService:
 
         Waits up to ``wait_s`` for the verdict; the view's status is "validating" when it is not in
         yet. Raises InvalidRequest (name), PayloadTooLarge (config), NotFound (blob_not_found),
-        QuotaExceeded, Conflict (generation_conflict, name_reserved), and AdapterInvalid when the
-        verdict is in and bad. ``validate_only`` always waits and registers nothing; its view has
-        generation 0. ``blend``: how the files were made here, for the report.
+        QuotaExceeded, Conflict (generation_conflict, name_reserved), and for a bad verdict that is
+        in AdapterInvalid, or StorageFull or ServiceError when only this server is to blame.
+        ``validate_only`` always waits and registers nothing; its view has generation 0.
+        ``blend``: how the files were made here, for the report.
         """
         if not ADAPTER_NAME.fullmatch(name):
             raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
@@ -188,8 +190,7 @@ class AdapterService:
             await self.verdicts.wait(row, wait_s)
         row = self._catalog.row(row)
         if row.status == "failed" and row.error is not None:
-            error = row.error
-            raise AdapterInvalid(error["message"], problems=error["problems"], code=error["code"])
+            raise refusal(row.error["code"], row.error["message"], row.error["problems"])
         return self._catalog.view(row)
 
     async def register_files(
@@ -227,7 +228,7 @@ class AdapterService:
         config_digest, weights_digest = files
         if not self._store.has(weights_digest):
             raise NotFound("no such blob", param="weights", code="blob_not_found")
-        self._check_quota(tenant, name, files)
+        self.blobs.storage.check_adapter(tenant, name, files)
         return self._registry.create(
             name,
             tenant=tenant,
@@ -236,16 +237,6 @@ class AdapterService:
             expected_generation=expected_generation,
             blend=blend,
         )
-
-    def _check_quota(self, tenant: str, name: str, files: tuple[str, str]) -> None:
-        """Raises QuotaExceeded. On the registry's thread, so no two uploads take the last place."""
-        rows = self._registry.list(tenant=tenant)
-        held = [row for row in rows if row.status not in ("failed", "deleting")]
-        digest = adapter_digest(*files)
-        if any(row.name == name and row.digest == digest for row in held):
-            return  # nothing is added
-        sizes = [self._store.size(row.weights_digest) for row in held]
-        self._quotas.check_adapters(tenant, sizes, self._store.size(files[1]))
 
     # Pins and deletion.
 
@@ -258,14 +249,10 @@ class AdapterService:
             )
 
         row = await note(pinned)
-        try:
-            if pinned or not any(r.pinned and r.digest == row.digest for r in self._catalog.rows()):
-                await self._ask_engine("pin" if pinned else "unpin", row.digest)
-        except Overloaded:
-            pass  # no engine now: the next one is told of every pin when it is ready
-        except LoramuxError:
-            await note(not pinned)
-            raise
+        refused = await self.pins.tell()
+        if pinned and row.digest in refused:
+            await note(False)
+            raise refused[row.digest]
         return self._catalog.view(self._catalog.row(row))
 
     async def delete(self, name: str, *, tenant: str = SHARED) -> AdapterView:
@@ -291,22 +278,17 @@ class AdapterService:
     async def _forget(self, row: AdapterRow) -> None:
         gone = await self.shelf.change(row.tenant, row.name, lambda: self._forget_row(row))
         for digest in gone:
-            await self.tell_engine("evict", digest)
+            try:
+                await self._ask_engine("evict", digest)
+            except LoramuxError as error:
+                log.warning("could not evict adapter %s: %s", digest[:12], error.message)
 
     def _forget_row(self, row: AdapterRow) -> Sequence[str]:
         """Remove the row, then the files nobody else needs; the digests that are no more."""
         self._registry.forget(row.id)
-        gone = self.packed.collect(row)
-        for digest in (row.config_digest, row.weights_digest):
-            self.blobs.holds.collect(digest)
+        gone = self.packed.forget(row)
+        self.blobs.collect_files(row)
         return gone
-
-    async def tell_engine(self, kind: Literal["pin", "evict"], digest: str) -> None:
-        """What can wait for the next engine when this one does not take it."""
-        try:
-            await self._ask_engine(kind, digest)
-        except LoramuxError as error:
-            log.warning("could not %s adapter %s: %s", kind, digest[:12], error.message)
 
     # Beginning and end.
 
@@ -314,7 +296,13 @@ class AdapterService:
         """This is the base from now on: it decides which adapters are compatible."""
         self._base = self.blends.base = base
         self._registry.base_fingerprint = base.fingerprint
+        self.pins.forget()
         await self.shelf.refresh_all()
+
+    def collect_files(self) -> None:
+        """Remove what an earlier run left behind. On the registry's thread."""
+        self.blobs.collect_all()
+        self.packed.collect()
 
     def forget_deleted(self) -> None:
         """End the deletions that an earlier run did not come to."""

@@ -106,7 +106,11 @@ class Catalog:
 
     def row(self, row: AdapterRow) -> AdapterRow:
         """The newest state of a row; itself when it is gone."""
-        return next((r for r in self._of(row.tenant, row.name) if r.id == row.id), row)
+        return self.find(row) or row
+
+    def find(self, row: AdapterRow) -> AdapterRow | None:
+        """The newest state of a row; None when it is gone."""
+        return next((r for r in self._of(row.tenant, row.name) if r.id == row.id), None)
 
     def resolve(self, model: str, *, tenant: str = SHARED) -> Served:
         """See AdapterService.resolve."""
@@ -200,13 +204,16 @@ class Catalog:
         status: Status = row.status
         if status == "ready" and row.digest in self.unpacked:
             status = "validating"
+        # A tenant must not see that another one uses a file with the same bytes.
+        wearers = self._snapshot.wearers.get(row.digest, ())
+        here = row.tenant == SHARED or row.pinned or row.tenant in wearers
         return AdapterView(
             id=f"{row.name}@{row.generation}",
             name=row.name,
             digest=row.digest,
             generation=row.generation,
             status=status,
-            residency="pool" if row.digest in self._snapshot.resident else "disk",
+            residency="pool" if here and row.digest in self._snapshot.resident else "disk",
             pinned=row.pinned,
             created=int(row.created),
             rank=row.report.get("rank", 0),

@@ -1,14 +1,12 @@
-"""The packed files of the base that is served: which are missing, which nobody needs any more."""
+"""The packed files: which are missing, which nobody needs any more."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from loramux.adapters.pack import packed_path
+from loramux.adapters.pack import collect, delete, packed_path
 from loramux.adapters.registry import AdapterRow, Registry
-
-_ANY = "0" * 64
 
 
 class PackedFiles:
@@ -27,22 +25,19 @@ class PackedFiles:
         paths = (packed_path(self._data_dir, digest, fingerprint) for digest in _needed(row))
         return not all(path.exists() for path in paths)
 
-    def collect(self, row: AdapterRow) -> list[str]:
-        """The row was forgotten: remove its files that no other row needs; their digests."""
-        used = (self._registry.uses_adapter, self._registry.uses_basis)
-        gone = [d for d, uses in zip(_needed(row), used, strict=False) if not uses(d)]
-        if fingerprint := self._registry.base_fingerprint:
-            for digest in gone:
-                packed_path(self._data_dir, digest, fingerprint).unlink(missing_ok=True)
+    def forget(self, row: AdapterRow) -> list[str]:
+        """The row is gone: remove its files that no other row needs; their digests."""
+        gone = [digest for digest in _needed(row) if not self._is_needed(digest)]
+        for digest in gone:
+            delete(self._data_dir, digest)
         return gone
 
-    def sweep(self) -> None:
+    def collect(self) -> None:
         """Remove the files that no row needs: a crash came between one and the other."""
-        needed = {digest for row in self._registry.every() for digest in _needed(row)}
-        example = packed_path(self._data_dir, _ANY, self._registry.base_fingerprint)
-        for path in example.parent.glob(example.name.replace(_ANY, "*")):
-            if path.name[: len(_ANY)] not in needed:
-                path.unlink(missing_ok=True)
+        collect(self._data_dir, self._is_needed)
+
+    def _is_needed(self, digest: str) -> bool:
+        return self._registry.uses_adapter(digest) or self._registry.uses_basis(digest)
 
 
 def _needed(row: AdapterRow) -> Iterator[str]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from msgspec.structs import replace
 
 from loramux.adapters.registry import AdapterRow
-from loramux.errors import AdapterInvalid, NotFound, ServiceError
+from loramux.errors import AdapterInvalid, LoramuxError, NotFound, ServiceError, StorageFull
 from loramux.front.background import Background
 from loramux.front.catalog import AdapterView
-from loramux.front.ingest_client import IngestClient
+from loramux.front.ingest_client import INGEST_FAILED, IngestClient
 from loramux.front.observations import Observations
+from loramux.front.packed import PackedFiles
+from loramux.front.pins import Pins
 from loramux.front.shelf import Shelf
 from loramux.wire import BaseDescription, IngestDone
 
@@ -24,11 +26,20 @@ NOT_THE_ADAPTERS_FAULT = frozenset({"storage_full", "internal_error"})
 """Verdicts that say something of this server now and nothing of the adapter."""
 
 
+def refusal(code: str, message: str, problems: Sequence[str]) -> LoramuxError:
+    """A bad verdict as an error: the adapter's, or this server's own."""
+    if code == StorageFull.code:
+        return StorageFull(message)
+    if code in (LoramuxError.code, INGEST_FAILED):
+        return ServiceError(message, code=code)
+    return AdapterInvalid(message, problems=problems, code=code)
+
+
 class Verdicts:
     """Validation of registered adapters, and of files nobody registers.
 
-    ``lacks`` says whether a packed file that a row needs is missing. ``pin`` tells the engine of a
-    new version that is pinned; ``deleted`` hears of rows that went while they were being examined.
+    ``deleted`` hears of rows that may have gone while they were being examined, ``failed``, on the
+    registry's thread, of those refused.
     """
 
     def __init__(
@@ -38,17 +49,19 @@ class Verdicts:
         observations: Observations,
         background: Background,
         *,
-        lacks: Callable[[AdapterRow, str], bool],
-        pin: Callable[[str], Awaitable[None]],
+        packed: PackedFiles,
+        pins: Pins,
         deleted: Callable[[AdapterRow], None],
+        failed: Callable[[AdapterRow], None],
     ) -> None:
         self._shelf = shelf
         self._ingest = ingest
         self._observations = observations
         self._background = background
-        self._lacks = lacks
-        self._pin = pin
+        self._packed = packed
+        self._pins = pins
         self._deleted = deleted
+        self._failed = failed
         self._running: dict[int, asyncio.Task[None]] = {}
 
     def __contains__(self, row_id: int) -> bool:
@@ -66,10 +79,22 @@ class Verdicts:
             await asyncio.wait(list(self._running.values()))
 
     def begin(self, row: AdapterRow, base: BaseDescription) -> None:
-        """Have a registered adapter examined and packed, unless it is being already."""
-        if row.id not in self._running:
+        """Have a registered adapter examined and packed, unless it is being already, or was deleted
+        since: then nobody would remove what is packed."""
+        now = self._shelf.catalog.find(row)
+        if row.id not in self._running and now is not None and now.status != "deleting":
             task = self._running[row.id] = self._background.spawn(self._examine(row, base))
-            task.add_done_callback(lambda _: self._running.pop(row.id, None))
+            task.add_done_callback(lambda task: self._ended(task, row, base))
+
+    def _ended(self, task: asyncio.Task[None], row: AdapterRow, base: BaseDescription) -> None:
+        # What was deleted, or tried again, at any moment before this one was left to this one.
+        del self._running[row.id]
+        if task.cancelled() or task.exception():
+            return
+        now = self._shelf.catalog.row(row)
+        if now.status == "validating":
+            self.begin(now, base)
+        self._deleted(now)
 
     async def _ask(self, row: AdapterRow, base: BaseDescription) -> IngestDone:
         try:
@@ -91,15 +116,13 @@ class Verdicts:
             while not await self._background.on_disk(self._record, row, done, base.fingerprint):
                 done = await self._ask(row, base)
         except NotFound:  # deleted meanwhile
-            self._running.pop(row.id, None)
             await self._shelf.refresh(row.tenant, row.name)
-            self._deleted(replace(self._shelf.catalog.row(row), report=done.report))
+            await self._background.on_disk(self._packed.forget, replace(row, report=done.report))
             return
         self._shelf.catalog.unpacked.discard(row.digest)
         await self._shelf.refresh(row.tenant, row.name)
         self._observations.uploaded(done.code if done.problems else "ready")
-        if self._shelf.catalog.row(row).pinned:
-            await self._pin(row.digest)
+        await self._pins.tell()  # a pin moves on to a new generation
 
     def _record(self, row: AdapterRow, done: IngestDone, fingerprint: str) -> bool:
         """Write the verdict down; False if it is good and a file of it is gone again: its basis was
@@ -107,7 +130,8 @@ class Verdicts:
         registry = self._shelf.registry
         if done.problems:
             registry.mark_failed(row.id, code=done.code, problems=done.problems)
-        elif self._lacks(replace(row, report=done.report), fingerprint):
+            self._failed(row)
+        elif self._packed.lacks(replace(row, report=done.report), fingerprint):
             return False
         else:
             registry.mark_ready(row.id, fingerprint=fingerprint, report=done.report)
@@ -120,11 +144,11 @@ class Verdicts:
         base: BaseDescription,
         blend: Mapping[str, Any] | None = None,
     ) -> AdapterView:
-        """What an upload would become: generation 0, registered nowhere. Raises AdapterInvalid."""
+        """What an upload would become: generation 0, registered nowhere. Raises as ``refusal``."""
         done = await self._ingest.examine(*files, base, pack=False)
         if done.problems:
             summary = f"{len(done.problems)} problems" if done.problems[1:] else done.problems[0]
-            raise AdapterInvalid(summary, problems=done.problems, code=done.code)
+            raise refusal(done.code, summary, done.problems)
         return AdapterView(
             id=f"{name}@0",
             name=name,
