@@ -206,7 +206,7 @@ def test_adapters_of_one_basis_have_it_on_disk_once(tmp_path: Path) -> None:
     good(run(job(tmp_path, files(own=4)), tmp_path))
     assert packed.path.stat().st_mtime_ns == before
     whole = packed.path.read_bytes()
-    for damaged in (b"", whole[:-1], whole[:-8] + bytes(8)):
+    for damaged in (b"", whole[:-1], whole[: -packed.num_bytes] + bytes(packed.num_bytes)):
         packed.path.write_bytes(damaged)
         good(run(job(tmp_path, files(own=4)), tmp_path))
         assert packed.path.read_bytes() == whole, "what is damaged is made again"
