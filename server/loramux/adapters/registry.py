@@ -50,6 +50,13 @@ class AdapterRow(msgspec.Struct, frozen=True, kw_only=True):
     report: dict[str, Any]
     pinned: bool
     created: float
+    profile_digest: str = ""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The digests of its blobs: config, weights, and the profile if it has one."""
+        files = (self.config_digest, self.weights_digest, self.profile_digest)
+        return files if self.profile_digest else files[:2]
 
 
 Rows = list[AdapterRow]
@@ -78,6 +85,7 @@ class Registry:
         *,
         config_digest: str,
         weights_digest: str,
+        profile_digest: str = "",
         expected_generation: int | None = None,
         tenant: str = "",
     ) -> tuple[AdapterRow, bool]:
@@ -88,7 +96,8 @@ class Registry:
         must be free), else Conflict; they become the next generation, and the old one stays until
         deleted. A failed or incompatible adapter does not hold its name.
         """
-        digest = adapter_digest(config_digest, weights_digest)
+        files = (config_digest, weights_digest, profile_digest)
+        digest = adapter_digest(*files)
         with self._transaction() as db:
             rows = [r for r in self._rows(db, tenant, name) if r.status != "deleting"]
             held = next((r for r in rows if r.status in ("validating", "ready")), None)
@@ -115,7 +124,7 @@ class Registry:
                 "DELETE FROM adapters WHERE tenant = ? AND name = ? AND status = 'failed'",
                 (tenant, name),
             )
-            return self._insert(db, tenant, name, digest, config_digest, weights_digest), True
+            return self._insert(db, tenant, name, digest, files), True
 
     def _insert(
         self,
@@ -123,8 +132,7 @@ class Registry:
         tenant: str,
         name: str,
         digest: str,
-        config_digest: str,
-        weights_digest: str,
+        files: tuple[str, str, str],
     ) -> AdapterRow:
         (generation,) = db.execute(
             "INSERT INTO names VALUES (?, ?, 1) ON CONFLICT DO UPDATE"
@@ -133,8 +141,8 @@ class Registry:
         ).fetchone()
         cursor = db.execute(
             "INSERT INTO adapters (tenant, name, generation, digest, config_digest, weights_digest,"
-            " status, created) VALUES (?, ?, ?, ?, ?, ?, 'validating', ?)",
-            (tenant, name, generation, digest, config_digest, weights_digest, time.time()),
+            " profile_digest, status, created) VALUES (?, ?, ?, ?, ?, ?, ?, 'validating', ?)",
+            (tenant, name, generation, digest, *files, time.time()),
         )
         assert cursor.lastrowid is not None
         return self._row(db, cursor.lastrowid)
@@ -247,7 +255,7 @@ class Registry:
         check_digest(digest)
         with self._reading() as db:
             query = (
-                "SELECT 1 FROM adapters WHERE (config_digest = ?1 OR weights_digest = ?1)"
+                "SELECT 1 FROM adapters WHERE ?1 IN (config_digest, weights_digest, profile_digest)"
                 " AND (?2 IS NULL OR tenant = ?2) LIMIT 1"
             )
             return db.execute(query, (digest, tenant)).fetchone() is not None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Literal
 
 from loramux.adapters.blobs import READ_BYTES, BlobStore, adapter_digest
 from loramux.adapters.pack import packed_path
+from loramux.adapters.profile import MAX_PROFILE_BYTES
 from loramux.adapters.registry import AdapterRow, Registry
 from loramux.config import ADAPTER_NAME, ServerConfig
 from loramux.errors import (
@@ -29,7 +31,7 @@ from loramux.front.quotas import Quotas
 from loramux.front.resumable import ResumableUploads
 from loramux.front.shelf import Shelf
 from loramux.front.uploads import UploadWriter
-from loramux.front.verdicts import Verdicts
+from loramux.front.verdicts import Files, Verdicts
 from loramux.wire import BaseDescription
 
 __all__ = ["AdapterService", "AdapterView", "Served", "UploadWriter"]
@@ -143,6 +145,7 @@ class AdapterService:
         config: bytes,
         weights_digest: str,
         *,
+        profile: bytes = b"",
         validate_only: bool = False,
         wait_s: float = 0,
         expected_generation: int | None = None,
@@ -150,7 +153,7 @@ class AdapterService:
     ) -> AdapterView:
         """Register an uploaded adapter and have it validated and packed.
 
-        Waits up to ``wait_s`` for the verdict; the view's status is "validating" when it is not in
+        ``profile`` is as ``adapters.profile.spell`` writes it, empty for none. Waits up to ``wait_s`` for the verdict; the view's status is "validating" when it is not in
         yet. Raises InvalidRequest (name), PayloadTooLarge (config), NotFound (blob_not_found),
         QuotaExceeded, Conflict (generation_conflict, name_reserved), and AdapterInvalid when the
         verdict is in and bad. ``validate_only`` always waits and registers nothing; its view has
@@ -162,17 +165,17 @@ class AdapterService:
             raise Conflict("the name is the base model's", param="name", code="name_reserved")
         if self._base is None:
             raise Overloaded("no engine has been ready yet", code="engine_starting")
-        upload = await self.blobs.begin(self._config.max_config_bytes, "config")
-        try:
-            await upload.write(config)
-            files = (await upload.commit(), weights_digest)
+        async with AsyncExitStack() as kept:
+            config_digest = await self._keep(kept, "config", config, self._config.max_config_bytes)
+            profile_digest = ""
+            if profile:
+                profile_digest = await self._keep(kept, "profile", profile, MAX_PROFILE_BYTES)
+            files = (config_digest, weights_digest, profile_digest)
             if validate_only:
                 return await self.verdicts.preview(name, files, self._base)
             row, fresh = await self.shelf.change(
                 tenant, name, lambda: self._register(tenant, name, files, expected_generation)
             )
-        finally:
-            await upload.abort()
         if fresh:
             if tenant == SHARED:
                 self._catalog.broken.pop(name, None)
@@ -184,6 +187,13 @@ class AdapterService:
             error = row.error
             raise AdapterInvalid(error["message"], problems=error["problems"], code=error["code"])
         return self._catalog.view(row)
+
+    async def _keep(self, kept: AsyncExitStack, param: str, data: bytes, limit: int) -> str:
+        """Store a small file, which stays at least until ``kept`` is left; its digest."""
+        upload = await self.blobs.begin(limit, param)
+        kept.push_async_callback(upload.abort)
+        await upload.write(data)
+        return await upload.commit()
 
     async def register_files(
         self, name: str, config_path: Path, weights_path: Path, *, wait_s: float = 0
@@ -210,9 +220,9 @@ class AdapterService:
             await upload.abort()
 
     def _register(
-        self, tenant: str, name: str, files: tuple[str, str], expected_generation: int | None
+        self, tenant: str, name: str, files: Files, expected_generation: int | None
     ) -> tuple[AdapterRow, bool]:
-        config_digest, weights_digest = files
+        config_digest, weights_digest, profile_digest = files
         if not self._store.has(weights_digest):
             raise NotFound("no such blob", param="weights", code="blob_not_found")
         self._check_quota(tenant, name, files)
@@ -221,10 +231,11 @@ class AdapterService:
             tenant=tenant,
             config_digest=config_digest,
             weights_digest=weights_digest,
+            profile_digest=profile_digest,
             expected_generation=expected_generation,
         )
 
-    def _check_quota(self, tenant: str, name: str, files: tuple[str, str]) -> None:
+    def _check_quota(self, tenant: str, name: str, files: Files) -> None:
         """Raises QuotaExceeded. On the registry's thread, so no two uploads take the last place."""
         rows = self._registry.list(tenant=tenant)
         held = [row for row in rows if row.status not in ("failed", "deleting")]
@@ -287,7 +298,7 @@ class AdapterService:
         if not lives and self._base is not None:
             fingerprint = self._base.fingerprint
             packed_path(self._config.data_dir, row.digest, fingerprint).unlink(missing_ok=True)
-        for digest in (row.config_digest, row.weights_digest):
+        for digest in row.files:
             self.blobs.holds.collect(digest)
         return lives
 

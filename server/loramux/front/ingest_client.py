@@ -54,9 +54,15 @@ class IngestClient:
         self._fail_all("the server is shutting down")
 
     async def examine(
-        self, config_digest: str, weights_digest: str, base: wire.BaseDescription, *, pack: bool
+        self,
+        config_digest: str,
+        weights_digest: str,
+        profile_digest: str,
+        base: wire.BaseDescription,
+        *,
+        pack: bool,
     ) -> wire.IngestDone:
-        """The verdict on two blobs. Raises ServiceError when no ingest process can be had."""
+        """The verdict on an adapter's blobs ("" for no profile). Raises ServiceError when no ingest process can be had."""
         if self._supervisor is None or self._supervisor.given_up:
             raise ServiceError("the ingest process cannot be started", code="ingest_failed")
         self._last_id += 1
@@ -64,6 +70,7 @@ class IngestClient:
             job_id=self._last_id,
             config_digest=config_digest,
             weights_digest=weights_digest,
+            profile_digest=profile_digest,
             base=base,
             pack=pack,
         )

@@ -17,6 +17,9 @@ from loramux.wire import BaseDescription, IngestDone
 
 log = logging.getLogger(__name__)
 
+Files = tuple[str, str, str]
+"""The digests of an adapter's config, weights and profile; "" for no profile."""
+
 NOT_THE_ADAPTERS_FAULT = frozenset({"storage_full", "internal_error"})
 """Verdicts that say something of this server now and nothing of the adapter."""
 
@@ -67,7 +70,7 @@ class Verdicts:
             task.add_done_callback(lambda _: self._running.pop(row.id, None))
 
     async def _examine(self, row: AdapterRow, base: BaseDescription) -> None:
-        files = row.config_digest, row.weights_digest
+        files = row.config_digest, row.weights_digest, row.profile_digest
         try:
             done = await self._ingest.examine(*files, base, pack=True)
         except ServiceError as error:
@@ -97,9 +100,7 @@ class Verdicts:
         else:
             registry.mark_ready(row.id, fingerprint=fingerprint, report=done.report)
 
-    async def preview(
-        self, name: str, files: tuple[str, str], base: BaseDescription
-    ) -> AdapterView:
+    async def preview(self, name: str, files: Files, base: BaseDescription) -> AdapterView:
         """What an upload would become: generation 0, registered nowhere. Raises AdapterInvalid."""
         done = await self._ingest.examine(*files, base, pack=False)
         if done.problems:
@@ -114,5 +115,6 @@ class Verdicts:
             rank=done.report.get("rank", 0),
             num_bytes=done.report.get("num_bytes", 0),
             num_frames=done.report.get("num_frames", 0),
+            profile_digest=files[2],
             report=done.report,
         )

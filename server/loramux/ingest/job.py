@@ -1,18 +1,20 @@
-"""One upload: from two blobs to a verdict and, if it is good, a packed file."""
+"""One upload: from its blobs to a verdict and, if it is good, a packed file."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from loramux.adapters import pack
 from loramux.adapters.blobs import BlobStore, adapter_digest
 from loramux.adapters.canonical import TOKEN_MODULES, VECTOR_KINDS, CanonicalAdapter
 from loramux.adapters.formats import MAX_CONFIG_BYTES, import_adapter, parse_config
+from loramux.adapters.profile import MAX_PROFILE_BYTES
 from loramux.adapters.safetensors_file import read_tensors
 from loramux.errors import AdapterInvalid, LoramuxError
 from loramux.ingest.base import CheckpointWeights
+from loramux.ingest.profile import problems_of
 from loramux.wire import TABLE_MODULES, BaseDescription, IngestDone, IngestJob
 
 log = logging.getLogger(__name__)
@@ -34,18 +36,27 @@ def run(job: IngestJob, data_dir: Path) -> IngestDone:
 
 def _run(job: IngestJob, data_dir: Path) -> IngestDone:
     blobs = BlobStore(data_dir)
-    digest = adapter_digest(job.config_digest, job.weights_digest)
-    for blob in (job.config_digest, job.weights_digest):
+    files = (job.config_digest, job.weights_digest, job.profile_digest)
+    digest = adapter_digest(*files)
+    for blob in filter(None, files):
         if not blobs.verify(blob):
             text = "a stored file no longer has its digest: the disk damaged it; upload it again"
             raise AdapterInvalid(text, problems=[text], code="blob_corrupt")
     with blobs.open(job.config_digest) as file:
         config_bytes = file.read(MAX_CONFIG_BYTES + 1)
+    profile_problems = _problems_of_profile(blobs, job) if job.profile_digest else []
     with blobs.open(job.weights_digest) as file:
         tensors = read_tensors(file)
         weights = CheckpointWeights(Path(job.base.directory))
-        adapter = import_adapter(parse_config(config_bytes), tensors, job.base, weights)
-        _check_size(adapter, job.base)
+        try:
+            adapter = import_adapter(parse_config(config_bytes), tensors, job.base, weights)
+            _check_size(adapter, job.base)
+        except AdapterInvalid as error:
+            if not profile_problems:
+                raise
+            _refuse([*(error.problems or [error.message]), *profile_problems])
+        if profile_problems:
+            _refuse(profile_problems)
         if job.pack:
             path = pack.packed_path(data_dir, digest, job.base.fingerprint)
             layout = pack.pack(adapter, job.base, digest, path)
@@ -53,6 +64,17 @@ def _run(job: IngestJob, data_dir: Path) -> IngestDone:
             layout = pack.lay_out(adapter, job.base)
     report = _report(adapter, layout, job.base.slice_bytes, len(tensors))
     return IngestDone(job_id=job.job_id, digest=digest, report=report)
+
+
+def _problems_of_profile(blobs: BlobStore, job: IngestJob) -> list[str]:
+    with blobs.open(job.profile_digest) as file:
+        data = file.read(MAX_PROFILE_BYTES)
+    return problems_of(data, job.base)
+
+
+def _refuse(problems: list[str]) -> NoReturn:
+    message = problems[0] if len(problems) == 1 else f"{len(problems)} problems"
+    raise AdapterInvalid(message, problems=problems)
 
 
 def _check_size(adapter: CanonicalAdapter, base: BaseDescription) -> None:
