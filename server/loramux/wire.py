@@ -225,7 +225,8 @@ class Heartbeat(msgspec.Struct, tag=True):
 class IngestJob(msgspec.Struct, tag=True, kw_only=True):
     """Validate two blobs as a PEFT adapter and, if they are good, write the packed form.
 
-    ``profile_digest``: a third blob, the adapter's profile; "" when it has none. ``base`` rides along so the ingest process keeps no state. ``pack=False`` only validates.
+    ``profile_digest``: a third blob, the adapter's profile; "" when it has none. ``base`` rides
+    along so the ingest process keeps no state. ``pack=False`` only validates.
     """
 
     job_id: int

@@ -26,7 +26,7 @@ from loramux.adapters.chat_template import ChatTemplate, TemplateRefuses
 from loramux.errors import ConfigError, InvalidRequest
 
 MAX_MEMORY_BYTES = 512 << 20
-MAX_CPU_S = 2.0
+MAX_CPU_S = 1.0
 _MAX_TEMPLATES = 64
 """Compiled ones kept."""
 

@@ -153,11 +153,11 @@ class AdapterService:
     ) -> AdapterView:
         """Register an uploaded adapter and have it validated and packed.
 
-        ``profile`` is as ``adapters.profile.spell`` writes it, empty for none. Waits up to ``wait_s`` for the verdict; the view's status is "validating" when it is not in
-        yet. Raises InvalidRequest (name), PayloadTooLarge (config), NotFound (blob_not_found),
-        QuotaExceeded, Conflict (generation_conflict, name_reserved), and AdapterInvalid when the
-        verdict is in and bad. ``validate_only`` always waits and registers nothing; its view has
-        generation 0.
+        ``profile`` is as ``adapters.profile.spell`` writes it, empty for none. Waits up to
+        ``wait_s`` for the verdict; the view's status is "validating" when it is not in yet. Raises
+        InvalidRequest (name), PayloadTooLarge (config), NotFound (blob_not_found), QuotaExceeded,
+        Conflict (generation_conflict, name_reserved), and AdapterInvalid when the verdict is in and
+        bad. ``validate_only`` always waits and registers nothing; its view has generation 0.
         """
         if not ADAPTER_NAME.fullmatch(name):
             raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")

@@ -62,7 +62,9 @@ class IngestClient:
         *,
         pack: bool,
     ) -> wire.IngestDone:
-        """The verdict on an adapter's blobs ("" for no profile). Raises ServiceError when no ingest process can be had."""
+        """The verdict on an adapter's blobs ("" for no profile).
+
+        Raises ServiceError when no ingest process can be had."""
         if self._supervisor is None or self._supervisor.given_up:
             raise ServiceError("the ingest process cannot be started", code="ingest_failed")
         self._last_id += 1

@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from loramux.adapters.profile import MAX_PROFILE_BYTES, spell
 from loramux.config import ADAPTER_NAME, ServerConfig
 from loramux.errors import InvalidRequest, PayloadTooLarge
 from loramux.front.adapters import AdapterService
@@ -15,7 +16,7 @@ from loramux.http.auth import caller
 from loramux.http.blobs import digest_in
 from loramux.http.limits import read_json
 
-FIELDS = ("name", "config", "weights", "expected_generation")
+FIELDS = ("name", "config", "weights", "profile", "expected_generation")
 
 
 def is_json(request: Request) -> bool:
@@ -25,14 +26,16 @@ def is_json(request: Request) -> bool:
 
 
 class Registration:
-    """``{"name", "config", "weights", "expected_generation"?}``, used like ``Upload``.
+    """``{"name", "config", "weights", "profile"?, "expected_generation"?}``, used like ``Upload``.
 
     ``config`` is a digest or the adapter_config.json itself; of the latter the file that is stored
-    is the object with sorted keys and no spaces, so equal configs are one file.
+    is the object with sorted keys and no spaces, so equal configs are one file. ``profile`` is a
+    digest or the object, too.
     """
 
     name: str
     config: bytes
+    profile: bytes
     weights_digest: str
     expected_generation: int | None
 
@@ -67,7 +70,15 @@ class Registration:
         if isinstance(config, dict):
             self.config = self._written(config)
         else:
-            self.config = await self._blobs.read_config(tenant, _digest(config, "config"))
+            self.config = await self._blobs.read_small(
+                tenant, _digest(config, "config"), "config", self._max_config_bytes
+            )
+        profile = body.get("profile")
+        if profile is not None and not isinstance(profile, dict):
+            profile = await self._blobs.read_small(
+                tenant, _digest(profile, "profile"), "profile", MAX_PROFILE_BYTES
+            )
+        self.profile = spell(profile or b"{}")
 
     def _written(self, config: dict[str, Any]) -> bytes:
         try:

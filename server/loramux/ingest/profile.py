@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loramux.adapters.chat_template import TemplateRefuses, find_template, special_tokens
+from loramux.adapters.chat_template import (
+    ChatTemplate,
+    TemplateRefuses,
+    find_template,
+    special_tokens,
+)
 from loramux.adapters.profile import Profile, parse_profile
 from loramux.adapters.renderer import Renderer
 from loramux.adapters.strict_json import NotStrictJson, parse_object
-from loramux.errors import AdapterInvalid, InvalidRequest
+from loramux.errors import AdapterInvalid, ConfigError, InvalidRequest
 from loramux.wire import BaseDescription
 
-_SYSTEM = {"role": "system", "content": "Be brief."}
+Messages = list[dict[str, Any]]
+
 _QUESTION = {"role": "user", "content": "What is the capital of France?"}
-_PROBES: tuple[list[dict[str, Any]], ...] = (
-    [_QUESTION],
-    [_SYSTEM, _QUESTION, {"role": "assistant", "content": "Paris."}, _QUESTION],
-)
-"""The first every template has to take; the second it may refuse, but not fail on."""
+_LONG: Messages = [
+    {"role": "system", "content": "Be brief."},
+    _QUESTION,
+    {"role": "assistant", "content": "Paris."},
+    _QUESTION,
+]
+"""A template may refuse this, but not fail on it; the question alone, after the profile's own
+system message, it has to take."""
 
 
 def problems_of(data: bytes, base: BaseDescription) -> list[str]:
@@ -27,33 +39,34 @@ def problems_of(data: bytes, base: BaseDescription) -> list[str]:
         profile = parse_profile(data, base.vocab_size)
     except AdapterInvalid as error:
         return list(error.problems)
-    renderer = Renderer()
-    try:
+    with closing(Renderer()) as renderer:
         return _try_out(profile, Path(base.directory), renderer)
-    finally:
-        renderer.close()
 
 
 def _try_out(profile: Profile, base: Path, renderer: Renderer) -> list[str]:
     config = _tokenizer_config(base)
-    source, field = profile.chat_template, "chat_template"
-    if not source:
-        # The base's template works; what is asked is whether it takes the adapter's system message.
-        if not profile.system or not (source := find_template(base, config) or ""):
-            return []
-        field = "system"
-    own = [{**_SYSTEM, "content": profile.system}] if profile.system else []
-    for number, messages in enumerate(_PROBES):
-        probe = messages if messages[0] is _SYSTEM else [*own, *messages]
-        variables = {"add_generation_prompt": True}
+    own = [{"role": "system", "content": profile.system}] if profile.system else []
+    probes: list[Messages] = [[*own, _QUESTION]]
+    render: Callable[[Messages, dict[str, Any]], str]
+    if profile.chat_template:
+        render = partial(renderer.render, profile.chat_template, special_tokens(config))
+        probes.append(_LONG)
+    elif own and (source := find_template(base, config)):
         try:
-            renderer.render(source, special_tokens(config), probe, variables)
-        except TemplateRefuses as error:
-            if number == 0:
-                return [f"profile.{'system' if own else field}: {error.message}"]
+            render = ChatTemplate(source, special_tokens(config)).render
+        except ConfigError:  # then there are no chats, as the front has said
+            return []
+    else:
+        return []
+    for messages in probes:
+        try:
+            render(messages, {"add_generation_prompt": True})
         except InvalidRequest as error:
-            if field == "chat_template" or number == 0:
-                return [f"profile.{field}: {error.message}"]
+            refused = isinstance(error, TemplateRefuses)
+            if refused and messages is _LONG:
+                continue
+            blamed = own and (refused or not profile.chat_template)
+            return [f"profile.{'system' if blamed else 'chat_template'}: {error.message}"]
     return []
 
 
