@@ -25,6 +25,12 @@ def add_adapters(commands: Any) -> None:
     push = verbs.add_parser("push", help="upload a PEFT adapter folder, tar or zip")
     push.add_argument("source", type=Path, help="folder with adapter_config.json and weights")
     push.add_argument("--name", help="name to serve it under (default: the folder's)")
+    push.add_argument(
+        "--no-profile",
+        dest="profile",
+        action="store_false",
+        help="leave out the folder's chat template, generation_config.json and loramux.json",
+    )
     verbs.add_parser("list", help="all adapters")
     for verb, text in {
         "show": "one adapter in full",
@@ -51,7 +57,10 @@ def _adapters(args: dict[str, Any]) -> int:
             elif verb == "push":
                 with upload_progress() as progress:
                     view = client.adapters.push(
-                        args["source"], name=args["name"], progress=progress
+                        args["source"],
+                        name=args["name"],
+                        profile=args["profile"],
+                        progress=progress,
                     )
                 adapter_table([view])
             elif verb == "remove":

@@ -10,6 +10,7 @@ from urllib.parse import quote
 from loramux_client._errors import RequestTimeoutError, api_error
 from loramux_client._files import Progress, Source, find_adapter
 from loramux_client._models import Adapter, ChatCompletion, Completion, Health, Model, Record
+from loramux_client._profile import Choice, profile_of
 from loramux_client._protocol import Answer, Flow, Request, Sleep, identity, json_request
 from loramux_client._sending import send
 
@@ -127,6 +128,7 @@ def push(
     name: str | None = None,
     *,
     expected_generation: int | None = None,
+    profile: Choice = True,
     progress: Progress | None = None,
     wait: bool | float = True,
 ) -> Flow[Adapter]:
@@ -135,11 +137,18 @@ def push(
     ``name`` is that of the folder or archive if not given. A name that holds other weights is only
     given these when ``expected_generation`` is its present one. Files that the server has are not
     sent again, large ones are resumed after a broken connection. ``progress(sent, total)`` counts
-    bytes. ``wait``: until the server has validated it (seconds, or True for ten minutes), else
+    bytes.
+
+    ``profile``: how it is spoken to and speaks, as an object or the path of a JSON file; True takes
+    it from the chat template, generation_config.json and loramux.json in the folder, False sends
+    none. ``wait``: until the server has validated it (seconds, or True for ten minutes), else
     return at once with status "validating". Raises AdapterInvalidError with all its problems.
     """
     files = find_adapter(source)
+    voice = profile_of(files, profile)
     fields = yield from send(files, progress)
+    if voice:
+        fields["profile"] = voice
     fields["name"] = name or files.name
     if expected_generation is not None:
         fields["expected_generation"] = expected_generation
