@@ -23,6 +23,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 _FUEL = 5_000_000
 """Instructions a template may run: about half a second."""
 _MAX_CHARS = 16 << 20
+_MAX_REASON = 500
 
 _GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 """Marks assistant tokens for training; for a prompt it is a block that is always shown."""
@@ -74,6 +75,11 @@ def find_template(model: Path, tokenizer_config: dict[str, Any]) -> str | None:
     return template
 
 
+def _reason(error: Exception) -> str:
+    """Without the whole template, which minijinja's errors carry after their first line."""
+    return str(error).partition("\n")[0][:_MAX_REASON]
+
+
 def special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:
     """Named special tokens; older files write them as objects with a ``content``."""
     found = {}
@@ -114,7 +120,7 @@ class ChatTemplate:
         try:
             self._environment.undeclared_variables_in_template("chat")
         except minijinja.TemplateError as error:
-            raise ConfigError(f"{owner} chat template does not compile: {error}") from None
+            raise ConfigError(f"{owner} chat template does not compile: {_reason(error)}") from None
 
     def render(self, messages: Sequence[dict[str, Any]], variables: dict[str, Any]) -> str:
         """The prompt. Raises InvalidRequest when the template refuses or fails on the messages."""
@@ -125,11 +131,13 @@ class ChatTemplate:
             )
         except _Refused as error:
             raise TemplateRefuses(
-                f"{self._owner} chat template refuses these messages: {error}", param="messages"
+                f"{self._owner} chat template refuses these messages: {_reason(error)}",
+                param="messages",
             ) from None
         except (minijinja.TemplateError, TypeError, ValueError) as error:
             raise InvalidRequest(
-                f"{self._owner} chat template fails on these messages: {error}", param="messages"
+                f"{self._owner} chat template fails on these messages: {_reason(error)}",
+                param="messages",
             ) from None
         if len(text) > _MAX_CHARS:
             raise InvalidRequest(
