@@ -232,3 +232,18 @@ def test_show_has_the_profile_and_the_list_its_digest(speaking: Speaking) -> Non
     (kind,) = [view for view in listed if view["name"] == "kind"]
     assert kind["profile"] is None and kind["profile_digest"] == shown["profile_digest"]
     assert speaking.server.http.get("/v1/adapters/whisper").json()["profile"] is None
+
+
+@pytest.mark.parametrize("content", ["\\ud800", "\\u0000", "\\ud83d\\ude00"])
+def test_odd_characters_are_no_bug_of_ours(speaking: Speaking, content: str) -> None:
+    speaking.add("odd", chat_template="{{ messages[0].content }}")
+    body = '{"model": "%s", "messages": [{"role": "user", "content": "a%s"}]}'
+    answers = {
+        speaking.server.http.post(
+            "/v1/chat/completions",
+            content=body % (model, content),
+            headers={"content-type": "application/json"},
+        ).status_code
+        for model in ("base", "odd")
+    }
+    assert answers == {400 if content == "\\ud800" else 200}

@@ -112,7 +112,7 @@ class Registry:
             current = held.generation if held else 0
             if expected_generation is None and held is not None:
                 raise Conflict(
-                    f"this name holds other weights; expected_generation {current} replaces them",
+                    f"this name holds another version; expected_generation {current} replaces them",
                     param="name",
                 )
             if expected_generation is not None and expected_generation != current:
