@@ -83,7 +83,7 @@ def test_a_template_that_says_no(renderer: Renderer) -> None:
         renderer.render("{{ raise_exception('not today') }}", TOKENS, CHAT, {})
 
 
-def test_it_knows_nothing_of_the_environment(
+def test_it_knows_nothing_of_the_environment_and_gets_little_memory(
     renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECRET", "x")
@@ -91,6 +91,9 @@ def test_it_knows_nothing_of_the_environment(
     assert renderer._process is not None
     with open(f"/proc/{renderer._process.pid}/environ") as file:
         assert {v.partition("=")[0] for v in file.read().split("\0")} - {""} == {"PYTHONPATH"}
+    with open(f"/proc/{renderer._process.pid}/limits") as file:
+        (line,) = [line for line in file if line.startswith("Max address space")]
+    assert line.split()[3] == line.split()[4] == str(256 << 20)
 
 
 def test_one_that_was_killed_is_started_again(renderer: Renderer) -> None:

@@ -1,7 +1,8 @@
 """How the adapters of a request are spoken to and speak: their profiles, read when first needed.
 
 Ten thousand profiles of 64 KiB are no thing to hold, so the newest used ones are; the others are
-read, and checked against their digests, on threads that do nothing else.
+read, and checked against their digests, on a thread of their own: not on those that render, which
+a template may hold up.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Voices:
         self._base = Voice(tokenizer.eos_ids)
         self._known: OrderedDict[str, tuple[Profile, int]] = OrderedDict()
         self._known_bytes = 0
-        self._threads = ThreadPoolExecutor(_RENDERERS, thread_name_prefix="voice")
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="profiles")
+        self._rendering = ThreadPoolExecutor(_RENDERERS, thread_name_prefix="templates")
         self._thread = threading.local()
         self._renderers: list[Renderer] = []
 
@@ -96,7 +98,9 @@ class Voices:
         if voice.system and not any(m["role"] in ("system", "developer") for m in messages):
             messages = [{"role": "system", "content": voice.system}, *messages]
         if voice.template:
-            text = await self._run(self._render, voice.template, messages, add_generation_prompt)
+            text = await asyncio.get_running_loop().run_in_executor(
+                self._rendering, self._render, voice.template, messages, add_generation_prompt
+            )
         else:
             text = await self._tokenizer.render_chat(
                 messages, add_generation_prompt=add_generation_prompt
@@ -105,15 +109,15 @@ class Voices:
 
     async def show(self, digest: str) -> dict[str, Any]:
         """A profile as it was uploaded, its fields unchecked. Raises as ``of`` does."""
-        found: dict[str, Any] = msgspec.json.decode(await self._run(self._read, digest))
+        found: dict[str, Any] = msgspec.json.decode(await self._on_thread(self._read, digest))
         return found
 
     async def _profile(self, digest: str) -> Profile:
         if digest in self._known:
             self._known.move_to_end(digest)
             return self._known[digest][0]
-        data = await self._run(self._read, digest)
-        profile = await self._run(parse_profile, data)
+        data = await self._on_thread(self._read, digest)
+        profile = await self._on_thread(parse_profile, data)
         if digest not in self._known:  # another request may have been as quick
             self._known[digest] = profile, len(data)
             self._known_bytes += len(data)
@@ -144,12 +148,13 @@ class Voices:
         variables = {"add_generation_prompt": add_generation_prompt}
         return renderer.render(template, self._tokenizer.special_tokens, messages, variables)
 
-    async def _run(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
+    async def _on_thread(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, function, *arguments)
+        return await loop.run_in_executor(self._reading, function, *arguments)
 
     def close(self) -> None:
         """Stop the threads and the processes that render."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._reading, self._rendering):
+            threads.shutdown(wait=True, cancel_futures=True)
         for renderer in self._renderers:
             renderer.close()
