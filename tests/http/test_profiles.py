@@ -273,8 +273,9 @@ def test_a_profile_that_rotted_is_not_served_after_a_repair(tmp_path: Path) -> N
     path = tmp_path / "data" / "blobs" / "sha256" / digest[:2] / digest
     path.write_bytes(path.read_bytes().replace(b"0.5", b"0.6"))
     with running(tmp_path) as server:
-        shown = [v for v in server.http.get("/v1/adapters").json()["data"] if v["name"] == "spoken"]
-        assert shown[0]["status"] == "failed" and shown[0]["error"]["code"] == "blob_corrupt"
+        shown = server.http.get("/v1/adapters/spoken").json()
+        assert shown["status"] == "failed" and shown["error"]["code"] == "blob_corrupt"
+        assert (shown["profile"], shown["profile_digest"]) == (None, digest)
         assert upload(server, "spoken", PROFILE).status_code == 201, "uploading again mends it"
         assert server.http.get("/v1/adapters/spoken").json()["profile"] == PROFILE
 

@@ -27,7 +27,7 @@ from loramux.errors import ConfigError, InvalidRequest
 
 MAX_MEMORY_BYTES = 256 << 20
 """A chat as long as a request may be takes about half of it."""
-MAX_CPU_S = 2.0
+MAX_CPU_S = 1.0
 _MAX_TEMPLATES = 64
 """Compiled ones kept."""
 

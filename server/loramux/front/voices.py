@@ -28,8 +28,9 @@ from loramux.front.tokenizer import TokenizerService
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-_CACHE_BYTES = 8 << 20
-"""Of profiles as they are stored; parsed they take a few times that."""
+_CACHE_BYTES = 16 << 20
+_ENTRY_BYTES = 4 << 10
+"""What a profile in the cache counts besides its text."""
 _RENDERERS = 2
 """A template that takes its time holds up one of them."""
 
@@ -119,8 +120,8 @@ class Voices:
         data = await self._on_thread(self._read, digest)
         profile = await self._on_thread(parse_profile, data)
         if digest not in self._known:  # another request may have been as quick
-            self._known[digest] = profile, len(data)
-            self._known_bytes += len(data)
+            self._known[digest] = profile, len(data) + _ENTRY_BYTES
+            self._known_bytes += len(data) + _ENTRY_BYTES
         while self._known_bytes > _CACHE_BYTES:
             self._known_bytes -= self._known.popitem(last=False)[1][1]
         return profile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Annotated, Any
 
 import msgspec
@@ -11,6 +12,8 @@ from starlette.responses import Response
 
 from loramux.errors import (
     AdapterInvalid,
+    AdapterLoadFailed,
+    Conflict,
     InvalidRequest,
     LoramuxError,
     Overloaded,
@@ -111,7 +114,9 @@ class Adapters:
         """One adapter, with its profile."""
         view = self._front.adapters.show(name, tenant=caller(request).tenant)
         if view.profile_digest:
-            view.profile = await self._front.voices.show(view.profile_digest)
+            # A damaged one must not hide what else there is to say: its digest is there.
+            with suppress(AdapterLoadFailed, Conflict):
+                view.profile = await self._front.voices.show(view.profile_digest)
         return answer(view)
 
     async def delete(self, request: Request, name: str) -> Response:
