@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from loramux.config import client_key
 from loramux.errors import ConfigError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+_BLEND_FIELDS = (
+    "method rank density majority_sign_method seed alpha beta expected_generation".split()
+)
 
 
 def add_adapters(commands: Any) -> None:
@@ -31,6 +35,7 @@ def add_adapters(commands: Any) -> None:
         action="store_false",
         help="leave out the folder's chat template, generation_config.json and loramux.json",
     )
+    _add_blend(verbs)
     verbs.add_parser("list", help="all adapters")
     for verb, text in {
         "show": "one adapter in full",
@@ -40,6 +45,39 @@ def add_adapters(commands: Any) -> None:
     }.items():
         verbs.add_parser(verb, help=text).add_argument("name")
     adapters.set_defaults(run=_adapters)
+
+
+def _add_blend(verbs: Any) -> None:
+    blend = verbs.add_parser("blend", help="make an adapter of others")
+    blend.add_argument("name", help="name to serve it under")
+    blend.add_argument(
+        "sources",
+        nargs="+",
+        type=_weighed,
+        metavar="SOURCE[=WEIGHT]",
+        help="adapters to make it of",
+    )
+    blend.add_argument(
+        "--method",
+        required=True,
+        help="soup, ties, dare_ties, dare_linear, scale_layers or compress",
+    )
+    for flag, kind, text in (
+        ("--rank", int, "rank of the result (soup: the ranks add up)"),
+        ("--density", float, "share of values that stays (ties, dare)"),
+        ("--majority-sign-method", str, "total or frequency (ties, dare_ties)"),
+        ("--seed", int, "which values stay (dare)"),
+        ("--alpha", float, "scale of the first block (scale_layers)"),
+        ("--beta", float, "how much is added up to the last (scale_layers)"),
+        ("--expected-generation", int, "the name's present generation, to replace it"),
+    ):
+        # What is left out is not sent: the server says what a method needs.
+        blend.add_argument(flag, type=kind, help=text, default=argparse.SUPPRESS)
+
+
+def _weighed(text: str) -> str | tuple[str, float]:
+    name, given, weight = text.partition("=")
+    return (name, float(weight)) if given else name
 
 
 def _adapters(args: dict[str, Any]) -> int:
@@ -63,6 +101,10 @@ def _adapters(args: dict[str, Any]) -> int:
                         progress=progress,
                     )
                 adapter_table([view])
+            elif verb == "blend":
+                fields = {key: args[key] for key in _BLEND_FIELDS if key in args}
+                view = client.adapters.blend(args["name"], sources=args["sources"], **fields)
+                adapter_table([view], full=True)
             elif verb == "remove":
                 client.adapters.delete(args["name"])
                 print(f"removed {args['name']}")

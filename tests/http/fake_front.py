@@ -141,6 +141,7 @@ class FakeAdapters:
         wait_s: float = 0,
         expected_generation: int | None = None,
         tenant: str = "",
+        blend: None = None,
     ) -> AdapterView:
         if name == "base":
             raise Conflict("the name is the base model's", param="name", code="name_reserved")

@@ -120,6 +120,22 @@ def test_deleting_takes_the_profile_and_leaves_what_others_use(real: Running, fo
     assert sha(WEIGHTS) in stored(folder) and real.complete(model="stays").status_code == 200
 
 
+def test_a_blend_has_a_profile_of_its_own_or_none(real: Running) -> None:
+    source = upload(real, "source", {"system": "not inherited"}).json()
+    blend = {"method": "soup", "sources": [{"id": "source", "weight": 1}]}
+
+    def made(name: str, **fields: Any) -> Any:
+        body = {"name": name, "blend": blend, **fields}
+        answer = real.http.post("/v1/adapters?wait=60", json=body)
+        assert answer.status_code == 201, answer.text
+        return answer.json()
+
+    plain, spoken = made("blend-plain"), made("blend-spoken", profile=PROFILE)
+    assert plain["profile_digest"] == "" and spoken["profile_digest"] == sha(spell(PROFILE))
+    assert plain["digest"] != spoken["digest"]
+    assert spoken["report"]["blend"]["sources"][0]["digest"] == source["digest"]
+
+
 def listed(server: Running) -> set[str]:
     return {view["name"] for view in server.http.get("/v1/adapters").json()["data"]}
 

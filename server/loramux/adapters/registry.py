@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,13 +88,15 @@ class Registry:
         profile_digest: str = "",
         expected_generation: int | None = None,
         tenant: str = "",
+        blend: Mapping[str, Any] | None = None,
     ) -> tuple[AdapterRow, bool]:
         """Give a name an adapter; the row, and whether it has yet to be validated.
 
         The same files under the same name are the same row: nothing happens (a failed one is tried
         again). Other files need ``expected_generation``, the generation being replaced (0: the name
         must be free), else Conflict; they become the next generation, and the old one stays until
-        deleted. A failed or incompatible adapter does not hold its name.
+        deleted. A failed or incompatible adapter does not hold its name. ``blend``: how the files
+        were made here; it stays in the report.
         """
         files = (config_digest, weights_digest, profile_digest)
         digest = adapter_digest(*files)
@@ -124,7 +126,12 @@ class Registry:
                 "DELETE FROM adapters WHERE tenant = ? AND name = ? AND status = 'failed'",
                 (tenant, name),
             )
-            return self._insert(db, tenant, name, digest, files), True
+            row = self._insert(db, tenant, name, digest, files)
+            if blend is not None:
+                report = _json({"blend": blend})
+                db.execute("UPDATE adapters SET report = ? WHERE id = ?", (report, row.id))
+                row = self._row(db, row.id)
+            return row, True
 
     def _insert(
         self,
@@ -154,6 +161,8 @@ class Registry:
         """
         with self._transaction() as db:
             row = self._live(db, row_id)
+            if "blend" in row.report:
+                report = {**report, "blend": row.report["blend"]}
             of_name = "FROM adapters WHERE tenant = ? AND name = ? AND generation < ?"
             key = (row.tenant, row.name, row.generation)
             (pinned,) = db.execute(f"SELECT coalesce(max(pinned), 0) {of_name}", key).fetchone()

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from loramux.adapters.blobs import READ_BYTES, BlobStore, adapter_digest
 from loramux.adapters.pack import packed_path
@@ -23,6 +23,7 @@ from loramux.errors import (
     Overloaded,
 )
 from loramux.front.background import Background
+from loramux.front.blends import Blends
 from loramux.front.blobs import BlobService
 from loramux.front.catalog import SHARED, AdapterView, Catalog, Served
 from loramux.front.ingest_client import IngestClient
@@ -78,6 +79,7 @@ class AdapterService:
             deleted=lambda row: self._forget_soon([row]),
         )
         self.blobs = BlobService(config, self._registry, self._store, self.background)
+        self.blends = Blends(config, self._catalog, ingest, self.blobs, self.background)
         self.resumable = ResumableUploads(
             config, self._registry.database, self._store, self.blobs, self.background
         )
@@ -150,14 +152,16 @@ class AdapterService:
         wait_s: float = 0,
         expected_generation: int | None = None,
         tenant: str = SHARED,
+        blend: Mapping[str, Any] | None = None,
     ) -> AdapterView:
         """Register an uploaded adapter and have it validated and packed.
 
-        ``profile`` is as ``adapters.profile.spell`` writes it, empty for none. Waits up to
-        ``wait_s`` for the verdict; the view's status is "validating" when it is not in yet. Raises
-        InvalidRequest (name), PayloadTooLarge (config), NotFound (blob_not_found), QuotaExceeded,
-        Conflict (generation_conflict, name_reserved), and AdapterInvalid when the verdict is in and
-        bad. ``validate_only`` always waits and registers nothing; its view has generation 0.
+        ``profile`` is as ``adapters.profile.spell`` writes it, empty for none; ``blend``: how the
+        files were made here, for the report. Waits up to ``wait_s`` for the verdict; the view's
+        status is "validating" when it is not in yet. Raises InvalidRequest (name), PayloadTooLarge
+        (config), NotFound (blob_not_found), QuotaExceeded, Conflict (generation_conflict,
+        name_reserved), and AdapterInvalid when the verdict is in and bad. ``validate_only`` always
+        waits and registers nothing; its view has generation 0.
         """
         if not ADAPTER_NAME.fullmatch(name):
             raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
@@ -172,9 +176,11 @@ class AdapterService:
                 profile_digest = await self._keep(kept, "profile", profile, MAX_PROFILE_BYTES)
             files = (config_digest, weights_digest, profile_digest)
             if validate_only:
-                return await self.verdicts.preview(name, files, self._base)
+                return await self.verdicts.preview(name, files, self._base, blend)
             row, fresh = await self.shelf.change(
-                tenant, name, lambda: self._register(tenant, name, files, expected_generation)
+                tenant,
+                name,
+                lambda: self._register(tenant, name, files, expected_generation, blend),
             )
         if fresh:
             if tenant == SHARED:
@@ -220,7 +226,12 @@ class AdapterService:
             await upload.abort()
 
     def _register(
-        self, tenant: str, name: str, files: Files, expected_generation: int | None
+        self,
+        tenant: str,
+        name: str,
+        files: Files,
+        expected_generation: int | None,
+        blend: Mapping[str, Any] | None,
     ) -> tuple[AdapterRow, bool]:
         config_digest, weights_digest, profile_digest = files
         if not self._store.has(weights_digest):
@@ -233,6 +244,7 @@ class AdapterService:
             weights_digest=weights_digest,
             profile_digest=profile_digest,
             expected_generation=expected_generation,
+            blend=blend,
         )
 
     def _check_quota(self, tenant: str, name: str, files: Files) -> None:
@@ -313,7 +325,7 @@ class AdapterService:
 
     async def serve_for(self, base: BaseDescription) -> None:
         """This is the base from now on: it decides which adapters are compatible."""
-        self._base = base
+        self._base = self.blends.base = base
         self._registry.base_fingerprint = base.fingerprint
         await self.shelf.refresh_all()
 

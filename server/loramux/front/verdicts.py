@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 from loramux.adapters.registry import AdapterRow
 from loramux.errors import AdapterInvalid, NotFound, ServiceError
@@ -100,7 +101,13 @@ class Verdicts:
         else:
             registry.mark_ready(row.id, fingerprint=fingerprint, report=done.report)
 
-    async def preview(self, name: str, files: Files, base: BaseDescription) -> AdapterView:
+    async def preview(
+        self,
+        name: str,
+        files: Files,
+        base: BaseDescription,
+        blend: Mapping[str, Any] | None = None,
+    ) -> AdapterView:
         """What an upload would become: generation 0, registered nowhere. Raises AdapterInvalid."""
         done = await self._ingest.examine(*files, base, pack=False)
         if done.problems:
@@ -116,5 +123,5 @@ class Verdicts:
             num_bytes=done.report.get("num_bytes", 0),
             num_frames=done.report.get("num_frames", 0),
             profile_digest=files[2],
-            report=done.report,
+            report=done.report if blend is None else {**done.report, "blend": blend},
         )

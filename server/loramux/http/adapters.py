@@ -65,7 +65,8 @@ class Adapters:
     ) -> Response:
         """Upload an adapter as multipart parts ``name``, ``config`` (adapter_config.json),
         ``weights`` (adapter_model.safetensors) and, if it has one, ``profile`` (see
-        ``adapters.profile``), or as JSON that names files sent before.
+        ``adapters.profile``), or as JSON that names files sent before, or in ``blend`` adapters to
+        make it of: that is computed before the answer.
 
         201 when it is ready, 202 while it is being validated (``wait``: seconds to stay for the
         verdict), 200 when exactly this was there before. ``validate_only`` registers nothing.
@@ -92,6 +93,7 @@ class Adapters:
                 wait_s=wait,
                 expected_generation=expected_generation,
                 tenant=tenant,
+                blend=upload.blend,
             )
         except LoramuxError as exc:
             # The front counts the verdicts on what it registered.
