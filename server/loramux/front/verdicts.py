@@ -19,6 +19,9 @@ from loramux.wire import BaseDescription, IngestDone
 
 log = logging.getLogger(__name__)
 
+Files = tuple[str, str, str]
+"""The digests of an adapter's config, weights and profile; "" for no profile."""
+
 NOT_THE_ADAPTERS_FAULT = frozenset({"storage_full", "internal_error"})
 """Verdicts that say something of this server now and nothing of the adapter."""
 
@@ -92,7 +95,7 @@ class Verdicts:
         self._deleted(now)
 
     async def _examine(self, row: AdapterRow, base: BaseDescription) -> None:
-        files = row.config_digest, row.weights_digest
+        files = row.config_digest, row.weights_digest, row.profile_digest
         try:
             done = await self._ingest.examine(*files, base, pack=True)
         except ServiceError as error:
@@ -123,7 +126,7 @@ class Verdicts:
     async def preview(
         self,
         name: str,
-        files: tuple[str, str],
+        files: Files,
         base: BaseDescription,
         blend: Mapping[str, Any] | None = None,
     ) -> AdapterView:
@@ -141,5 +144,6 @@ class Verdicts:
             rank=done.report.get("rank", 0),
             num_bytes=done.report.get("num_bytes", 0),
             num_frames=done.report.get("num_frames", 0),
+            profile_digest=files[2],
             report=done.report if blend is None else {**done.report, "blend": blend},
         )
