@@ -39,6 +39,12 @@ def add_adapters(commands: Any) -> None:
         metavar="density=D[,alpha=A]",
         help="send only the signs of that share of its values (ComPEFT); says what it costs",
     )
+    push.add_argument(
+        "--no-profile",
+        dest="profile",
+        action="store_false",
+        help="leave out the folder's chat template, generation_config.json and loramux.json",
+    )
     _add_blend(verbs)
     verbs.add_parser("list", help="all adapters")
     for verb, text in {
@@ -115,7 +121,7 @@ def _adapters(args: dict[str, Any]) -> int:
             if verb == "list":
                 adapter_table(client.adapters.list())
             elif verb == "push":
-                adapter_table([_push(client, args["source"], args["name"], args["compress"])])
+                adapter_table([_push(client, args)])
             elif verb == "blend":
                 fields = {key: args[key] for key in _BLEND_FIELDS if key in args}
                 view = client.adapters.blend(args["name"], sources=args["sources"], **fields)
@@ -131,17 +137,19 @@ def _adapters(args: dict[str, Any]) -> int:
     return 0
 
 
-def _push(client: Any, source: str, name: str | None, compression: str | None) -> Any:
+def _push(client: Any, args: dict[str, Any]) -> Any:
     from loramux.console import compression_facts, upload_progress
     from loramux_client import compress
 
     try:
-        pushed: Any = source
-        if compression is not None:
-            pushed = compress(source, **_compression(compression))
-            compression_facts(pushed)
+        source: Any = args["source"]
+        if args["compress"] is not None:
+            source = compress(source, **_compression(args["compress"]))
+            compression_facts(source)
         with upload_progress() as progress:
-            return client.adapters.push(pushed, name=name, progress=progress)
+            return client.adapters.push(
+                source, name=args["name"], profile=args["profile"], progress=progress
+            )
     except ImportError as error:
         raise ConfigError(str(error)) from error
 

@@ -36,6 +36,8 @@ def adapter_table(views: Iterable[Any], *, full: bool = False) -> None:
             console.print(f"{view.name}: {view.error}", style="red")
         if full and view.report:
             console.print(JSON.from_data(view.report))
+        if full and view.profile:
+            console.print(JSON.from_data(view.profile))
 
 
 def compression_facts(compressed: Any) -> None:

@@ -227,13 +227,15 @@ class Heartbeat(msgspec.Struct, tag=True):
 class IngestJob(msgspec.Struct, tag=True, kw_only=True):
     """Validate two blobs as a PEFT adapter and, if they are good, write the packed form.
 
-    ``base`` rides along so the ingest process keeps no state. ``pack=False`` only validates.
+    ``profile_digest``: a third blob, the adapter's profile; "" when it has none. ``base`` rides
+    along so the ingest process keeps no state. ``pack=False`` only validates.
     """
 
     job_id: int
     config_digest: str
     weights_digest: str
     base: BaseDescription
+    profile_digest: str = ""
     pack: bool = True
 
 
@@ -258,9 +260,10 @@ class BlendRecipe(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BlendSource(msgspec.Struct, frozen=True, kw_only=True):
-    """One adapter of a blend: what to call it, its files, its weight."""
+    """One adapter of a blend: what to call it, its version, its files, its weight."""
 
     name: str
+    digest: str
     config_digest: str
     weights_digest: str
     weight: float

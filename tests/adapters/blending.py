@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tests.adapters.peft_files import NoWeights
 
-from loramux.adapters.blobs import BlobStore
+from loramux.adapters.blobs import BlobStore, adapter_digest
 from loramux.adapters.canonical import CanonicalAdapter, widen
 from loramux.adapters.formats import import_adapter, parse_config
 from loramux.adapters.safetensors_file import read_tensors
@@ -45,7 +45,11 @@ def blend_job(
         config, weights = store(data_dir, folder)
         listed.append(
             BlendSource(
-                name=folder.name, config_digest=config, weights_digest=weights, weight=weight
+                name=folder.name,
+                digest=adapter_digest(config, weights),
+                config_digest=config,
+                weights_digest=weights,
+                weight=weight,
             )
         )
     return BlendJob(

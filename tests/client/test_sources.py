@@ -17,6 +17,7 @@ from tests.client.test_push import WEIGHTS, Blobs, sha
 
 from loramux.cli import main
 from loramux_client import AdapterFilesError, Compressed, _sources, compress
+from loramux_client._files import BESIDE
 
 CONFIG = "adapter_config.json"
 
@@ -107,7 +108,7 @@ def test_a_repository_of_a_hub(
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)  # type: ignore[arg-type]
     source = "hf:someone/their-adapter" + (f"@{revision}" if revision else "")
     connect(server).call("adapters.push", source)
-    files = [CONFIG, "adapter_model.safetensors"]
+    files = [CONFIG, "adapter_model.safetensors", *BESIDE]
     options = {"revision": revision, "allow_patterns": files}
     assert hub.asked == [("someone/their-adapter", options)]
     assert sha(WEIGHTS) in server.blobs and server.registered[0]["name"] == "their-adapter"
@@ -147,12 +148,14 @@ def content(done: Compressed) -> list[bytes]:
 
 def test_compress_while_pushing_is_compress_then_push(connect: Connect, tmp_path: Path) -> None:
     folder, servers = lora(tmp_path / "a"), [Blobs(), Blobs()]
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     done = compress(folder, 0.25, 2.0)
     connect(servers[0]).call("adapters.push", folder, compress={"density": 0.25, "alpha": 2.0})
     connect(servers[1]).call("adapters.push", done)
     assert servers[0].blobs == servers[1].blobs and len(servers[0].blobs) == 2
     assert servers[0].registered == servers[1].registered
     assert servers[0].registered[0]["name"] == "a"
+    assert servers[0].registered[0]["profile"] == {"chat_template": "{{ messages }}"}
     plain = (folder / "adapter_model.safetensors").read_bytes()
     assert sha(plain) not in servers[0].blobs
 
@@ -177,7 +180,7 @@ def pushed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
 
     seen: list[tuple[Any, Any]] = []
 
-    def push(source: Any, name: str | None, progress: Any) -> Any:
+    def push(source: Any, name: str | None, profile: Any, progress: Any) -> Any:
         seen.append((source, name))
         return SimpleNamespace(
             name=name or "a",

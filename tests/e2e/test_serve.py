@@ -93,6 +93,38 @@ def test_a_compressed_adapter_is_what_it_says(
         client.adapters.delete("small")
 
 
+def test_adapters_speak_in_their_own_voice(
+    server: Server, shouters: tuple[Path, dict[int, Path]]
+) -> None:
+    """One adapter, three versions: prompts as transformers makes them, and their own ends."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(shouters[0]))
+    templates = {
+        "loud": "{{ bos_token }}{% for m in messages %}{{ m.content | upper }}!{% endfor %}",
+        "plain": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}",
+    }
+    chat = [{"role": "user", "content": "Zwölf Jäger"}]
+    with Client(server.url) as client:
+        for name, template in templates.items():
+            profile = {"chat_template": template, "generation": {"max_tokens": 7}}
+            client.adapters.push(shouters[1][43], name, profile=profile)
+        ending = client.adapters.push(shouters[1][43], "ending", profile={"stop_token_ids": [43]})
+        assert ending.digest != client.adapters.show("say-43").digest
+        templates |= {"say-43": tokenizer.chat_template, "ending": tokenizer.chat_template}
+        for name, template in templates.items():
+            expected = tokenizer.apply_chat_template(
+                chat, chat_template=template, add_generation_prompt=True, return_dict=False
+            )
+            body = {"model": name, "messages": chat, "return_token_ids": True, "temperature": 0}
+            if name == "say-43":
+                body["max_tokens"] = 7
+            answer = server.http.post("/v1/chat/completions", json=body).json()
+            assert answer["prompt_token_ids"] == expected
+            assert answer["choices"][0]["token_ids"] == [43] * (1 if name == "ending" else 7)
+
+
 def test_two_choices_of_two_prompts_keep_their_order(server: Server) -> None:
     body = server.complete("tiny", ["One", "Two"], n=2, max_tokens=4, seed=3).json()
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]

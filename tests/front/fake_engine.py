@@ -39,6 +39,7 @@ class FakeEngine:
     def __init__(self, address: str, epoch: int, parent: int, config: dict[str, Any]) -> None:
         self.epoch = epoch
         self.heartbeat_s = config["heartbeat_s"]
+        self.model = config["model"]
         self.socket = zmq.Context().socket(zmq.PAIR)
         self.socket.connect(address)
         self.rows: dict[str, Row] = {}
@@ -54,7 +55,7 @@ class FakeEngine:
         self.socket.send(wire.encode(message))
 
     def run(self) -> None:
-        self.send(ready(self.epoch))
+        self.send(ready(self.epoch, self.model))
         beat = 0.0
         while True:
             if not self.mute and time.monotonic() - beat > self.heartbeat_s:
@@ -148,13 +149,15 @@ class FakeEngine:
             del self.rows[request_id]
 
 
-def ready(epoch: int) -> wire.Ready:
+def ready(epoch: int, model: str = "") -> wire.Ready:
     base = wire.BaseDescription(
         fingerprint="fake-base",
         num_layers=1,
         widths={module: (16, 16) for module in wire.MODULES},
         slice_bytes=4096,
         max_rank=64,
+        vocab_size=320,
+        directory=model,
     )
     return wire.Ready(
         engine_epoch=epoch,

@@ -40,7 +40,7 @@ def main() -> None:
         done = wire.IngestDone(job_id=job.job_id, problems=config.get("bad", []))
         done.code = config.get("code", done.code)
         if not done.problems:
-            done.digest = adapter_digest(job.config_digest, job.weights_digest)
+            done.digest = adapter_digest(job.config_digest, job.weights_digest, job.profile_digest)
             done.report = {"rank": 4, "num_bytes": 128, "num_frames": 1}
             if basis:
                 done.report["basis"] = {"digest": basis, "num_bytes": 1024, "num_frames": 2}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.numpy import save
 from tests.front.house import collect, configure, running, spec, until
 from tests.front.uploading import blobs, files, upload
 
+from loramux.adapters import blobs as blobs_module
 from loramux.adapters.blobs import BlobStore, BlobWriter
 from loramux.adapters.pack import packed_path
 from loramux.adapters.registry import Registry
@@ -76,6 +78,50 @@ def test_packed_files_go_with_their_version(tmp_path: Path) -> None:
             assert front.adapters.resolve("dog").label == dog.digest
 
     asyncio.run(main())
+
+
+def test_killed_between_its_files_an_adapter_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of the data directory at each point is what a kill there would have left."""
+    cuts: list[Path] = []
+
+    def cut() -> None:
+        folder = tmp_path / f"cut-{len(cuts)}"
+        shutil.copytree(tmp_path / "data", folder / "data")
+        shutil.copytree(tmp_path / "model", folder / "model")
+        cuts.append(folder)
+
+    publish, create = blobs_module.publish, Registry.create
+
+    def publishing(temporary: Path, final: Path) -> None:
+        publish(temporary, final)
+        cut()
+
+    def creating(self: Registry, *args: Any, **kwargs: Any) -> Any:
+        result = create(self, *args, **kwargs)
+        cut()
+        return result
+
+    async def uploading() -> str:
+        async with running(configure(tmp_path)) as front:
+            with monkeypatch.context() as patch:
+                patch.setattr(blobs_module, "publish", publishing)
+                patch.setattr(Registry, "create", creating)
+                view = await upload(front, "cat", profile=b'{"system":"x"}')
+            return view.profile_digest
+
+    async def restarting(folder: Path) -> tuple[list[str], int]:
+        async with running(configure(folder)) as front:
+            views = front.adapters.list()
+            served = [await front.voices.of(front.adapters.resolve(v.name)) for v in views]
+            assert all(voice.system == "x" for voice in served)
+            return [view.status for view in views], len(blobs(folder))
+
+    profile = asyncio.run(uploading())
+    left = [asyncio.run(restarting(folder)) for folder in cuts]
+    assert left == [([], 0), ([], 0), ([], 0), (["ready"], 3)], "weights, config, profile, row"
+    assert profile in blobs(cuts[-1])
 
 
 def test_another_base_makes_them_incompatible(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 from tests.front.model_dir import CHAT, write_model
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from loramux.adapters.chat_template import ChatTemplate, find_template
 from loramux.errors import ConfigError, InvalidRequest
-from loramux.front.chat_template import ChatTemplate, find_template
 from loramux.front.tokenizer import TokenizerService
 
 

@@ -20,6 +20,7 @@ async def upload(
     expected = config.pop("expected_generation", None)
     validate_only = config.pop("validate_only", False)
     tenant = config.pop("tenant", "")
+    profile = config.pop("profile", b"")
     writer = await front.adapters.begin()
     try:
         for start in range(0, len(weights), 3):
@@ -28,6 +29,7 @@ async def upload(
             name,
             json.dumps(config).encode(),
             await writer.commit(),
+            profile=profile,
             wait_s=wait_s,
             expected_generation=expected,
             validate_only=validate_only,

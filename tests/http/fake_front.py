@@ -27,6 +27,7 @@ from loramux.front.ledger import Ledger
 from loramux.front.observations import Observations
 from loramux.front.quotas import Quotas
 from loramux.front.tokenizer import TokenizerService
+from loramux.front.voices import Voices
 from loramux.wire import (
     BaseDescription,
     Failed,
@@ -135,6 +136,7 @@ class FakeAdapters:
         config: bytes,
         weights_digest: str,
         *,
+        profile: bytes = b"",
         validate_only: bool = False,
         wait_s: float = 0,
         expected_generation: int | None = None,
@@ -150,7 +152,7 @@ class FakeAdapters:
             name,
             1 if expected_generation is None else expected_generation + 1,
             "validating" if waits else "ready",
-            digest=hashlib.sha256(config + weights_digest.encode()).hexdigest(),
+            digest=hashlib.sha256(config + weights_digest.encode() + profile).hexdigest(),
             tenant=tenant,
         )
         if not validate_only:
@@ -197,6 +199,7 @@ class FakeFront:
         self.tokenizer = TokenizerService(model)
         self.observations = Observations()
         self.adapters = FakeAdapters(config, self.observations)
+        self.voices = Voices(self.tokenizer, config.data_dir.joinpath)
         self.keys = Keys.of(config)
         self.quotas = Quotas(self.keys.limits, self.observations.rejected)
         self.ledger = Ledger(self.observations, lambda _: None, lambda _: None, self.quotas.end)
@@ -229,6 +232,7 @@ class FakeFront:
     async def stop(self) -> None:
         for task in self.tasks:
             task.cancel()
+        self.voices.close()
         self.tokenizer.close()
         self.state = "stopped"
 

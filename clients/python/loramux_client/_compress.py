@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +88,7 @@ def compress(files: AdapterFiles, density: float, alpha: float = 1.0) -> Compres
     claims = {"density": density, "alpha": alpha, "ratio": ratio, "relative_change": change}
     config[KEY] = {"version": 1, **claims}
     return Compressed(
-        AdapterFiles(files.name, _memory(json.dumps(config).encode()), _memory(weights)),
+        replace(files, config=_memory(json.dumps(config).encode()), weights=_memory(weights)),
         density,
         alpha,
         kept=float((signs != 0).mean()),

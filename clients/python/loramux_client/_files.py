@@ -14,7 +14,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -22,6 +22,13 @@ from loramux_client._errors import AdapterFilesError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+BESIDE = (
+    "chat_template.jinja",
+    "generation_config.json",
+    "loramux.json",
+    "tokenizer_config.json",
+)
+"""Files that say how an adapter is spoken to and speaks."""
 BLOCK_BYTES = 1 << 18
 
 Source = str | os.PathLike[str] | tuple[str | os.PathLike[str], str | os.PathLike[str]]
@@ -51,11 +58,13 @@ class File:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The two files of an adapter; ``name`` is what their folder or archive is called."""
+    """The two files of an adapter; ``name`` is what their folder or archive is called, ``beside``
+    has those of BESIDE that lie in the same folder."""
 
     name: str
     config: File
     weights: File
+    beside: dict[str, File] = field(default_factory=dict)
 
 
 def find_adapter(source: Source) -> AdapterFiles:
@@ -65,7 +74,9 @@ def find_adapter(source: Source) -> AdapterFiles:
         return AdapterFiles(weights.resolve().parent.name, _local(config), _local(weights))
     path = Path(source)
     if path.is_dir():
-        return AdapterFiles(path.resolve().name, _local(path / CONFIG), _local(path / WEIGHTS))
+        beside = {name: _local(path / name) for name in BESIDE if (path / name).is_file()}
+        name = path.resolve().name
+        return AdapterFiles(name, _local(path / CONFIG), _local(path / WEIGHTS), beside)
     if not path.is_file():
         raise AdapterFilesError(f"{path} is neither a folder nor a file")
     name = path.name
@@ -87,7 +98,7 @@ def _local(path: Path) -> File:
     return File(lambda: path.open("rb"), path.stat().st_size)
 
 
-def _in_zip(path: Path) -> tuple[File, File]:
+def _in_zip(path: Path) -> tuple[File, File, dict[str, File]]:
     with zipfile.ZipFile(path) as archive:
         members = {
             info.filename: info.file_size
@@ -107,7 +118,7 @@ def _in_zip(path: Path) -> tuple[File, File]:
     return _pick(path, members, opener)
 
 
-def _in_tar(path: Path) -> tuple[File, File]:
+def _in_tar(path: Path) -> tuple[File, File, dict[str, File]]:
     with tarfile.open(path) as archive:
         members = {info.name: info.size for info in archive if info.isreg()}
 
@@ -127,8 +138,9 @@ def _in_tar(path: Path) -> tuple[File, File]:
 
 def _pick(
     path: Path, members: dict[str, int], opener: Callable[[str], Opener]
-) -> tuple[File, File]:
-    """The one config and the one weights file among an archive's members, side by side."""
+) -> tuple[File, File, dict[str, File]]:
+    """The one config and the one weights file among an archive's members, side by side, and what
+    else is there."""
     found = []
     for wanted in (CONFIG, WEIGHTS):
         names = [name for name in members if PurePosixPath(name).name == wanted]
@@ -138,7 +150,13 @@ def _pick(
     if PurePosixPath(found[0]).parent != PurePosixPath(found[1]).parent:
         raise AdapterFilesError(f"{path} holds {CONFIG} and {WEIGHTS} in different folders")
     config, weights = (File(opener(name), members[name]) for name in found)
-    return config, weights
+    folder = PurePosixPath(found[0]).parent
+    beside = {
+        PurePosixPath(name).name: File(opener(name), size)
+        for name, size in members.items()
+        if PurePosixPath(name).parent == folder and PurePosixPath(name).name in BESIDE
+    }
+    return config, weights, beside
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,8 @@ class Adapter(Record):
 
     ``status``: receiving, validating, ready, failed, deleting or incompatible. ``residency``:
     "pool" when it can be used at once, "disk" when it is loaded on first use. ``report`` is what
-    validation found, ``error`` why it failed (code, message, problems).
+    validation found, ``error`` why it failed (code, message, problems). ``profile`` is how it is
+    spoken to and speaks; only ``show`` has it, the others have its digest ("" for none).
     """
 
     name: str
@@ -222,6 +223,8 @@ class Adapter(Record):
     num_frames: int = 0
     report: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] | None = None
+    profile_digest: str = ""
+    profile: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

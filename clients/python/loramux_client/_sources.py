@@ -12,7 +12,7 @@ from typing import Protocol
 
 from loramux_client._compress import Compressed
 from loramux_client._errors import AdapterFilesError
-from loramux_client._files import CONFIG, WEIGHTS, AdapterFiles, Source, find_adapter
+from loramux_client._files import BESIDE, CONFIG, WEIGHTS, AdapterFiles, Source, find_adapter
 
 HUB = "hf:"
 
@@ -71,5 +71,7 @@ def _download(repository: str) -> AdapterFiles:
     name, _, revision = repository.partition("@")
     if name.count("/") != 1 or not all(name.split("/")):
         raise AdapterFilesError(f"{HUB}{repository} is not {HUB}ORGANISATION/REPOSITORY")
-    folder = snapshot_download(name, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS])
+    folder = snapshot_download(
+        name, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS, *BESIDE]
+    )
     return replace(find_adapter(folder), name=name.rpartition("/")[2])

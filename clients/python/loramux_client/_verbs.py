@@ -12,6 +12,7 @@ from loramux_client._compress import Compressed
 from loramux_client._errors import RequestTimeoutError, api_error
 from loramux_client._files import Progress
 from loramux_client._models import Adapter, ChatCompletion, Completion, Health, Model, Record
+from loramux_client._profile import Choice, profile_of
 from loramux_client._protocol import Answer, Flow, Request, Sleep, identity, json_request
 from loramux_client._sending import send
 from loramux_client._sources import AnySource, open_adapter
@@ -161,6 +162,7 @@ def push(
     *,
     expected_generation: int | None = None,
     compress: Compression | None = None,
+    profile: Choice = True,
     progress: Progress | None = None,
     wait: bool | float = True,
 ) -> Flow[Adapter]:
@@ -172,17 +174,23 @@ def push(
     compressed, ``{"density": 0.1}``; ``report`` of the answer says what that did. A name that holds
     other weights is only given these when ``expected_generation`` is its present one. Files that
     the server has are not sent again, large ones are resumed after a broken connection.
-    ``progress(sent, total)`` counts bytes. ``wait``: until the server has validated it (seconds, or
-    True for ten minutes), else return at once with status "validating". Raises AdapterInvalidError
-    with all its problems.
+    ``progress(sent, total)`` counts bytes.
+
+    ``profile``: how it is spoken to and speaks, as an object or the path of a JSON file; True takes
+    it from the chat template, generation_config.json and loramux.json in the folder, False sends
+    none. ``wait``: until the server has validated it (seconds, or True for ten minutes), else
+    return at once with status "validating". Raises AdapterInvalidError with all its problems.
     """
     with open_adapter(source) as files:
         name = name or files.name
         if not name:
             raise TypeError("push() of a model in memory needs a name")
+        voice = profile_of(files, profile)
         if compress is not None:
             files = _compress.compress(files, **compress).files
         fields = yield from send(files, progress)
+    if voice:
+        fields["profile"] = voice
     fields["name"] = name
     if expected_generation is not None:
         fields["expected_generation"] = expected_generation

@@ -36,14 +36,15 @@ def check_digest(digest: str) -> str:
     return digest
 
 
-def adapter_digest(config_digest: str, weights_digest: str) -> str:
+def adapter_digest(config_digest: str, weights_digest: str, profile_digest: str = "") -> str:
     """The identity of an adapter version.
 
-    SHA-256 over its files' raw digests, config first, each after its length as 8 bytes,
-    little-endian.
+    SHA-256 over its files' raw digests (config, weights, and the profile if it has one), each after
+    its length as 8 bytes, little-endian.
     """
     whole = hashlib.sha256()
-    for digest in (config_digest, weights_digest):
+    files = (config_digest, weights_digest, profile_digest)
+    for digest in files if profile_digest else files[:2]:
         raw = bytes.fromhex(check_digest(digest))
         whole.update(len(raw).to_bytes(8, "little") + raw)
     return whole.hexdigest()

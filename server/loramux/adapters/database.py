@@ -62,6 +62,8 @@ CREATE TABLE uploads (
     expires REAL NOT NULL
 ) STRICT;
 """,
+    3: "-- Versions and aliases.\n",
+    4: "ALTER TABLE adapters ADD COLUMN profile_digest TEXT NOT NULL DEFAULT '';",
 }
 """What makes a database of each version out of one of the version before; each is a transaction."""
 

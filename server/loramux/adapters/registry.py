@@ -50,6 +50,13 @@ class AdapterRow(msgspec.Struct, frozen=True, kw_only=True):
     report: dict[str, Any]
     pinned: bool
     created: float
+    profile_digest: str = ""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The digests of its blobs: config, weights, and the profile if it has one."""
+        files = (self.config_digest, self.weights_digest, self.profile_digest)
+        return files if self.profile_digest else files[:2]
 
 
 Rows = list[AdapterRow]
@@ -78,6 +85,7 @@ class Registry:
         *,
         config_digest: str,
         weights_digest: str,
+        profile_digest: str = "",
         expected_generation: int | None = None,
         tenant: str = "",
         blend: Mapping[str, Any] | None = None,
@@ -90,7 +98,8 @@ class Registry:
         deleted. A failed or incompatible adapter does not hold its name. ``blend``: how the files
         were made here; it stays in the report.
         """
-        digest = adapter_digest(config_digest, weights_digest)
+        files = (config_digest, weights_digest, profile_digest)
+        digest = adapter_digest(*files)
         with self._transaction() as db:
             rows = [r for r in self._rows(db, tenant, name) if r.status != "deleting"]
             held = next((r for r in rows if r.status in ("validating", "ready")), None)
@@ -105,7 +114,7 @@ class Registry:
             current = held.generation if held else 0
             if expected_generation is None and held is not None:
                 raise Conflict(
-                    f"this name holds other weights; expected_generation {current} replaces them",
+                    f"this name holds another version; expected_generation {current} replaces them",
                     param="name",
                 )
             if expected_generation is not None and expected_generation != current:
@@ -117,7 +126,7 @@ class Registry:
                 "DELETE FROM adapters WHERE tenant = ? AND name = ? AND status = 'failed'",
                 (tenant, name),
             )
-            row = self._insert(db, tenant, name, digest, config_digest, weights_digest)
+            row = self._insert(db, tenant, name, digest, files)
             if blend is not None:
                 report = _json({"blend": blend})
                 db.execute("UPDATE adapters SET report = ? WHERE id = ?", (report, row.id))
@@ -130,8 +139,7 @@ class Registry:
         tenant: str,
         name: str,
         digest: str,
-        config_digest: str,
-        weights_digest: str,
+        files: tuple[str, str, str],
     ) -> AdapterRow:
         (generation,) = db.execute(
             "INSERT INTO names VALUES (?, ?, 1) ON CONFLICT DO UPDATE"
@@ -140,8 +148,8 @@ class Registry:
         ).fetchone()
         cursor = db.execute(
             "INSERT INTO adapters (tenant, name, generation, digest, config_digest, weights_digest,"
-            " status, created) VALUES (?, ?, ?, ?, ?, ?, 'validating', ?)",
-            (tenant, name, generation, digest, config_digest, weights_digest, time.time()),
+            " profile_digest, status, created) VALUES (?, ?, ?, ?, ?, ?, ?, 'validating', ?)",
+            (tenant, name, generation, digest, *files, time.time()),
         )
         assert cursor.lastrowid is not None
         return self._row(db, cursor.lastrowid)
@@ -257,7 +265,7 @@ class Registry:
         check_digest(digest)
         with self._reading() as db:
             query = (
-                "SELECT 1 FROM adapters WHERE (config_digest = ?1 OR weights_digest = ?1)"
+                "SELECT 1 FROM adapters WHERE ?1 IN (config_digest, weights_digest, profile_digest)"
                 " AND status != 'failed' AND (?2 IS NULL OR tenant = ?2) LIMIT 1"
             )
             return db.execute(query, (digest, tenant)).fetchone() is not None

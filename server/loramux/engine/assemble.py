@@ -81,14 +81,7 @@ def assemble(
     timer.done("weights")
     # A base that was not seen before is hashed while the kernels compile.
     hashing = ThreadPoolExecutor(1).submit(fingerprint, config.model, architecture, config.data_dir)
-    kv = KvFormat(
-        model_id=BASE_MODEL_ID,
-        num_layers=architecture.num_layers,
-        num_kv_heads=architecture.num_kv_heads,
-        head_dim=architecture.head_dim,
-        page_tokens=config.page_tokens,
-        itemsize=dtype.itemsize,
-    )
+    kv = _kv_format(architecture, config.page_tokens, dtype)
     frames = num_frames or _num_frames(config, kv, device)
     arena = Arena(frames, kv.frame, device, poison=poison)
     table = AdapterTable(
@@ -137,6 +130,17 @@ def assemble(
         startup_s=timer.seconds,
     )
     return Assembled(engine, ready)
+
+
+def _kv_format(architecture: Architecture, page_tokens: int, dtype: torch.dtype) -> KvFormat:
+    return KvFormat(
+        model_id=BASE_MODEL_ID,
+        num_layers=architecture.num_layers,
+        num_kv_heads=architecture.num_kv_heads,
+        head_dim=architecture.head_dim,
+        page_tokens=page_tokens,
+        itemsize=dtype.itemsize,
+    )
 
 
 def _weights(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 from loramux.adapters.blobs import READ_BYTES, BlobStore
+from loramux.adapters.profile import MAX_PROFILE_BYTES
 from loramux.adapters.registry import AdapterRow, Registry
 from loramux.config import ADAPTER_NAME, ServerConfig
 from loramux.errors import (
@@ -30,7 +32,7 @@ from loramux.front.quotas import Quotas
 from loramux.front.resumable import ResumableUploads
 from loramux.front.shelf import Shelf
 from loramux.front.uploads import UploadWriter
-from loramux.front.verdicts import Verdicts, refusal
+from loramux.front.verdicts import Files, Verdicts, refusal
 from loramux.wire import BaseDescription
 
 __all__ = ["AdapterService", "AdapterView", "Served", "UploadWriter"]
@@ -148,6 +150,7 @@ class AdapterService:
         config: bytes,
         weights_digest: str,
         *,
+        profile: bytes = b"",
         validate_only: bool = False,
         wait_s: float = 0,
         expected_generation: int | None = None,
@@ -156,12 +159,13 @@ class AdapterService:
     ) -> AdapterView:
         """Register an uploaded adapter and have it validated and packed.
 
-        Waits up to ``wait_s`` for the verdict; the view's status is "validating" when it is not in
-        yet. Raises InvalidRequest (name), PayloadTooLarge (config), NotFound (blob_not_found),
-        QuotaExceeded, Conflict (generation_conflict, name_reserved), and for a bad verdict that is
-        in AdapterInvalid, or StorageFull or ServiceError when only this server is to blame.
-        ``validate_only`` always waits and registers nothing; its view has generation 0.
-        ``blend``: how the files were made here, for the report.
+        ``profile`` is as ``adapters.profile.spell`` writes it, empty for none; ``blend``: how the
+        files were made here, for the report. Waits up to ``wait_s`` for the verdict; the view's
+        status is "validating" when it is not in yet. Raises InvalidRequest (name), PayloadTooLarge
+        (config), NotFound (blob_not_found), QuotaExceeded, Conflict (generation_conflict,
+        name_reserved), and for a bad verdict that is in AdapterInvalid, or StorageFull or
+        ServiceError when only this server is to blame. ``validate_only`` always waits and registers
+        nothing; its view has generation 0.
         """
         if not ADAPTER_NAME.fullmatch(name):
             raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
@@ -169,10 +173,12 @@ class AdapterService:
             raise Conflict("the name is the base model's", param="name", code="name_reserved")
         if self._base is None:
             raise Overloaded("no engine has been ready yet", code="engine_starting")
-        upload = await self.blobs.begin(self._config.max_config_bytes, "config")
-        try:
-            await upload.write(config)
-            files = (await upload.commit(), weights_digest)
+        async with AsyncExitStack() as kept:
+            config_digest = await self._keep(kept, "config", config, self._config.max_config_bytes)
+            profile_digest = ""
+            if profile:
+                profile_digest = await self._keep(kept, "profile", profile, MAX_PROFILE_BYTES)
+            files = (config_digest, weights_digest, profile_digest)
             if validate_only:
                 return await self.verdicts.preview(name, files, self._base, blend)
             row, fresh = await self.shelf.change(
@@ -180,8 +186,6 @@ class AdapterService:
                 name,
                 lambda: self._register(tenant, name, files, expected_generation, blend),
             )
-        finally:
-            await upload.abort()
         if fresh:
             if tenant == SHARED:
                 self._catalog.broken.pop(name, None)
@@ -192,6 +196,13 @@ class AdapterService:
         if row.status == "failed" and row.error is not None:
             raise refusal(row.error["code"], row.error["message"], row.error["problems"])
         return self._catalog.view(row)
+
+    async def _keep(self, kept: AsyncExitStack, param: str, data: bytes, limit: int) -> str:
+        """Store a small file, which stays at least until ``kept`` is left; its digest."""
+        upload = await self.blobs.begin(limit, param)
+        kept.push_async_callback(upload.abort)
+        await upload.write(data)
+        return await upload.commit()
 
     async def register_files(
         self, name: str, config_path: Path, weights_path: Path, *, wait_s: float = 0
@@ -221,11 +232,11 @@ class AdapterService:
         self,
         tenant: str,
         name: str,
-        files: tuple[str, str],
+        files: Files,
         expected_generation: int | None,
         blend: Mapping[str, Any] | None,
     ) -> tuple[AdapterRow, bool]:
-        config_digest, weights_digest = files
+        config_digest, weights_digest, profile_digest = files
         if not self._store.has(weights_digest):
             raise NotFound("no such blob", param="weights", code="blob_not_found")
         self.blobs.storage.check_adapter(tenant, name, files)
@@ -234,6 +245,7 @@ class AdapterService:
             tenant=tenant,
             config_digest=config_digest,
             weights_digest=weights_digest,
+            profile_digest=profile_digest,
             expected_generation=expected_generation,
             blend=blend,
         )

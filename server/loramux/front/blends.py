@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from loramux.adapters.blend import FIELDS
-from loramux.adapters.blobs import adapter_digest
 from loramux.config import ServerConfig
 from loramux.errors import (
     AdapterInvalid,
@@ -90,7 +89,7 @@ class Blends:
                 "sources": [
                     {
                         "id": term.name,
-                        "digest": adapter_digest(term.config_digest, term.weights_digest),
+                        "digest": term.digest,
                         "weight": term.weight,
                     }
                     for term in terms
@@ -114,6 +113,7 @@ class Blends:
         row = next(row for row in self._catalog.rows() if row.digest == digest)
         return BlendSource(
             name=f"{served.name}@{served.generation}",
+            digest=digest,
             config_digest=row.config_digest,
             weights_digest=row.weights_digest,
             weight=weight,

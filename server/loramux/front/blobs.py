@@ -63,7 +63,7 @@ class BlobService:
 
     def collect_files(self, row: AdapterRow) -> None:
         """Remove those of the adapter's files that nobody needs. On the registry's thread."""
-        for digest in (row.config_digest, row.weights_digest):
+        for digest in row.files:
             self.holds.collect(digest)
 
     async def put(
@@ -128,13 +128,11 @@ class BlobService:
         finally:
             self.let_go(digest)
 
-    async def read_config(self, tenant: str, digest: str) -> bytes:
-        """A blob that is to be an adapter_config.json. Raises PayloadTooLarge, and as ``size``."""
-        async with self.claim(tenant, digest, "config") as num_bytes:
-            if num_bytes > self._config.max_config_bytes:
-                raise PayloadTooLarge(
-                    f"config: exceeds {self._config.max_config_bytes} bytes", param="config"
-                )
+    async def read_small(self, tenant: str, digest: str, param: str, limit_bytes: int) -> bytes:
+        """All of a blob. Raises PayloadTooLarge, and as ``size``."""
+        async with self.claim(tenant, digest, param) as num_bytes:
+            if num_bytes > limit_bytes:
+                raise PayloadTooLarge(f"{param}: exceeds {limit_bytes} bytes", param=param)
             return await self._background.on_uploads(self._store.path(digest).read_bytes)
 
     async def sweep(self) -> None:

@@ -29,7 +29,8 @@ _MODEL = re.compile(r"([^@]+)(?:@(?:(\d{1,18})|sha256:([0-9a-f]{1,64})))?")
 
 class AdapterView(msgspec.Struct, kw_only=True):
     """An adapter as HTTP shows it. ``report`` is what the import found; ``error`` why it failed
-    (``{"code", "message", "problems"}``). ``created`` is Unix seconds."""
+    (``{"code", "message", "problems"}``). ``created`` is Unix seconds. ``profile_digest`` is "" for
+    an adapter without a profile; ``profile`` itself is there when one adapter is asked for."""
 
     id: str
     object: str = "adapter"
@@ -45,6 +46,8 @@ class AdapterView(msgspec.Struct, kw_only=True):
     num_frames: int = 0
     report: dict[str, Any] = {}
     error: dict[str, Any] | None = None
+    profile_digest: str = ""
+    profile: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Served:
     generation: int = 0
     combines: bool = True
     """Whether it may be worn beside others: not when it changes what a module reads."""
+    profiles: tuple[str, ...] = ()
+    """The digest of each adapter's profile, "" for one that has none."""
 
     @property
     def label(self) -> str:
@@ -119,7 +124,10 @@ class Catalog:
         view = self.show(model, tenant=tenant)
         if view.status == "ready":
             combines = "input_gain" not in view.report.get("vectors", ())
-            return Served((AdapterRef(view.digest),), view.name, view.generation, combines)
+            profiles = (view.profile_digest,)
+            return Served(
+                (AdapterRef(view.digest),), view.name, view.generation, combines, profiles
+            )
         name = repr(view.name)
         if view.status == "failed":
             why = view.error["message"] if view.error else "it failed validation"
@@ -221,6 +229,7 @@ class Catalog:
             num_frames=row.report.get("num_frames", 0),
             report=row.report,
             error=row.error,
+            profile_digest=row.profile_digest,
         )
 
     def holder(self, name: str) -> int:

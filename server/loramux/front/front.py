@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import zmq
 
+from loramux.adapters.blobs import BlobStore
 from loramux.config import DEMO_DIR, ServerConfig
 from loramux.errors import (
     ConfigError,
@@ -32,6 +33,7 @@ from loramux.front.observations import Observations, Observer, Snapshot
 from loramux.front.quotas import Quotas
 from loramux.front.stock import Stock
 from loramux.front.tokenizer import TokenizerService
+from loramux.front.voices import Voices
 from loramux.wire import Ready
 
 __all__ = ["Admission", "CommandKind", "Front"]
@@ -99,6 +101,7 @@ class Front:
         self.adapters = AdapterService(
             config, self.base_name, self._ingest, self.command, self._observations, self.quotas
         )
+        self.voices = Voices(self.tokenizer, BlobStore(config.data_dir).path)
         self._stock = Stock(config, self.adapters)
         self._ledger = Ledger(
             self._observations,
@@ -167,6 +170,7 @@ class Front:
         context, self._context = self._context, None
         if context is not None:
             await self.adapters.stop()
+            self.voices.close()
             self.tokenizer.close()
             context.destroy(linger=0)
         self._lock.close()

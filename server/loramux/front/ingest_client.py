@@ -58,14 +58,23 @@ class IngestClient:
         self._fail_all("the server is shutting down")
 
     async def examine(
-        self, config_digest: str, weights_digest: str, base: wire.BaseDescription, *, pack: bool
+        self,
+        config_digest: str,
+        weights_digest: str,
+        profile_digest: str,
+        base: wire.BaseDescription,
+        *,
+        pack: bool,
     ) -> wire.IngestDone:
-        """The verdict on two blobs. Raises ServiceError when no ingest process can be had."""
+        """The verdict on an adapter's blobs ("" for no profile).
+
+        Raises ServiceError when no ingest process can be had."""
         return await self._do(
             wire.IngestJob(
                 job_id=self._next_id(),
                 config_digest=config_digest,
                 weights_digest=weights_digest,
+                profile_digest=profile_digest,
                 base=base,
                 pack=pack,
             )

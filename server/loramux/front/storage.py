@@ -21,8 +21,8 @@ class Storage:
         self._registry, self._store = registry, store
         self._granted, self._quotas = granted, quotas
 
-    def check_adapter(self, tenant: str, name: str, files: tuple[str, str]) -> None:
-        """Whether the adapter of these two files (config, weights) may be registered."""
+    def check_adapter(self, tenant: str, name: str, files: tuple[str, str, str]) -> None:
+        """Whether the adapter of these files (config, weights, profile) may be registered."""
         rows = self._registry.list(tenant=tenant)
         held, digest = _held(rows), adapter_digest(*files)
         if any(row.name == name and row.digest == digest for row in held):

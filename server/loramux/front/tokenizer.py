@@ -12,8 +12,8 @@ from typing import Any, TypeVar, TypeVarTuple
 
 from tokenizers import Tokenizer
 
+from loramux.adapters.chat_template import ChatTemplate, find_template, special_tokens
 from loramux.errors import ConfigError, InvalidRequest
-from loramux.front.chat_template import ChatTemplate, find_template
 from loramux.front.detokenizer import Detokenizer, TextStream, TokenBytes
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,6 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _THREADS = 2
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 
 class TokenizerService:
@@ -37,6 +36,8 @@ class TokenizerService:
     """Ids below this are valid prompt tokens (config.json's, which may exceed the tokenizer's)."""
     eos_ids: tuple[int, ...]
     """Ids that end a text unless the client asks to ignore them."""
+    special_tokens: dict[str, str]
+    """What chat templates know as ``bos_token`` and so on."""
 
     def __init__(self, model: Path) -> None:
         config = _read_json(model / "config.json")
@@ -50,7 +51,7 @@ class TokenizerService:
         self._tokenizer.no_padding()
         self._table = TokenBytes(self._tokenizer)
         self.vocab_size = config.get("vocab_size") or self._tokenizer.get_vocab_size()
-        special = _special_tokens(tokenizer_config)
+        self.special_tokens = special = special_tokens(tokenizer_config)
         generation = _read_json(model / "generation_config.json")
         eos = generation.get("eos_token_id", config.get("eos_token_id"))
         eos_ids = set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
@@ -152,15 +153,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: not a JSON object")
     return value
-
-
-def _special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:
-    """Named special tokens; older files write them as objects with a ``content``."""
-    found = {}
-    for name in _SPECIAL_TOKENS:
-        token = tokenizer_config.get(name)
-        if isinstance(token, dict):
-            token = token.get("content")
-        if isinstance(token, str):
-            found[name] = token
-    return found

@@ -22,6 +22,9 @@ from loramux.wire import BaseDescription, IngestDone
 
 log = logging.getLogger(__name__)
 
+Files = tuple[str, str, str]
+"""The digests of an adapter's config, weights and profile; "" for no profile."""
+
 NOT_THE_ADAPTERS_FAULT = frozenset({"storage_full", "internal_error"})
 """Verdicts that say something of this server now and nothing of the adapter."""
 
@@ -97,10 +100,9 @@ class Verdicts:
         self._deleted(now)
 
     async def _ask(self, row: AdapterRow, base: BaseDescription) -> IngestDone:
+        files = row.config_digest, row.weights_digest, row.profile_digest
         try:
-            done = await self._ingest.examine(
-                row.config_digest, row.weights_digest, base, pack=True
-            )
+            done = await self._ingest.examine(*files, base, pack=True)
         except ServiceError as error:
             return IngestDone(job_id=0, problems=[error.message], code=error.code)
         if not done.problems and done.digest != row.digest:
@@ -140,7 +142,7 @@ class Verdicts:
     async def preview(
         self,
         name: str,
-        files: tuple[str, str],
+        files: Files,
         base: BaseDescription,
         blend: Mapping[str, Any] | None = None,
     ) -> AdapterView:
@@ -158,5 +160,6 @@ class Verdicts:
             rank=done.report.get("rank", 0),
             num_bytes=done.report.get("num_bytes", 0),
             num_frames=done.report.get("num_frames", 0),
+            profile_digest=files[2],
             report=done.report if blend is None else {**done.report, "blend": blend},
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Annotated, Any
 
 import msgspec
@@ -11,6 +12,8 @@ from starlette.responses import Response
 
 from loramux.errors import (
     AdapterInvalid,
+    AdapterLoadFailed,
+    Conflict,
     InvalidRequest,
     LoramuxError,
     Overloaded,
@@ -60,9 +63,10 @@ class Adapters:
         wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S, allow_inf_nan=False)] = 0,
         expected_generation: Annotated[int | None, Query(ge=0, le=2**31)] = None,
     ) -> Response:
-        """Upload an adapter as multipart parts ``name``, ``config`` (adapter_config.json) and
-        ``weights`` (adapter_model.safetensors), or as JSON that names files sent before, or in
-        ``blend`` adapters to make it of: that is computed before the answer.
+        """Upload an adapter as multipart parts ``name``, ``config`` (adapter_config.json),
+        ``weights`` (adapter_model.safetensors) and, if it has one, ``profile`` (see
+        ``adapters.profile``), or as JSON that names files sent before, or in ``blend`` adapters to
+        make it of: that is computed before the answer.
 
         201 when it is ready, 202 while it is being validated (``wait``: seconds to stay for the
         verdict), 200 when exactly this was there before. ``validate_only`` registers nothing.
@@ -84,6 +88,7 @@ class Adapters:
                 upload.name,
                 upload.config,
                 upload.weights_digest,
+                profile=upload.profile,
                 validate_only=validate_only,
                 wait_s=wait,
                 expected_generation=expected_generation,
@@ -108,8 +113,13 @@ class Adapters:
         return answer({"object": "list", "data": self._front.adapters.list(tenant=tenant)})
 
     async def show(self, request: Request, name: str) -> Response:
-        """One adapter."""
-        return answer(self._front.adapters.show(name, tenant=caller(request).tenant))
+        """One adapter, with its profile."""
+        view = self._front.adapters.show(name, tenant=caller(request).tenant)
+        if view.profile_digest:
+            # A damaged one must not hide what else there is to say: its digest is there.
+            with suppress(AdapterLoadFailed, Conflict):
+                view.profile = await self._front.voices.show(view.profile_digest)
+        return answer(view)
 
     async def delete(self, request: Request, name: str) -> Response:
         """No new requests from now on; running ones end as they would."""

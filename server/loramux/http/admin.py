@@ -51,14 +51,15 @@ class Admin:
         """Token ids of a prompt or a chat, as a request with it would have them."""
         front, tokenizer = self._front, self._front.tokenizer
         body = await self._read(TokenizeRequest, request)
-        if body.model is not None:
-            named(front, "model", body.model, caller(request).tenant)
+        model = front.base_name if body.model is None else body.model
+        served = named(front, "model", model, caller(request).tenant)
         if body.messages is not None:
-            text = await tokenizer.render_chat(
+            ids = await front.voices.prompt(
+                await front.voices.of(served),
                 [message.plain() for message in body.messages],
                 add_generation_prompt=body.add_generation_prompt is not False,
+                add_special_tokens=bool(body.add_special_tokens),
             )
-            ids = await tokenizer.encode(text, bool(body.add_special_tokens))
         else:
             assert body.prompt is not None, "one of the two is there"
             ids = await tokenizer.encode(body.prompt, body.add_special_tokens is not False)

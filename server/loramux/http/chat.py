@@ -13,6 +13,7 @@ from starlette.responses import Response
 from loramux.errors import InvalidRequest
 from loramux.front.front import Front
 from loramux.front.generation import Delta
+from loramux.front.voices import Voice
 from loramux.http.answers import (
     ChatChoice,
     ChatChunk,
@@ -23,7 +24,7 @@ from loramux.http.answers import (
     MessageDelta,
 )
 from loramux.http.auth import caller
-from loramux.http.choices import Choices, Prompt, resolve, room_for
+from loramux.http.choices import Choices, Prompt, resolve, room_for, speaking
 from loramux.http.events import deliver, event
 from loramux.http.limits import read_json
 from loramux.http.logprobs import chat_logprobs
@@ -50,9 +51,12 @@ class Chat:
         served = resolve(front, body, tenant)
         self._exporter.asked(body.num_choices)
         with front.admit(body.num_choices, tenant=tenant):
-            prompt = await self._prompt(body)
-            room = room_for(front, prompt, body.output_limit, param="messages")
-            choices = Choices(front, body, served, [prompt], "chatcmpl", tenant=tenant)
+            voice = await front.voices.of(served)
+            body = speaking(body, voice)
+            prompt = await self._prompt(body, voice)
+            limit, most = body.output_limit, voice.max_tokens
+            room = room_for(front, prompt, limit, param="messages", most=most)
+            choices = Choices(front, body, served, voice, [prompt], "chatcmpl", tenant=tenant)
             choices.submit(
                 [room],
                 logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -68,13 +72,13 @@ class Chat:
             on_gone=self._exporter.disconnected,
         )
 
-    async def _prompt(self, body: ChatRequest) -> Prompt:
-        tokenizer = self._front.tokenizer
-        text = await tokenizer.render_chat(
+    async def _prompt(self, body: ChatRequest, voice: Voice) -> Prompt:
+        ids = await self._front.voices.prompt(
+            voice,
             [message.plain() for message in body.messages],
             add_generation_prompt=body.add_generation_prompt is not False,
+            add_special_tokens=bool(body.add_special_tokens),
         )
-        ids = await tokenizer.encode(text, bool(body.add_special_tokens))
         if not ids:
             raise InvalidRequest("messages: the chat template made no prompt", param="messages")
         return Prompt(ids)

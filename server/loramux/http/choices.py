@@ -9,14 +9,18 @@ import struct
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from loramux.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from loramux.front.catalog import Served
 from loramux.front.front import Front
 from loramux.front.generation import Delta, Done, Generation, GenerationSpec
+from loramux.front.voices import Voice
 from loramux.http.answers import PromptDetails, Usage
 from loramux.http.schemas import AdapterChoice, Sampling
 from loramux.request import AdapterRef, Adapters
+
+Body = TypeVar("Body", bound=Sampling)
 
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,255}")
 """What could be a model's name at all; anything else is a 400 and not a 404."""
@@ -64,6 +68,7 @@ def _several(front: Front, base: Served, choices: Sequence[AdapterChoice], tenan
     if base.adapters:
         raise InvalidRequest("adapters: give them beside the base model's name only", param="model")
     adapters: Adapters = ()
+    profiles: tuple[str, ...] = ()
     for index, choice in enumerate(choices):
         param = f"adapters[{index}].id"
         served = named(front, param, choice.id, tenant)
@@ -74,13 +79,28 @@ def _several(front: Front, base: Served, choices: Sequence[AdapterChoice], tenan
                 f"{param}: {choice.id!r} scales what modules read, so it stands alone", param=param
             )
         adapters += _scaled(served, choice.scale)
-    return replace(base, adapters=adapters)
+        profiles += served.profiles
+    return replace(base, adapters=adapters, profiles=profiles)
 
 
 def _scaled(served: Served, scale: float) -> Adapters:
     # The kernels' scale: what equals it there is the same list, and shares its prefix cache.
     (ref,) = served.adapters
     return (AdapterRef(ref.digest, struct.unpack("f", struct.pack("f", scale))[0]),)
+
+
+def speaking(body: Body, voice: Voice) -> Body:
+    """``body`` as the adapters would have it: their defaults where it says nothing (or null), and
+    what ends their texts besides what ends its own."""
+    update: dict[str, Any] = {
+        name: value for name, value in voice.defaults.items() if getattr(body, name) is None
+    }
+    if voice.stop:
+        update["stop"] = list(dict.fromkeys((*body.stop, *voice.stop)))
+    if voice.stop_token_ids:
+        own = body.stop_token_ids or ()
+        update["stop_token_ids"] = list(dict.fromkeys((*own, *voice.stop_token_ids)))
+    return body.model_copy(update=update) if update else body
 
 
 def max_model_len(front: Front) -> int:
@@ -90,8 +110,11 @@ def max_model_len(front: Front) -> int:
     return front.info.max_model_len
 
 
-def room_for(front: Front, prompt: Prompt, max_tokens: int | None, *, param: str) -> int:
-    """How many tokens to make after ``prompt``: ``max_tokens``, or all that fit when it is None.
+def room_for(
+    front: Front, prompt: Prompt, max_tokens: int | None, *, param: str, most: int | None = None
+) -> int:
+    """How many tokens to make after ``prompt``: ``max_tokens``, or when it is None all that fit, of
+    which ``most`` are enough.
 
     Raises ContextLengthExceeded when they do not fit, and InvalidRequest for ids that are no
     tokens of the model.
@@ -106,7 +129,9 @@ def room_for(front: Front, prompt: Prompt, max_tokens: int | None, *, param: str
         )
     if min(prompt.ids) < 0 or max(prompt.ids) >= front.tokenizer.vocab_size:
         raise InvalidRequest(f"{param}: no such token id", param=param)
-    return limit - num if max_tokens is None else max_tokens
+    if max_tokens is not None:
+        return max_tokens
+    return limit - num if most is None else min(limit - num, most)
 
 
 class Choices:
@@ -117,6 +142,7 @@ class Choices:
         front: Front,
         body: Sampling,
         served: Served,
+        voice: Voice,
         prompts: Sequence[Prompt],
         kind: str,
         *,
@@ -128,6 +154,7 @@ class Choices:
         self.n = body.num_choices
         self.generations: list[Generation] = []
         self._front, self._body, self._served = front, body, served
+        self._eos_ids = voice.eos_ids
         self._tenant = tenant
 
     def submit(
@@ -145,6 +172,8 @@ class Choices:
         """
         body, front = self._body, self._front
         body.check_vocabulary(front.tokenizer.vocab_size)
+        if (body.min_tokens or 0) > min(max_tokens):
+            raise InvalidRequest("min_tokens exceeds max_tokens", param="min_tokens")
         needed = zip(self.prompts, max_tokens, strict=True)
         front.quotas.check_tokens(
             self._tenant, self.n * sum(len(prompt.ids) + most for prompt, most in needed)
@@ -162,7 +191,7 @@ class Choices:
                             seed=seed,
                             choice=choice,
                             max_tokens=max_tokens[number],
-                            eos_ids=front.tokenizer.eos_ids,
+                            eos_ids=self._eos_ids,
                             logprobs=logprobs,
                             prompt_logprobs=prompt_logprobs,
                         ),
@@ -193,10 +222,10 @@ class Choices:
         return done
 
     def stop_reason(self, index: int) -> str | int | None:
-        """What vLLM says: the stop string or stop token that matched, null for the model's EOS."""
+        """What vLLM says: the stop string or stop token that matched, null for an EOS."""
         reason = self.done(index).stop_reason
         asked = self._body.stop_token_ids or ()
-        return None if reason in self._front.tokenizer.eos_ids and reason not in asked else reason
+        return None if reason in self._eos_ids and reason not in asked else reason
 
     def prompt_of(self, index: int) -> Prompt:
         """The prompt that choice ``index`` continues."""

@@ -14,9 +14,10 @@ from starlette.responses import Response
 from loramux.errors import InvalidRequest
 from loramux.front.front import Front
 from loramux.front.generation import Delta
+from loramux.front.voices import Voice
 from loramux.http.answers import Completion, CompletionChoice, CompletionLogprobs, Usage
 from loramux.http.auth import caller
-from loramux.http.choices import Choices, Prompt, resolve, room_for
+from loramux.http.choices import Choices, Prompt, resolve, room_for, speaking
 from loramux.http.events import deliver, event
 from loramux.http.limits import read_json
 from loramux.http.logprobs import OffsetLogprobs
@@ -43,12 +44,11 @@ class Completions:
         served = resolve(front, body, tenant)
         self._exporter.asked(body.num_choices)
         with front.admit(len(body.prompt) * body.num_choices, tenant=tenant):
+            voice = await front.voices.of(served)
+            body = speaking(body, voice)
             prompts = await self._prompts(body)
-            # A prompt that is only echoed goes through the engine all the same: its
-            # log-probabilities come from there. It makes one token, which is dropped.
-            wanted = max(1, body.output_limit)
-            rooms = [room_for(front, prompt, wanted, param="prompt") for prompt in prompts]
-            choices = Choices(front, body, served, prompts, "cmpl", tenant=tenant)
+            rooms = [self._room(body, voice, prompt) for prompt in prompts]
+            choices = Choices(front, body, served, voice, prompts, "cmpl", tenant=tenant)
             choices.submit(
                 rooms,
                 logprobs=body.logprobs,
@@ -63,6 +63,13 @@ class Completions:
             keep_alive_s=front.config.keep_alive_s,
             on_gone=self._exporter.disconnected,
         )
+
+    def _room(self, body: CompletionRequest, voice: Voice, prompt: Prompt) -> int:
+        most = voice.max_tokens if body.max_tokens is None else None
+        # A prompt that is only echoed goes through the engine all the same: its log-probabilities
+        # come from there. It makes one token, which is dropped.
+        wanted = max(1, body.output_limit) if most is None else None
+        return room_for(self._front, prompt, wanted, param="prompt", most=most)
 
     async def _prompts(self, body: CompletionRequest) -> list[Prompt]:
         return await asyncio.gather(*(self._prompt(body, item) for item in body.prompt))

@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from loramux.adapters.profile import MAX_PROFILE_BYTES, spell
 from loramux.config import ADAPTER_NAME, ServerConfig
 from loramux.errors import InvalidRequest, PayloadTooLarge
 from loramux.front.adapters import AdapterService
@@ -18,8 +19,9 @@ from loramux.http.blobs import digest_in
 from loramux.http.limits import read_json
 from loramux.http.recipes import parse_blend
 
-FIELDS = ("name", "config", "weights", "expected_generation")
-BLEND_FIELDS = ("name", "blend", "expected_generation")
+FIELDS = ("name", "config", "weights")
+BLEND_FIELDS = ("name", "blend")
+OPTIONAL = ("profile", "expected_generation")
 
 
 def is_json(request: Request) -> bool:
@@ -29,15 +31,17 @@ def is_json(request: Request) -> bool:
 
 
 class Registration:
-    """``{"name", "config", "weights", "expected_generation"?}``, used like ``Upload``; or with
-    ``blend`` (see ``recipes``) in place of the files, which are made while it is read.
+    """``{"name", "config", "weights", "profile"?, "expected_generation"?}``, used like ``Upload``;
+    or with ``blend`` (see ``recipes``) in place of the files, which are made while it is read.
 
     ``config`` is a digest or the adapter_config.json itself; of the latter the file that is stored
-    is the object with sorted keys and no spaces, so equal configs are one file.
+    is the object with sorted keys and no spaces, so equal configs are one file. ``profile`` is a
+    digest or the object, too.
     """
 
     name: str
     config: bytes
+    profile: bytes
     weights_digest: str
     expected_generation: int | None
     blend: Mapping[str, Any] | None = None
@@ -57,9 +61,10 @@ class Registration:
         tenant = caller(request).tenant
         fields = BLEND_FIELDS if "blend" in body else FIELDS
         for key in body:
-            if key not in fields:
-                raise InvalidRequest(f"the fields are {', '.join(fields)} and no others")
-        for key in fields[:-1]:
+            if key not in fields + OPTIONAL:
+                names = ", ".join(fields + OPTIONAL)
+                raise InvalidRequest(f"the fields are {names} and no others")
+        for key in fields:
             if key not in body:
                 raise InvalidRequest(f"{key}: this field is required", param=key)
         name = body["name"]
@@ -67,6 +72,7 @@ class Registration:
             raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
         self.name = name
         self.expected_generation = _generation(body.get("expected_generation"))
+        self.profile = await self._spoken(tenant, body.get("profile"))
         if "blend" in body:
             await self._make(tenant, body["blend"])
             return
@@ -78,7 +84,16 @@ class Registration:
         if isinstance(config, dict):
             self.config = self._written(config)
         else:
-            self.config = await self._blobs.read_config(tenant, _digest(config, "config"))
+            self.config = await self._blobs.read_small(
+                tenant, _digest(config, "config"), "config", self._max_config_bytes
+            )
+
+    async def _spoken(self, tenant: str, profile: Any) -> bytes:
+        if profile is not None and not isinstance(profile, dict):
+            profile = await self._blobs.read_small(
+                tenant, _digest(profile, "profile"), "profile", MAX_PROFILE_BYTES
+            )
+        return spell(profile or b"{}")
 
     async def _make(self, tenant: str, blend: Any) -> None:
         recipe, sources = parse_blend(blend)

@@ -316,7 +316,7 @@ class CompletionRequest(Sampling):
             raise InvalidRequest("max_tokens may be 0 only with echo", param="max_tokens")
         if self.best_of is not None and self.best_of != self.num_choices:
             raise InvalidRequest("best_of must equal n: nothing is ranked", param="best_of")
-        if (self.min_tokens or 0) > self.output_limit:
+        if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
             raise InvalidRequest("min_tokens exceeds max_tokens", param="min_tokens")
 
 

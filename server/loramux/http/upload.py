@@ -9,31 +9,39 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
+from loramux.adapters.profile import MAX_PROFILE_BYTES, spell
 from loramux.config import ADAPTER_NAME, ServerConfig
 from loramux.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from loramux.front.adapters import AdapterService
 from loramux.front.uploads import UploadWriter
 
 PARTS = ("name", "config", "weights")
+OPTIONAL = ("profile",)
 _MAX_NAME_BYTES = 256
 _IDENTITY = re.compile(rb"(binary|8bit|7bit)?", re.IGNORECASE)
 
 
 class Upload:
-    """The three parts of one upload; ``name``, ``config`` and ``weights_digest`` after ``read``.
+    """The parts of one upload; ``name``, ``config``, ``profile`` (b"" for none) and
+    ``weights_digest`` after ``read``.
 
     A file name in a part is never looked at. Call ``abort`` at the end, whatever happened.
     """
 
     name: str
     config: bytes
+    profile: bytes = b""
     weights_digest: str
     expected_generation: int | None = None
     blend: None = None
 
     def __init__(self, adapters: AdapterService, config: ServerConfig) -> None:
         self._adapters = adapters
-        self._limits = {"name": _MAX_NAME_BYTES, "config": config.max_config_bytes}
+        self._limits = {
+            "name": _MAX_NAME_BYTES,
+            "config": config.max_config_bytes,
+            "profile": MAX_PROFILE_BYTES,
+        }
         self._small: dict[str, bytearray] = {}
         self._seen: list[str] = []
         self._part = ""
@@ -104,6 +112,8 @@ class Upload:
         if not ADAPTER_NAME.fullmatch(self.name):
             raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
         self.config = bytes(self._small["config"])
+        if "profile" in self._small:
+            self.profile = spell(bytes(self._small["profile"]))
         assert self._writer is not None, "a seen weights part has a writer"
         self.weights_digest = await self._writer.commit()
 
@@ -126,8 +136,8 @@ class Upload:
     def _name_part(self) -> None:
         disposition, options = parse_options_header(self._headers.get(b"content-disposition"))
         part = options.get(b"name", b"").decode("latin-1")
-        if disposition != b"form-data" or part not in PARTS:
-            raise InvalidRequest(f"the parts are {', '.join(PARTS)} and no others")
+        if disposition != b"form-data" or part not in PARTS + OPTIONAL:
+            raise InvalidRequest(f"the parts are {', '.join(PARTS + OPTIONAL)} and no others")
         if part in self._seen:
             raise InvalidRequest(f"{part}: this part came twice", param=part)
         if not _IDENTITY.fullmatch(self._headers.get(b"content-transfer-encoding", b"")):

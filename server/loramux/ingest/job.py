@@ -1,4 +1,5 @@
-"""One job: from two blobs to a verdict and, if it is good, a packed file; or a blend to a blob."""
+"""One job: from an adapter's blobs to a verdict and, if it is good, a packed file; or a blend to a
+blob."""
 
 from __future__ import annotations
 
@@ -6,13 +7,16 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from loramux.adapters import basis as bases
 from loramux.adapters import blend, pack, portable
 from loramux.adapters.blobs import BlobStore, adapter_digest
 from loramux.adapters.canonical import CanonicalAdapter
 from loramux.adapters.formats import MAX_CONFIG_BYTES
+from loramux.adapters.profile import MAX_PROFILE_BYTES
 from loramux.errors import AdapterInvalid, LoramuxError
+from loramux.ingest.profile import problems_of
 from loramux.ingest.reading import Read, read_adapter
 from loramux.ingest.report import report_of
 from loramux.wire import BaseDescription, BlendJob, IngestDone, IngestJob
@@ -34,13 +38,17 @@ def run(job: IngestJob | BlendJob, data_dir: Path) -> IngestDone:
         return IngestDone(job_id=job.job_id, problems=[problem], code=LoramuxError.code)
 
 
+def _verify(blobs: BlobStore, blob: str) -> None:
+    if not blobs.verify(blob):
+        text = "a stored file no longer has its digest: the disk damaged it; upload it again"
+        raise AdapterInvalid(text, problems=[text], code="blob_corrupt")
+
+
 @contextmanager
 def _opened(blobs: BlobStore, files: tuple[str, str], base: BaseDescription) -> Iterator[Read]:
     """The adapter in two blobs, which stay open as its matrices are read when they are used."""
     for blob in files:
-        if not blobs.verify(blob):
-            text = "a stored file no longer has its digest: the disk damaged it; upload it again"
-            raise AdapterInvalid(text, problems=[text], code="blob_corrupt")
+        _verify(blobs, blob)
     with blobs.open(files[0]) as file:
         config_bytes = file.read(MAX_CONFIG_BYTES + 1)
     with blobs.open(files[1]) as file:
@@ -49,10 +57,19 @@ def _opened(blobs: BlobStore, files: tuple[str, str], base: BaseDescription) -> 
 
 def _run(job: IngestJob, data_dir: Path) -> IngestDone:
     blobs, files = BlobStore(data_dir), (job.config_digest, job.weights_digest)
-    digest = adapter_digest(*files)
-    with _opened(blobs, files, job.base) as read:
-        adapter = read.canonical()
-        check_size(adapter, job.base)
+    digest = adapter_digest(*files, job.profile_digest)
+    spoken = _problems_of_profile(blobs, job) if job.profile_digest else []
+    with ExitStack() as stack:
+        try:
+            read = stack.enter_context(_opened(blobs, files, job.base))
+            adapter = read.canonical()
+            check_size(adapter, job.base)
+        except AdapterInvalid as error:
+            if not spoken:
+                raise
+            _refuse([*(error.problems or [error.message]), *spoken])
+        if spoken:
+            _refuse(spoken)
         basis = bases.basis_of(adapter)
         if job.pack:
             if basis is not None:
@@ -64,6 +81,18 @@ def _run(job: IngestJob, data_dir: Path) -> IngestDone:
             layout = pack.lay_out(adapter, job.base)
         report = report_of(adapter, layout, basis, job.base, read)
     return IngestDone(job_id=job.job_id, digest=digest, report=report)
+
+
+def _problems_of_profile(blobs: BlobStore, job: IngestJob) -> list[str]:
+    _verify(blobs, job.profile_digest)
+    with blobs.open(job.profile_digest) as file:
+        data = file.read(MAX_PROFILE_BYTES)
+    return problems_of(data, job.base)
+
+
+def _refuse(problems: list[str]) -> NoReturn:
+    message = problems[0] if len(problems) == 1 else f"{len(problems)} problems"
+    raise AdapterInvalid(message, problems=problems)
 
 
 def _run_blend(job: BlendJob, data_dir: Path) -> IngestDone:

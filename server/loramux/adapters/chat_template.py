@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ import minijinja
 
 from loramux.errors import ConfigError, InvalidRequest
 
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+
 _FUEL = 5_000_000
 """Instructions a template may run: about half a second."""
 _MAX_CHARS = 16 << 20
+_MAX_REASON = 500
 
 _GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 """Marks assistant tokens for training; for a prompt it is a block that is always shown."""
@@ -28,6 +31,10 @@ _GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
 class _Refused(Exception):
     """The template called ``raise_exception``."""
+
+
+class TemplateRefuses(InvalidRequest):
+    """A template that works said no to these messages, with ``raise_exception``."""
 
 
 def _to_json(
@@ -68,16 +75,39 @@ def find_template(model: Path, tokenizer_config: dict[str, Any]) -> str | None:
     return template
 
 
-class ChatTemplate:
-    """A compiled template; ``render`` may be called from any thread."""
+def _reason(error: Exception) -> str:
+    """Without the whole template, which minijinja's errors carry after their first line."""
+    return str(error).partition("\n")[0][:_MAX_REASON]
 
-    def __init__(self, source: str, special_tokens: dict[str, Any]) -> None:
+
+def special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:
+    """Named special tokens; older files write them as objects with a ``content``."""
+    found = {}
+    for name in SPECIAL_TOKENS:
+        token = tokenizer_config.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            found[name] = token
+    return found
+
+
+class ChatTemplate:
+    """A compiled template; ``render`` may be called from any thread.
+
+    ``owner`` is whose template it is, for messages: "the model's", "the adapter's".
+    """
+
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, Any], owner: str = "the model's"
+    ) -> None:
         """Raises ConfigError when the template does not compile."""
 
         def block(match: re.Match[str]) -> str:
             return match[1] + ("endif" if match[2] else "if true") + match[3]
 
         self._special_tokens = special_tokens
+        self._owner = owner
         self._environment = minijinja.Environment(
             templates={"chat": _GENERATION_TAG.sub(block, source)},
             filters={"tojson": _to_json},
@@ -90,7 +120,7 @@ class ChatTemplate:
         try:
             self._environment.undeclared_variables_in_template("chat")
         except minijinja.TemplateError as error:
-            raise ConfigError(f"the model's chat template does not compile: {error}") from None
+            raise ConfigError(f"{owner} chat template does not compile: {_reason(error)}") from None
 
     def render(self, messages: Sequence[dict[str, Any]], variables: dict[str, Any]) -> str:
         """The prompt. Raises InvalidRequest when the template refuses or fails on the messages."""
@@ -100,16 +130,19 @@ class ChatTemplate:
                 "chat", **{**context, **variables, "messages": list(messages)}
             )
         except _Refused as error:
-            raise InvalidRequest(
-                f"the chat template refuses these messages: {error}", param="messages"
+            raise TemplateRefuses(
+                f"{self._owner} chat template refuses these messages: {_reason(error)}",
+                param="messages",
             ) from None
         except (minijinja.TemplateError, TypeError, ValueError) as error:
             raise InvalidRequest(
-                f"the chat template fails on these messages: {error}", param="messages"
+                f"{self._owner} chat template fails on these messages: {_reason(error)}",
+                param="messages",
             ) from None
         if len(text) > _MAX_CHARS:
             raise InvalidRequest(
-                f"the chat template makes more than {_MAX_CHARS} characters of these messages",
+                f"{self._owner} chat template makes more than {_MAX_CHARS} characters of these"
+                " messages",
                 param="messages",
             )
         return text
