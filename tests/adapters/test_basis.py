@@ -217,6 +217,25 @@ def test_adapters_of_one_basis_have_it_on_disk_once(tmp_path: Path) -> None:
     assert other["digest"] != facts["digest"] and len(on_disk(tmp_path)) == 7
 
 
+def test_a_report_measures_all_three(tmp_path: Path) -> None:
+    tensors = files(own=2)
+    for name in (n for n in tensors if "v_proj.default" in n):
+        tensors[name] *= 10  # there R has the largest value
+    report = good(run(job(tmp_path, tensors, do_pack=False), tmp_path))
+    for module in MODULES:
+        norms, largest = [], 0.0
+        for layer in range(BASE.num_layers):
+            name = f"base_model.model.{module_name(layer, module)}"
+            a, b = (tensors[f"{name}.lora_{side}.weight"] for side in "AB")
+            r = tensors[f"{name}.default_lora_latent_mapping.weight"]
+            norms.append(float(np.linalg.norm(8 / RANK * b.astype(np.float64) @ r @ a)))
+            largest = max(largest, *(float(np.abs(m).max()) for m in (a, b, r)))
+        said = report["by_module"][module]
+        assert said["norm"] == pytest.approx(sorted(norms), rel=1e-5)
+        assert said["largest"] == largest
+    assert report["cost"]["row_bytes"] == report["num_bytes"] + report["basis"]["num_bytes"]
+
+
 def test_validating_only_writes_no_basis(tmp_path: Path) -> None:
     report = good(run(job(tmp_path, files(), do_pack=False), tmp_path))
     assert report["basis"]["num_bytes"] > 0 and not (tmp_path / "packed").exists()
