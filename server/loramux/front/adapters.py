@@ -20,9 +20,10 @@ from loramux.errors import (
     NotFound,
     Overloaded,
 )
+from loramux.front.aliases import AliasService
 from loramux.front.background import Background
 from loramux.front.blobs import BlobService
-from loramux.front.catalog import SHARED, AdapterView, Catalog, Served
+from loramux.front.catalog import SHARED, AdapterView, Catalog, Served, split
 from loramux.front.ingest_client import IngestClient
 from loramux.front.observations import Observations
 from loramux.front.quotas import Quotas
@@ -72,9 +73,10 @@ class AdapterService:
             ingest,
             observations,
             self.background,
-            pin=lambda digest: self.tell_engine("pin", digest),
+            tell=self.tell_engine,
             deleted=lambda row: self._forget_soon([row]),
         )
+        self.aliases = AliasService(self.shelf)
         self.blobs = BlobService(config, self._registry, self._store, self.background)
         self.resumable = ResumableUploads(
             config, self._registry.database, self._store, self.blobs, self.background
@@ -82,13 +84,14 @@ class AdapterService:
 
     # What names mean to a tenant: its own adapters, and under the other names the shared ones.
 
-    def resolve(self, model: str, *, tenant: str = SHARED) -> Served:
-        """The base's name, ``name``, ``name@generation`` or ``name@sha256:<12 or more hex>``.
+    def resolve(self, model: str, *, tenant: str = SHARED, user: str | None = None) -> Served:
+        """The base's name, an alias, ``name``, ``name@generation`` or ``name@sha256:<12 or more
+        hex>``. Of an alias's targets a ``user`` always gets the same one (see ``shares.choose``).
 
         Raises NotFound (model_not_found), GenerationGone, or Conflict: adapter_not_ready (with
         retry_after_s), adapter_failed, adapter_incompatible.
         """
-        return self._catalog.resolve(model, tenant=tenant)
+        return self._catalog.resolve(model, tenant=tenant, user=user)
 
     def list(self, *, tenant: str = SHARED) -> list[AdapterView]:
         """What every bare name means, by name; those being deleted until they are gone."""
@@ -98,8 +101,12 @@ class AdapterService:
         """One adapter by name, ``name@generation`` or ``name@sha256:<hex>``; raises NotFound."""
         return self._catalog.show(name, tenant=tenant)
 
+    def versions(self, name: str, *, tenant: str = SHARED) -> Sequence[AdapterView]:
+        """Every generation of a bare name, newest first; raises NotFound."""
+        return self._catalog.versions(name, tenant=tenant)
+
     def owner(self, name: str, *, tenant: str) -> str:
-        """Whose adapter a bare name means to the tenant: SHARED's, or its own (also when it means
+        """Whose adapter a name means to the tenant: SHARED's, or its own (also when it means
         nothing)."""
         return self._catalog.owner(name, tenant=tenant)
 
@@ -146,6 +153,7 @@ class AdapterService:
         validate_only: bool = False,
         wait_s: float = 0,
         expected_generation: int | None = None,
+        ttl_s: int | None = None,
         tenant: str = SHARED,
     ) -> AdapterView:
         """Register an uploaded adapter and have it validated and packed.
@@ -153,8 +161,8 @@ class AdapterService:
         Waits up to ``wait_s`` for the verdict; the view's status is "validating" when it is not in
         yet. Raises InvalidRequest (name), PayloadTooLarge (config), NotFound (blob_not_found),
         QuotaExceeded, Conflict (generation_conflict, name_reserved), and AdapterInvalid when the
-        verdict is in and bad. ``validate_only`` always waits and registers nothing; its view has
-        generation 0.
+        verdict is in and bad. ``ttl_s`` is as ``set_ttl``'s, for one that was there too.
+        ``validate_only`` always waits and registers nothing; its view has generation 0.
         """
         if not ADAPTER_NAME.fullmatch(name):
             raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
@@ -169,7 +177,9 @@ class AdapterService:
             if validate_only:
                 return await self.verdicts.preview(name, files, self._base)
             row, fresh = await self.shelf.change(
-                tenant, name, lambda: self._register(tenant, name, files, expected_generation)
+                tenant,
+                name,
+                lambda: self._register(tenant, name, files, expected_generation, ttl_s),
             )
         finally:
             await upload.abort()
@@ -210,7 +220,12 @@ class AdapterService:
             await upload.abort()
 
     def _register(
-        self, tenant: str, name: str, files: tuple[str, str], expected_generation: int | None
+        self,
+        tenant: str,
+        name: str,
+        files: tuple[str, str],
+        expected_generation: int | None,
+        ttl_s: int | None,
     ) -> tuple[AdapterRow, bool]:
         config_digest, weights_digest = files
         if not self._store.has(weights_digest):
@@ -222,10 +237,12 @@ class AdapterService:
             config_digest=config_digest,
             weights_digest=weights_digest,
             expected_generation=expected_generation,
+            ttl_s=ttl_s,
         )
 
     def _check_quota(self, tenant: str, name: str, files: tuple[str, str]) -> None:
         """Raises QuotaExceeded. On the registry's thread, so no two uploads take the last place."""
+        self._registry.expire()
         rows = self._registry.list(tenant=tenant)
         held = [row for row in rows if row.status not in ("failed", "deleting")]
         digest = adapter_digest(*files)
@@ -234,7 +251,7 @@ class AdapterService:
         sizes = [self._store.size(row.weights_digest) for row in held]
         self._quotas.check_adapters(tenant, sizes, self._store.size(files[1]))
 
-    # Pins and deletion.
+    # Pins, times to live, and deletion.
 
     async def set_pinned(self, name: str, pinned: bool, *, tenant: str = SHARED) -> AdapterView:
         """Keep it in the pool, or no longer. Raises NotFound, Conflict (not ready; no room)."""
@@ -246,7 +263,7 @@ class AdapterService:
 
         row = await note(pinned)
         try:
-            if pinned or not any(r.pinned and r.digest == row.digest for r in self._catalog.rows()):
+            if pinned or not self._is_pinned(row.digest):
                 await self._ask_engine("pin" if pinned else "unpin", row.digest)
         except Overloaded:
             pass  # no engine now: the next one is told of every pin when it is ready
@@ -255,15 +272,44 @@ class AdapterService:
             raise
         return self._catalog.view(self._catalog.row(row))
 
-    async def delete(self, name: str, *, tenant: str = SHARED) -> AdapterView:
-        """No new requests from now on; the files go when the last running request has ended.
+    def _is_pinned(self, digest: str) -> bool:
+        return any(row.pinned and row.digest == digest for row in self._catalog.rows())
 
-        Raises NotFound, and Conflict (adapter_pinned). The view's status is "deleting".
+    async def set_ttl(self, model: str, ttl_s: int | None, *, tenant: str = SHARED) -> AdapterView:
+        """Have the version that ``model`` means live that many seconds from now, or for ever.
+
+        From then on it is not found, and the sweep deletes it, pinned or not; but not while an
+        alias stands for it. Raises NotFound, GenerationGone.
         """
-        if tenant == SHARED and name in self._catalog.broken:
-            return self._catalog.broken.pop(name)
+        view = self._catalog.show(model, tenant=tenant)
+        row = await self.shelf.change(
+            tenant,
+            view.name,
+            lambda: self._registry.set_ttl(view.name, view.generation, ttl_s, tenant=tenant),
+        )
+        return self._catalog.view(row)
+
+    async def expire(self) -> None:
+        """Delete every version whose time is over, and end what deletions are still to be ended."""
+        rows = await self.background.on_disk(self._registry.expire)
+        for tenant, name in {(row.tenant, row.name) for row in rows}:
+            await self.shelf.refresh(tenant, name)
+        self._forget_soon(rows)
+
+    async def delete(self, model: str, *, tenant: str = SHARED) -> AdapterView:
+        """Every generation of a name, or the one that ``name@…`` means: no new requests from now
+        on; the files go when the last running request has ended.
+
+        Raises NotFound, GenerationGone, and Conflict (adapter_pinned, adapter_aliased). The view's
+        status is "deleting".
+        """
+        if tenant == SHARED and model in self._catalog.broken:
+            return self._catalog.broken.pop(model)
+        name, generation = split(model)[0], None
+        if name != model:
+            generation = self._catalog.show(model, tenant=tenant).generation
         rows = await self.shelf.change(
-            tenant, name, lambda: self._registry.delete(name, tenant=tenant)
+            tenant, name, lambda: self._registry.delete(name, generation=generation, tenant=tenant)
         )
         self._forget_soon(rows)
         return self._catalog.view(rows[0])
@@ -277,6 +323,8 @@ class AdapterService:
 
     async def _forget(self, row: AdapterRow) -> None:
         lives = await self.shelf.change(row.tenant, row.name, lambda: self._forget_row(row))
+        if row.pinned and not self._is_pinned(row.digest):
+            await self.tell_engine("unpin", row.digest)
         if not lives:
             await self.tell_engine("evict", row.digest)
 
@@ -291,7 +339,7 @@ class AdapterService:
             self.blobs.holds.collect(digest)
         return lives
 
-    async def tell_engine(self, kind: Literal["pin", "evict"], digest: str) -> None:
+    async def tell_engine(self, kind: Literal["pin", "unpin", "evict"], digest: str) -> None:
         """What can wait for the next engine when this one does not take it."""
         try:
             await self._ask_engine(kind, digest)

@@ -53,6 +53,8 @@ class Stock:
         """Give the engine its pins; validate, or pack again, what lacks it."""
         catalog = self._adapters.shelf.catalog
         for row in catalog.rows():
+            if catalog.is_over(row):
+                continue
             if row.pinned and row.status == "ready":
                 self._background.spawn(self._adapters.tell_engine("pin", row.digest))
             path = packed_path(self._config.data_dir, row.digest, base.fingerprint)
@@ -65,10 +67,11 @@ class Stock:
     async def _sweep_for_ever(self) -> None:
         while True:
             try:
+                await self._adapters.expire()
                 await self._adapters.blobs.sweep()
                 await self._adapters.resumable.sweep()
             except LoramuxError as error:  # a full disk, for one
-                log.warning("expired uploads stay for now: %s", error.message)
+                log.warning("what has expired stays for now: %s", error.message)
             await asyncio.sleep(self._config.sweep_s)
 
     async def _preload(self, name: str, folder: Path) -> None:

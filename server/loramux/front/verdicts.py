@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Literal
 
 from loramux.adapters.registry import AdapterRow
 from loramux.errors import AdapterInvalid, NotFound, ServiceError
@@ -24,8 +25,8 @@ NOT_THE_ADAPTERS_FAULT = frozenset({"storage_full", "internal_error"})
 class Verdicts:
     """Validation of registered adapters, and of files nobody registers.
 
-    ``pin`` tells the engine of a new version that is pinned; ``deleted`` hears of rows that went
-    while they were being examined.
+    ``tell`` tells the engine when a pin moves on to a new version; ``deleted`` hears of rows that
+    went while they were being examined.
     """
 
     def __init__(
@@ -35,14 +36,14 @@ class Verdicts:
         observations: Observations,
         background: Background,
         *,
-        pin: Callable[[str], Awaitable[None]],
+        tell: Callable[[Literal["pin", "unpin"], str], Awaitable[None]],
         deleted: Callable[[AdapterRow], None],
     ) -> None:
         self._shelf = shelf
         self._ingest = ingest
         self._observations = observations
         self._background = background
-        self._pin = pin
+        self._tell = tell
         self._deleted = deleted
         self._running: dict[int, asyncio.Task[None]] = {}
 
@@ -85,10 +86,13 @@ class Verdicts:
             self._deleted(self._shelf.catalog.row(row))
             return
         self._shelf.catalog.unpacked.discard(row.digest)
+        pinned = {r.digest for r in self._shelf.catalog.rows() if r.pinned}
         await self._shelf.refresh(row.tenant, row.name)
         self._observations.uploaded(done.code if done.problems else "ready")
         if self._shelf.catalog.row(row).pinned:
-            await self._pin(row.digest)
+            await self._tell("pin", row.digest)
+        for digest in pinned - {r.digest for r in self._shelf.catalog.rows() if r.pinned}:
+            await self._tell("unpin", digest)
 
     def _record(self, row: AdapterRow, done: IngestDone, fingerprint: str) -> None:
         registry = self._shelf.registry

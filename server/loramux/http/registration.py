@@ -15,7 +15,8 @@ from loramux.http.auth import caller
 from loramux.http.blobs import digest_in
 from loramux.http.limits import read_json
 
-FIELDS = ("name", "config", "weights", "expected_generation")
+FIELDS = ("name", "config", "weights", "expected_generation", "ttl_s")
+MAX_TTL_S = 10 * 366 * 86400
 
 
 def is_json(request: Request) -> bool:
@@ -25,7 +26,7 @@ def is_json(request: Request) -> bool:
 
 
 class Registration:
-    """``{"name", "config", "weights", "expected_generation"?}``, used like ``Upload``.
+    """``{"name", "config", "weights", "expected_generation"?, "ttl_s"?}``, used like ``Upload``.
 
     ``config`` is a digest or the adapter_config.json itself; of the latter the file that is stored
     is the object with sorted keys and no spaces, so equal configs are one file.
@@ -35,6 +36,7 @@ class Registration:
     config: bytes
     weights_digest: str
     expected_generation: int | None
+    ttl_s: int | None
 
     def __init__(self, adapters: AdapterService, config: ServerConfig) -> None:
         self._blobs = adapters.blobs
@@ -60,6 +62,7 @@ class Registration:
             raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
         self.name = name
         self.expected_generation = _generation(body.get("expected_generation"))
+        self.ttl_s = seconds(body.get("ttl_s"))
         self.weights_digest = _digest(weights, "weights")
         await self._claims.enter_async_context(
             self._blobs.claim(tenant, self.weights_digest, "weights")
@@ -91,3 +94,10 @@ def _generation(value: Any) -> int | None:
     if value is None or (type(value) is int and 0 <= value <= 2**31):
         return value
     raise InvalidRequest("expected_generation: must be an integer", param="expected_generation")
+
+
+def seconds(value: Any) -> int | None:
+    """A ``ttl_s``: None is for ever. Raises InvalidRequest."""
+    if value is None or (type(value) is int and 1 <= value <= MAX_TTL_S):
+        return value
+    raise InvalidRequest(f"ttl_s: must be an integer from 1 to {MAX_TTL_S}", param="ttl_s")

@@ -29,6 +29,7 @@ class Upload:
     config: bytes
     weights_digest: str
     expected_generation: int | None = None
+    ttl_s: int | None = None
 
     def __init__(self, adapters: AdapterService, config: ServerConfig) -> None:
         self._adapters = adapters
