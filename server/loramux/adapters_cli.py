@@ -1,8 +1,10 @@
-"""``loramux adapters``: upload, list, show, remove and pin adapters of a running server."""
+"""``loramux adapters`` and ``loramux aliases``: what a running server serves, and as what."""
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +21,108 @@ def add_adapters(commands: Any) -> None:
         help="upload, list, show, remove and pin adapters of a running server",
         description="Manage the adapters of a running server.",
     )
-    adapters.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
-    adapters.add_argument("--api-key", help="your key, if it needs one (default: $LORAMUX_API_KEY)")
-    verbs = adapters.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = _add_server(adapters)
     push = verbs.add_parser("push", help="upload a PEFT adapter folder, tar or zip")
     push.add_argument("source", type=Path, help="folder with adapter_config.json and weights")
     push.add_argument("--name", help="name to serve it under (default: the folder's)")
+    push.add_argument("--ttl", type=int, metavar="SECONDS", help="delete it after that time")
     verbs.add_parser("list", help="all adapters")
     for verb, text in {
         "show": "one adapter in full",
-        "remove": "delete an adapter; requests that run on it finish",
+        "versions": "every generation of an adapter",
+        "remove": "delete an adapter, or NAME@GENERATION; requests that run on it finish",
         "pin": "keep an adapter in memory",
         "unpin": "let a pinned adapter be evicted again",
     }.items():
         verbs.add_parser(verb, help=text).add_argument("name")
-    adapters.set_defaults(run=_adapters)
+    adapters.set_defaults(run=lambda args: _asking(args, _adapters))
 
 
-def _adapters(args: dict[str, Any]) -> int:
+def add_aliases(commands: Any) -> None:
+    """Adds the command to ``loramux``'s own."""
+    aliases = commands.add_parser(
+        "aliases",
+        help="name what adapters of a running server stand for, and share requests among them",
+        description="Manage the aliases of a running server.",
+    )
+    verbs = _add_server(aliases)
+    point = verbs.add_parser("set", help="point an alias at an adapter, or at several with weights")
+    point.add_argument("name")
+    point.add_argument(
+        "target",
+        nargs="+",
+        type=_share,
+        metavar="TARGET[=WEIGHT]",
+        help="NAME@GENERATION stays that generation, NAME follows its newest; weight: 1",
+    )
+    point.add_argument(
+        "--expected-revision", type=int, metavar="N", help="only if this is its revision; 0: none"
+    )
+    verbs.add_parser("list", help="all aliases")
+    verbs.add_parser("remove", help="delete an alias; the adapters stay").add_argument("name")
+    aliases.set_defaults(run=lambda args: _asking(args, _aliases))
+
+
+def _add_server(command: argparse.ArgumentParser) -> Any:
+    command.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
+    command.add_argument("--api-key", help="your key, if it needs one (default: $LORAMUX_API_KEY)")
+    return command.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+
+def _share(text: str) -> tuple[str, int]:
+    model, equals, weight = text.partition("=")
+    if not model or (equals and not weight.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not TARGET or TARGET=WEIGHT")
+    return model, int(weight) if equals else 1
+
+
+def _asking(args: dict[str, Any], verb: Callable[[Any, dict[str, Any]], None]) -> int:
+    """Carry out a verb with a client of the server; the exit code."""
     try:
         from loramux_client import Client, LoramuxClientError
     except ImportError as error:
         raise ConfigError("this command needs the client: pip install loramux-client") from error
-    from loramux.console import adapter_table, upload_progress
-
-    verb = args["verb"]
     try:
         with Client(args["url"], api_key=args["api_key"] or client_key()) as client:
-            if verb == "list":
-                adapter_table(client.adapters.list())
-            elif verb == "push":
-                with upload_progress() as progress:
-                    view = client.adapters.push(
-                        args["source"], name=args["name"], progress=progress
-                    )
-                adapter_table([view])
-            elif verb == "remove":
-                client.adapters.delete(args["name"])
-                print(f"removed {args['name']}")
-            else:
-                adapter_table([getattr(client.adapters, verb)(args["name"])], full=verb == "show")
+            verb(client, args)
     except LoramuxClientError as error:
         print(f"loramux: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _adapters(client: Any, args: dict[str, Any]) -> None:
+    from loramux.console import adapter_table, upload_progress
+
+    verb, name = args["verb"], args.get("name")
+    if verb == "list":
+        adapter_table(client.adapters.list())
+    elif verb == "versions":
+        adapter_table(client.adapters.versions(name))
+    elif verb == "push":
+        with upload_progress() as progress:
+            view = client.adapters.push(
+                args["source"], name=name, ttl_s=args["ttl"], progress=progress
+            )
+        adapter_table([view])
+    elif verb == "remove":
+        client.adapters.delete(name)
+        print(f"removed {name}")
+    else:
+        adapter_table([getattr(client.adapters, verb)(name)], full=verb == "show")
+
+
+def _aliases(client: Any, args: dict[str, Any]) -> None:
+    from loramux.console import alias_table
+
+    if args["verb"] == "list":
+        alias_table(client.aliases.list())
+    elif args["verb"] == "remove":
+        client.aliases.delete(args["name"])
+        print(f"removed {args['name']}")
+    else:
+        shares = dict(args["target"])
+        if len(shares) < len(args["target"]):
+            raise ConfigError("a target was given twice")
+        expected = args["expected_revision"]
+        alias_table([client.aliases.set(args["name"], shares, expected_revision=expected)])

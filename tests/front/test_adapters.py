@@ -263,6 +263,7 @@ def test_pins(tmp_path: Path) -> None:
             assert (await engine_said(front))["commands"][:-1] == [
                 ["pin", view.digest],
                 ["pin", two.digest],
+                ["unpin", view.digest],
                 ["unpin", two.digest],
             ]
             with pytest.raises(NotFound):

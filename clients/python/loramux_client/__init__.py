@@ -3,6 +3,7 @@
 from loramux_client._client import AsyncClient, AsyncStream, Client, Stream
 from loramux_client._errors import (
     ERRORS,
+    AdapterAliasedError,
     AdapterFailedError,
     AdapterFilesError,
     AdapterIncompatibleError,
@@ -30,12 +31,14 @@ from loramux_client._errors import (
     RateLimitedError,
     RequestTimeoutError,
     RequestTooLargeError,
+    RevisionConflictError,
     ServerError,
     StorageFullError,
     UnsupportedMediaTypeError,
 )
 from loramux_client._models import (
     Adapter,
+    Alias,
     ChatChoice,
     ChatCompletion,
     Chunk,
@@ -47,6 +50,7 @@ from loramux_client._models import (
     Message,
     Model,
     PromptTokensDetails,
+    Target,
     Usage,
 )
 from loramux_client._verbs import ChatOptions, CompletionOptions
@@ -56,12 +60,14 @@ __version__ = "0.1.0"
 __all__ = [
     "APIError",
     "Adapter",
+    "AdapterAliasedError",
     "AdapterFailedError",
     "AdapterFilesError",
     "AdapterIncompatibleError",
     "AdapterInvalidError",
     "AdapterLoadFailedError",
     "AdapterNotReadyError",
+    "Alias",
     "AsyncClient",
     "AsyncStream",
     "AuthenticationError",
@@ -99,9 +105,11 @@ __all__ = [
     "RateLimitedError",
     "RequestTimeoutError",
     "RequestTooLargeError",
+    "RevisionConflictError",
     "ServerError",
     "StorageFullError",
     "Stream",
+    "Target",
     "UnsupportedMediaTypeError",
     "Usage",
 ]

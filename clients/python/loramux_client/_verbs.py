@@ -9,7 +9,15 @@ from urllib.parse import quote
 
 from loramux_client._errors import RequestTimeoutError, api_error
 from loramux_client._files import Progress, Source, find_adapter
-from loramux_client._models import Adapter, ChatCompletion, Completion, Health, Model, Record
+from loramux_client._models import (
+    Adapter,
+    Alias,
+    ChatCompletion,
+    Completion,
+    Health,
+    Model,
+    Record,
+)
 from loramux_client._protocol import Answer, Flow, Request, Sleep, identity, json_request
 from loramux_client._sending import send
 
@@ -110,7 +118,7 @@ def stream(
 
 
 def models() -> Flow[list[Model]]:
-    """The base model and every adapter that can be named in ``model``."""
+    """The base model and every adapter and alias that can be named in ``model``."""
     answer: Answer = yield Request("GET", "/v1/models")
     return _listed(Model, answer)
 
@@ -127,6 +135,7 @@ def push(
     name: str | None = None,
     *,
     expected_generation: int | None = None,
+    ttl_s: int | None = None,
     progress: Progress | None = None,
     wait: bool | float = True,
 ) -> Flow[Adapter]:
@@ -136,13 +145,16 @@ def push(
     given these when ``expected_generation`` is its present one. Files that the server has are not
     sent again, large ones are resumed after a broken connection. ``progress(sent, total)`` counts
     bytes. ``wait``: until the server has validated it (seconds, or True for ten minutes), else
-    return at once with status "validating". Raises AdapterInvalidError with all its problems.
+    return at once with status "validating". ``ttl_s``: seconds until it is deleted. Raises
+    AdapterInvalidError with all its problems.
     """
     files = find_adapter(source)
     fields = yield from send(files, progress)
     fields["name"] = name or files.name
     if expected_generation is not None:
         fields["expected_generation"] = expected_generation
+    if ttl_s is not None:
+        fields["ttl_s"] = ttl_s
     answer: Answer = yield json_request("POST", "/v1/adapters", fields)
     adapter = Adapter.from_json(answer.json())
     deadline = time.monotonic() + (LONGEST_WAIT_S if wait is True else wait)
@@ -172,7 +184,8 @@ def show(name: str) -> Flow[Adapter]:
 
 
 def delete(name: str) -> Flow[None]:
-    """Remove an adapter. Requests that run with it go on to their end."""
+    """Remove an adapter, or one generation of it (``name@generation``). Requests that run with it
+    go on to their end."""
     yield Request("DELETE", _adapter_path(name))
 
 
@@ -188,6 +201,54 @@ def unpin(name: str) -> Flow[Adapter]:
     return Adapter.from_json(answer.json())
 
 
+def versions(name: str) -> Flow[list[Adapter]]:
+    """Every generation of an adapter, newest first."""
+    answer: Answer = yield Request("GET", f"{_adapter_path(name)}/versions")
+    return _listed(Adapter, answer)
+
+
+def set_ttl(name: str, ttl_s: int | None) -> Flow[Adapter]:
+    """Have an adapter deleted in so many seconds, or keep it (None). A bare name means its newest
+    generation. What an alias stands for stays until the alias moves."""
+    answer: Answer = yield json_request("PUT", f"{_adapter_path(name)}/ttl", {"ttl_s": ttl_s})
+    return Adapter.from_json(answer.json())
+
+
+def set_alias(
+    name: str, target: str | Mapping[str, int], *, expected_revision: int | None = None
+) -> Flow[Alias]:
+    """Point an alias at an adapter, or at several: ``{model: weight}``. All at once, or not at all.
+
+    ``model@generation`` stays that generation, a bare name follows its newest; the base's name is
+    the base. One ``user`` of completions gets the same target while the weights stay. The alias is
+    only changed when its revision is ``expected_revision`` (0: when there is none), if given.
+    """
+    fields: dict[str, Any] = {"target": target}
+    if not isinstance(target, str):
+        fields = {"targets": [{"model": m, "weight": weight} for m, weight in target.items()]}
+    if expected_revision is not None:
+        fields["expected_revision"] = expected_revision
+    answer: Answer = yield json_request("PUT", _alias_path(name), fields)
+    return Alias.from_json(answer.json())
+
+
+def list_aliases() -> Flow[list[Alias]]:
+    """Every alias on the server."""
+    answer: Answer = yield Request("GET", "/v1/aliases")
+    return _listed(Alias, answer)
+
+
+def show_alias(name: str) -> Flow[Alias]:
+    """What an alias stands for."""
+    answer: Answer = yield Request("GET", _alias_path(name))
+    return Alias.from_json(answer.json())
+
+
+def delete_alias(name: str) -> Flow[None]:
+    """Remove an alias. The adapters it stood for stay."""
+    yield Request("DELETE", _alias_path(name))
+
+
 def _generate(
     fields: Mapping[str, Any], options: Mapping[str, Any], *, stream: bool = False
 ) -> Request:
@@ -198,8 +259,9 @@ def _generate(
 
 
 def _served(cls: type[R], answer: Answer) -> R:
-    request_id, digest = identity(answer)
-    return cls.from_json({**answer.json(), "request_id": request_id, "adapter_digest": digest})
+    request_id, digest, version = identity(answer)
+    about = {"request_id": request_id, "adapter_digest": digest, "adapter_version": version}
+    return cls.from_json({**answer.json(), **about})
 
 
 def _listed(cls: type[R], answer: Answer) -> list[R]:
@@ -208,3 +270,7 @@ def _listed(cls: type[R], answer: Answer) -> list[R]:
 
 def _adapter_path(name: str) -> str:
     return f"/v1/adapters/{quote(name, safe='')}"
+
+
+def _alias_path(name: str) -> str:
+    return f"/v1/aliases/{quote(name, safe='')}"
