@@ -75,8 +75,9 @@ def test_a_time_to_live_at_upload(real: Running) -> None:
     view = upload(real, "stone", b"s", "&ttl_s=100", status=200)
     assert view["generation"] == 1 and view["expires_at"], "also for what was there"
     body = {"name": "stone", "config": {}, "weights": "sha256:" + "0" * 64}
-    answer = real.http.post("/v1/adapters", json={**body, "ttl_s": 0})
-    assert refusal(answer)["param"] == "ttl_s"
+    for path, ttl_s in (("", 0), ("", True), ("?ttl_s=5", 6)):
+        answer = real.http.post(f"/v1/adapters{path}", json={**body, "ttl_s": ttl_s})
+        assert refusal(answer)["param"] == "ttl_s"
     real.http.delete("/v1/adapters/stone")
 
 

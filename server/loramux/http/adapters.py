@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from loramux.errors import (
     AdapterInvalid,
     InvalidRequest,
     LoramuxError,
+    NotFound,
     Overloaded,
     PermissionDenied,
 )
@@ -224,8 +226,9 @@ class Models:
     async def show(self, request: Request, model: str) -> Response:
         """One card; a name with a generation or digest works too."""
         adapters, tenant = self._front.adapters, caller(request).tenant
-        if model in {alias.id for alias in adapters.aliases.list(tenant=tenant)}:
-            return answer(self._card(model, adapters.aliases.show(model, tenant=tenant).changed))
+        with contextlib.suppress(NotFound):
+            alias = adapters.aliases.show(model, tenant=tenant)
+            return answer(self._card(model, alias.changed))
         served = adapters.resolve(model, tenant=tenant)
         if not served.adapters:
             return answer(self._base())
