@@ -17,7 +17,7 @@ from tests.http.conftest import Running
 from tests.http.fake_front import eventually
 from tests.http.test_aliases import put, served, told, upload
 from tests.http.test_bad_inputs import refusal
-from tests.http.test_blobs import real_server
+from tests.http.test_blobs import real_server, sha
 
 from loramux.errors import NotFound
 from loramux.front import catalog as catalog_module
@@ -74,10 +74,12 @@ def test_a_time_to_live_at_upload(real: Running) -> None:
     assert forever["expires_at"] is None
     view = upload(real, "stone", b"s", "&ttl_s=100", status=200)
     assert view["generation"] == 1 and view["expires_at"], "also for what was there"
-    body = {"name": "stone", "config": {}, "weights": "sha256:" + "0" * 64}
+    body = {"name": "stone", "config": {}, "weights": f"sha256:{sha(b's')}"}
     for path, ttl_s in (("", 0), ("", True), ("?ttl_s=5", 6)):
         answer = real.http.post(f"/v1/adapters{path}", json={**body, "ttl_s": ttl_s})
         assert refusal(answer)["param"] == "ttl_s"
+    answer = real.http.post("/v1/adapters?ttl_s=7&wait=9", json={**body, "ttl_s": 7})
+    assert answer.status_code == 200 and answer.json()["expires_at"] < view["expires_at"]
     real.http.delete("/v1/adapters/stone")
 
 
