@@ -286,10 +286,13 @@ def shouting_adapter(
 def oracle(model_dir: Path, adapter_dir: Path | None = None) -> Any:
     """The model, or PEFT's wrapper of it, in float32 and in eval mode; not to be changed.
 
+    Of an adapter that PEFT cannot read ``merged/`` beside its files is the whole model it makes.
     Cached by path: a test that rewrites a directory in place must use another one instead.
     """
     from peft import PeftModel
 
+    if adapter_dir is not None and (adapter_dir / "merged").exists():
+        return _load(adapter_dir / "merged")
     model = _load(model_dir)
     if adapter_dir is None:
         return model

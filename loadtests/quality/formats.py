@@ -4,7 +4,9 @@
 
 For each tiny architecture all formats of ``tests/formats.py`` answer together in one batch with the
 base, and each alone. Ids are greedy; one that differs where PEFT's best two logits are nearer than
-1e-4 is excused and counted. Log-probabilities are those of a prompt's own tokens.
+1e-4 is excused and counted. Log-probabilities are those of a prompt's own tokens. Formats that PEFT
+does not write (lora_xs, s2ft) are compared with transformers running the base's weights with the
+change added to them in float64.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ def measure(arch: tiny.Arch, folder: Path) -> dict[str, Line]:
 
 def table(results: dict[tiny.Arch, dict[str, Line]]) -> str:
     rows = [
-        "| format | architecture | ids equal to PEFT's | excused | alone = mixed | largest"
+        "| format | architecture | ids equal to the oracle's | excused | alone = mixed | largest"
         " difference of a log-probability |",
         "| --- | --- | ---: | ---: | --- | ---: |",
     ]

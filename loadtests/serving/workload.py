@@ -125,7 +125,7 @@ class Served:
         self.engine = self.assembled.engine
         self.base = self.assembled.ready.base
         self.vocabulary = self.assembled.ready.vocab_size
-        self._data_dir = data_dir
+        self.data_dir = data_dir
         self._loaded = threading.Event()
         self.engine.residency.on_loaded = self._loaded.set
         self._serial = 0
@@ -135,10 +135,10 @@ class Served:
         the others hard links to those; their digests."""
         digests = []
         for seed in range(min(count, different)):
-            folder = self._data_dir / "peft" / f"r{rank}-{seed}"
+            folder = self.data_dir / "peft" / f"r{rank}-{seed}"
             if not folder.exists():
                 write_adapter(folder, self.base, rank, seed)
-            digests.append(throughput.install_adapter(folder, self._data_dir, self.base))
+            digests.append(throughput.install_adapter(folder, self.data_dir, self.base))
         for index in range(len(digests), count):
             digest = hashlib.sha256(f"rank {rank}, link {index}".encode()).hexdigest()
             link = self._packed(digest)
@@ -148,7 +148,7 @@ class Served:
         return digests
 
     def _packed(self, digest: str) -> Path:
-        return packed_path(self._data_dir, digest, self.base.fingerprint)
+        return packed_path(self.data_dir, digest, self.base.fingerprint)
 
     def submit(self, prompt: list[int], num_new: int, digest: str) -> str:
         """Queue one greedy request; its id."""

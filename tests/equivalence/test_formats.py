@@ -1,9 +1,11 @@
-"""Every format in PEFT's own words: alone, and mixed with all the others in one batch."""
+"""Every format as PEFT, or its change merged into the base, answers: alone, and mixed with all the
+others in one batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,7 +15,9 @@ from tests.equivalence.test_oracle import Excuses, prompts
 from tests.harness import Harness, install_adapter
 
 from loramux.adapters.base_weights import Float32
-from loramux.adapters.formats.upload import Module, Upload
+from loramux.adapters.canonical import Computed
+from loramux.adapters.formats import lora_xs, residual, s2ft
+from loramux.adapters.formats.upload import Module, Upload, values_of
 from loramux.wire import MODULES
 
 CLOSE = 2e-4
@@ -42,6 +46,7 @@ def adapters(
     }
 
 
+# Ten seconds and more: PEFT loads and runs each of some forty adapters, one after the other.
 def test_all_formats_in_one_batch_answer_as_peft_and_as_alone(
     model: Path, adapters: dict[str, Path]
 ) -> None:
@@ -88,7 +93,7 @@ def test_log_probabilities_of_a_prompt_are_pefts(model: Path, adapters: dict[str
     assert not far
 
 
-Change = Callable[..., None]
+Change = Callable[..., Any]
 
 
 def scale_dropped(add: Change) -> Change:
@@ -116,20 +121,74 @@ def bias_scaled_too(add: Change) -> Change:
     return broken
 
 
-FAULTS = [
-    ("add_pair", scale_dropped, ["lora", "rslora", "patterns", "adalora", "head"]),
-    ("add_pair", one_layer_skipped, ["lora", "dora", "vera", "miss", "adalora"]),
-    ("add_vector", one_layer_skipped, ["dora", "ia3", "ia3_outputs", "saved_norms"]),
-    ("add_vector", gain_dropped, ["dora", "dora_head", "ia3", "saved_norms"]),
-    ("add_vector", shift_dropped, ["lora_bias"]),
-    ("add_vector", bias_scaled_too, ["dora", "dora_bias_all"]),
+def bias_forgotten(add: Change) -> Change:
+    return shift_dropped(add)
+
+
+def base_taken_as_it_is(factors: Change) -> Change:
+    return lambda upload, at, init, scale, a, b: (a, b)
+
+
+def taken_out_unscaled(factors: Change) -> Change:
+    return lambda upload, at, init, scale, a, b: factors(upload, at, init, 1.0, a, b)
+
+
+def scaled_when_taken_out(factors: Change) -> Change:
+    return lambda upload, at, init, scale, a, b: factors(upload, at, "pissa", scale, a, b)
+
+
+def r_dropped(product: Change) -> Change:
+    return lambda b, r: b
+
+
+def r_transposed(product: Change) -> Change:
+    return lambda b, r: Computed(b.shape, lambda: values_of(b) @ values_of(r).T)
+
+
+def next_channel(one_hot: Change) -> Change:
+    return lambda channels, width: one_hot([(i + 1) % width for i in channels], width)
+
+
+def sides_swapped(add: Change) -> Change:
+    """Where the weight is square; elsewhere the shapes would tell."""
+
+    def broken(self: Upload, at: Module, scale: float, a: Any, b: Any) -> None:
+        if a.shape[1] != b.shape[0]:
+            return add(self, at, scale, a, b)
+        turned = [Computed(m.shape[::-1], lambda m=m: values_of(m).T) for m in (b, a)]
+        return add(self, at, scale, *turned)
+
+    return broken
+
+
+PISSA, OLORA = ["pissa", "pissa_patterns", "pissa_dora"], ["olora", "olora_embeddings"]
+XS = ["lora_xs", "lora_xs_joined"]
+FAULTS: list[tuple[Any, str, Callable[[Change], Change], list[str]]] = [
+    (Upload, "add_pair", scale_dropped, ["lora", "rslora", "patterns", "adalora", "head"]),
+    (Upload, "add_pair", one_layer_skipped, ["lora", "dora", "vera", "miss", "adalora"]),
+    (Upload, "add_vector", one_layer_skipped, ["dora", "ia3", "ia3_outputs", "saved_norms"]),
+    (Upload, "add_vector", gain_dropped, ["dora", "dora_head", "ia3", "saved_norms"]),
+    (Upload, "add_vector", shift_dropped, ["lora_bias"]),
+    (Upload, "add_vector", bias_scaled_too, ["dora", "dora_bias_all"]),
+    (Upload, "add_vector", bias_forgotten, ["adalora_bias", "vera_bias", "miss_bias"]),
+    (Upload, "add_pair", scale_dropped, [*PISSA, *OLORA, *XS]),
+    (Upload, "add_pair", one_layer_skipped, [*PISSA, *OLORA, *XS, "s2ft"]),
+    (residual, "factors", base_taken_as_it_is, [*PISSA, *OLORA]),
+    (residual, "factors", taken_out_unscaled, PISSA),
+    (residual, "factors", scaled_when_taken_out, OLORA),
+    (lora_xs, "product", r_dropped, XS),
+    (lora_xs, "product", r_transposed, XS),
+    (s2ft, "_one_hot", next_channel, ["s2ft"]),
+    (Upload, "add_pair", sides_swapped, ["s2ft"]),
 ]
+NEED_BIASES = (bias_scaled_too, bias_forgotten)
 
 
 @pytest.mark.parametrize(
-    ("where", "fault", "shown"), FAULTS, ids=lambda f: getattr(f, "__name__", None)
+    ("owner", "where", "fault", "shown"), FAULTS, ids=lambda f: getattr(f, "__name__", None)
 )
 def test_a_broken_importer_is_caught(
+    owner: Any,
     where: str,
     fault: Callable[[Change], Change],
     shown: list[str],
@@ -138,9 +197,9 @@ def test_a_broken_importer_is_caught(
     adapters: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if fault is bias_scaled_too and arch != "qwen2":
+    if fault in NEED_BIASES and arch != "qwen2":
         pytest.skip("the base has no biases")
-    monkeypatch.setattr(Upload, where, fault(getattr(Upload, where)))
+    monkeypatch.setattr(owner, where, fault(getattr(owner, where)))
     found = differences(model, {name: adapters[name] for name in shown})
     assert all(far > 20 * CLOSE for far in found.values()), found
 

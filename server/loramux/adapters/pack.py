@@ -13,7 +13,8 @@ Matrices are rank-major: A is r vectors of ``in`` elements (as in the file), B i
 the rest being zero; vectors follow each other without gaps. Layers come in order, and within one
 the order of use: what changes embeddings (with the first layer), the input norm; input gains, A,
 gains, shifts and B of q, k, v, then those of o; the second norm; gate and up, down; the final norm
-and lm_head (with the last). So a layer can run once the slices up to its end are there.
+and lm_head (with the last). So a layer can run once the slices up to its end are there. What
+several modules share (one Matrix object: VeRA's A) is there once, where it is first used.
 
 The packed form is derived: (digest, base, importer version) name it, and it is made again when it
 is missing. It depends on the widths of the base but not on the size of a slice: when one chunk
@@ -58,7 +59,7 @@ from loramux.adapters.canonical import (
 from loramux.errors import AdapterInvalid, ConfigError
 from loramux.wire import TABLE_MODULES, BaseDescription
 
-IMPORTER_VERSION = 4
+IMPORTER_VERSION = 5
 """Raise it whenever import or packing would turn the same upload into other bytes."""
 MIN_CHUNK, MAX_CHUNK = 16, 128
 _ORDER = (
@@ -125,10 +126,11 @@ class Layout:
 
     def layer_ends(self) -> Int64:
         """So many elements from the stream's beginning do layers 0 to l need: [num_layers]."""
-        # A layer begins with the first thing it has: the next layer's first ends all before it.
-        vectors = np.where(self.vector_offset >= 0, self.vector_offset, self.num_elems)
-        pairs = np.where(self.rank > 0, self.a_offset, self.num_elems)
-        starts = np.minimum(pairs.min(axis=1), vectors.min(axis=(1, 2)))
+        # A layer begins with the first thing no layer before has: that ends all before it.
+        halves = [np.where(self.rank > 0, half, -1) for half in (self.a_offset, self.b_offset)]
+        has = np.concatenate([*halves, self.vector_offset.reshape(self.num_layers, -1)], axis=1)
+        before = np.append(-1, np.maximum.accumulate(has.max(axis=1))[:-1])
+        starts = np.where(has > before[:, None], has, self.num_elems).min(axis=1)
         later = np.append(starts[1:], self.num_elems)
         return np.minimum.accumulate(later[::-1])[::-1]
 
@@ -262,20 +264,23 @@ def lay_out(adapter: CanonicalAdapter, base: BaseDescription) -> Layout:
         at = pair.layer, TABLE_MODULES.index(pair.module)
         layout.rank[at], layout.scale[at] = pair.rank, pair.scale
     end = 0
+    placed: dict[tuple[Part, int], int] = {}
     for (layer, module, part), source in _pieces(adapter, base).items():
         count, width = _shape(part, source)
         at = layer, TABLE_MODULES.index(module)
+        start = placed.setdefault((part, id(source)), end)
         if part == "A":
-            layout.a_offset[at] = end
+            layout.a_offset[at] = start
         elif part == "B":
-            layout.b_offset[at] = end
+            layout.b_offset[at] = start
         elif part == "ids":
-            layout.token_ids_offset[TOKEN_MODULES.index(module)] = end
+            layout.token_ids_offset[TOKEN_MODULES.index(module)] = start
         elif part == "rows":
-            layout.token_rows_offset[TOKEN_MODULES.index(module)] = end
+            layout.token_rows_offset[TOKEN_MODULES.index(module)] = start
         else:
-            layout.vector_offset[*at, VECTOR_KINDS.index(part)] = end
-        end += count * _padded(width, chunk)
+            layout.vector_offset[*at, VECTOR_KINDS.index(part)] = start
+        if start == end:
+            end += count * _padded(width, chunk)
     for tokens in adapter.tokens:
         layout.num_token_rows[TOKEN_MODULES.index(tokens.module)] = len(tokens.ids)
     return replace(layout, num_elems=end)
@@ -429,7 +434,11 @@ def _shape(part: Part, source: Source) -> tuple[int, int]:
 
 def _stream(adapter: CanonicalAdapter, base: BaseDescription, chunk: int) -> Iterator[Array]:
     """The stream's pieces, [vectors, padded width] each, in ``STORAGE[adapter.dtype]``."""
+    written = set()
     for (_, _, part), source in _pieces(adapter, base).items():
+        if (part, id(source)) in written:
+            continue
+        written.add((part, id(source)))
         count, width = _shape(part, source)
         values = source if isinstance(source, np.ndarray) else _read(source, adapter.dtype)
         if part == "ids":  # integers among floats: their bits

@@ -1,4 +1,4 @@
-"""From the files of an adapter to its canonical form, one module for each format of PEFT.
+"""From the files of an adapter to its canonical form, one module for each format.
 
 Import is strict: every tensor of the file must be a part of a module of the base, every
 field of the config must be one whose meaning we implement or know to be neutral, and the two must
@@ -13,7 +13,7 @@ from typing import Any
 
 from loramux.adapters.base_weights import BaseWeights
 from loramux.adapters.canonical import CanonicalAdapter
-from loramux.adapters.formats import adalora, ia3, lora, miss, vera
+from loramux.adapters.formats import adalora, ia3, lora, miss, s2ft, vera
 from loramux.adapters.formats.upload import Upload
 from loramux.adapters.problems import Problems
 from loramux.adapters.safetensors_file import FileTensor
@@ -31,6 +31,7 @@ FORMATS: Mapping[str, Callable[[Upload], None]] = {
     "VERA": vera.read,
     "MISS": miss.read,
     "IA3": ia3.read,
+    "S2FT": s2ft.read,
 }
 """By ``peft_type``. A reader puts pairs and vectors, and all that is wrong, into the Upload."""
 

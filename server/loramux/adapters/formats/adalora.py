@@ -9,12 +9,14 @@ import numpy as np
 from loramux.adapters.base_weights import Float32
 from loramux.adapters.canonical import Computed
 from loramux.adapters.formats import lora
+from loramux.adapters.formats.biases import PARTS as BIASES
+from loramux.adapters.formats.biases import read_biases
 from loramux.adapters.formats.fields import Rules, check_init, targets_of, value_of
 from loramux.adapters.formats.upload import Module, Upload, values_of
 from loramux.adapters.safetensors_file import FileTensor
 
 RULES = Rules(
-    implemented=frozenset("init_r lora_alpha init_lora_weights".split()),
+    implemented=frozenset("init_r lora_alpha init_lora_weights bias".split()),
     neutral={
         **lora.RULES.neutral,
         "r": "replaced by init_r",
@@ -36,7 +38,7 @@ RULES = Rules(
         "lora_bias": "AdaLoRA with biases of B is not defined",
     },
 )
-PARTS = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
+PARTS = {"lora_A": "A", "lora_B": "B", "lora_E": "E", **BIASES}
 
 
 def read(upload: Upload) -> None:
@@ -48,6 +50,7 @@ def read(upload: Upload) -> None:
     targets = targets_of(upload.config, upload.problems, upload.warnings)
     upload.match(PARTS)
     upload.refuse_rest()
+    read_biases(upload, "lora_only")
     empty = []
     for at in upload.ordered():
         parts = upload.modules[at]
@@ -81,7 +84,7 @@ def _any(tensor: FileTensor) -> bool:
 
 
 def _good(upload: Upload, at: Module, parts: dict[str, FileTensor]) -> bool:
-    missing = [part for part in PARTS.values() if part not in parts]
+    missing = [part for part in "ABE" if part not in parts]
     if missing:
         names = " and ".join(f"lora_{part}" for part in missing)
         upload.problems.add(f"{upload.name(at)} lacks {names}")

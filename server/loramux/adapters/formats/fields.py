@@ -27,7 +27,7 @@ overflow in half precision."""
 MAX_PATTERNS = 4096
 MAX_PATTERN_CHARS = 256
 
-_TARGETING = frozenset(
+TARGETING = frozenset(
     "peft_type target_modules exclude_modules layers_to_transform layers_pattern".split()
 )
 _NEUTRAL = {
@@ -49,8 +49,9 @@ _REFUSED = {
 }
 
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
-"""These choose where training starts and leave the base as it is. The others (pissa, olora, corda,
-loftq, lora_ga) change the base weights, so the adapter is right only on that changed base."""
+"""These choose where training starts and leave the base as it is. The others (pissa_niter, corda,
+loftq, lora_ga) change the base weights, so the adapter is right only on that changed base; where
+the change can be computed again see ``residual``."""
 
 T = TypeVar("T", int, float)
 
@@ -151,7 +152,7 @@ class Rules:
         """Every field that is none of the first two and is not switched off is a problem."""
         for name, value in config.items():
             known = name in self.implemented or name in self.neutral or name in _NEUTRAL
-            if known or _off(value) or name in _TARGETING or (name, value) == ("bias", "none"):
+            if known or _off(value) or name in TARGETING or (name, value) == ("bias", "none"):
                 continue
             reason = self.refused.get(name) or _REFUSED.get(name)
             reason = reason or "the field is unknown, so its effect is too"

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 
 from loramux.adapters.base_weights import Float32
-from loramux.adapters.canonical import Computed
+from loramux.adapters.canonical import Computed, Matrix
+from loramux.adapters.formats import lora_xs, residual
+from loramux.adapters.formats.biases import PARTS as BIASES
+from loramux.adapters.formats.biases import read_biases
 from loramux.adapters.formats.fields import (
     Pattern,
     Rules,
@@ -63,9 +66,9 @@ PARTS = {
     "lora_magnitude_vector.weight": "magnitude",
     "lora_embedding_A": "A",
     "lora_embedding_B": "B",
-    "base_layer.bias": "bias",
-    "bias": "bias",
+    **BIASES,
     **WHOLE,
+    **lora_xs.PARTS,
 }
 
 
@@ -74,15 +77,14 @@ class LoraConfig:
 
     def __init__(self, config: Mapping[str, Any], problems: Problems, notes: list[str]) -> None:
         RULES.check(config, problems)
-        check_init(config.get("init_lora_weights"), problems)
+        self.residual = residual.init_of(config.get("init_lora_weights"))
+        if self.residual is None:
+            check_init(config.get("init_lora_weights"), problems)
         self.rank = value_of(config, "r", as_rank, problems)
         self.alpha = value_of(config, "lora_alpha", as_alpha, problems)
         self.use_rslora = flag(config, "use_rslora", problems)
         self.use_dora = flag(config, "use_dora", problems)
         self.lora_bias = flag(config, "lora_bias", problems)
-        self.bias = config.get("bias") or "none"
-        if self.bias not in ("none", "all", "lora_only"):
-            problems.add(f"bias is {shown(self.bias)}: it is none, all or lora_only")
         self.rank_pattern = pattern_of(config, "rank_pattern", as_rank, problems)
         self.alpha_pattern = pattern_of(config, "alpha_pattern", as_alpha, problems)
         self.targets = targets_of(config, problems, notes)
@@ -97,6 +99,11 @@ class LoraConfig:
             return None
         alpha = self.alpha_pattern.lookup(module_name, self.alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def takes_out(self, at: Module) -> str | None:
+        """How the module's pair was first taken out of the base's weight, if it was: "pissa" or
+        "olora". To PEFT these words mean nothing for embeddings."""
+        return self.residual if at[1] != "embed_tokens" else None
 
     def unused_patterns(self) -> list[str]:
         """What to tell the uploader of pattern keys that no module was looked up with."""
@@ -117,19 +124,21 @@ def read(upload: Upload) -> None:
     upload.match(PARTS)
     upload.refuse_rest()
     read_whole(upload)
-    biases = _take_biases(upload)
+    read_biases(upload, "lora_only")
+    lora_xs.check(upload, plain=not (config.use_dora or config.lora_bias or config.residual))
+    if config.residual and not residual.check(upload, config.residual):
+        config.residual = None
     empty = []
     for at in upload.ordered():
         parts = upload.modules[at]
         # Also when something else is wrong: the uploader learns all of it at once.
         nonzero = {part: upload.scan(tensor) for part, tensor in parts.items()}
-        if not nonzero.get("B", True):
+        if not (config.residual or all(nonzero.get(part, True) for part in "BR")):
             empty.append(at)
         scale = _scale(upload, config, at, parts)
         _check_parts(upload, config, at, parts)
         if scale is not None:
             _add(upload, config, at, parts, scale)
-    _add_biases(upload, config, biases)
     upload.check_targets(config.targets)
     upload.warn_of_empty(empty)
     upload.warnings += config.unused_patterns()
@@ -142,6 +151,9 @@ def _scale(
     name, problems = upload.name(at), upload.problems
     halves = [side for side in "AB" if side in parts]
     if len(halves) < 2:
+        if "R" in parts:
+            problems.add(f"tensor {shown(parts['R'].name)} {lora_xs.MISSING}")
+            return None
         missing = "B" if halves == ["A"] else "A"
         has = f"lora_{halves[0]}" if halves else shown(next(iter(parts.values())).name)
         problems.add(f"{name} has {has} without lora_{missing}")
@@ -159,7 +171,12 @@ def _scale(
         text = f"{name} has rank {rank} in the file and {configured} in the config"
         problems.add(text, "rank_mismatch")
         return None
-    return config.scale_of(name, rank) if upload.good_rank(at, rank) else None
+    if "R" in parts and not upload.fits(parts["R"], rank, rank):
+        return None
+    doubled = config.takes_out(at)
+    why = f" ({rank}, twice for init_lora_weights: '{config.residual}')" if doubled else ""
+    good = upload.good_rank(at, 2 * rank if doubled else rank, why)
+    return config.scale_of(name, rank) if good else None
 
 
 def _check_parts(
@@ -184,7 +201,10 @@ def _check_parts(
 def _add(
     upload: Upload, config: LoraConfig, at: Module, parts: dict[str, FileTensor], scale: float
 ) -> None:
-    a, b = parts["A"], parts["B"]
+    halves = _halves(upload, config, at, parts, scale)
+    if halves is None:
+        return
+    a, b = halves
     width_out = upload.base.table_widths[at[1]][1]
     given = {part: values_of(t) for part, t in parts.items() if t.shape == (width_out,)}
     if "B bias" in given:
@@ -206,6 +226,18 @@ def _add(
     upload.add_pair(at, scale, a, Computed(b.shape, lambda: g[:, None] * values_of(b)))
 
 
+def _halves(
+    upload: Upload, config: LoraConfig, at: Module, parts: dict[str, FileTensor], scale: float
+) -> tuple[Matrix, Matrix] | None:
+    """A and B as they act on the base's weight."""
+    a, b = parts["A"], parts["B"]
+    if "R" in parts:
+        return a, lora_xs.product(b, parts["R"])
+    if (init := config.takes_out(at)) is not None:
+        return residual.factors(upload, at, init, scale, a, b)
+    return a, b
+
+
 def dora_gain(
     upload: Upload, at: Module, magnitude: Float32, scale: float, a: Float32, b: Float32
 ) -> Float32:
@@ -218,40 +250,3 @@ def dora_gain(
         row = rows.stop
     with np.errstate(divide="ignore", invalid="ignore"):
         return (magnitude / norms).astype(np.float32)
-
-
-def _take_biases(upload: Upload) -> dict[Module, FileTensor]:
-    """The trained biases of the base's own modules, which need not be targets."""
-    biases = {at: parts.pop("bias") for at, parts in upload.modules.items() if "bias" in parts}
-    for at in biases:
-        if not upload.modules[at]:
-            del upload.modules[at]
-    return biases
-
-
-def _add_biases(upload: Upload, config: LoraConfig, biases: dict[Module, FileTensor]) -> None:
-    for at, tensor in biases.items():
-        upload.scan(tensor)
-        own = upload.weights.bias(*at)
-        name = shown(tensor.name)
-        if config.bias == "none":
-            upload.problems.add(f"tensor {name}: the config says that no bias was trained")
-        elif own is None:
-            upload.problems.add(f"tensor {name}: the base has no bias there")
-        elif upload.fits(tensor, len(own)):
-            upload.add_vector(at, "shift", values_of(tensor) - own)
-    if config.bias == "none":
-        return
-    for at in sorted(_biased(upload, config)):
-        if at not in biases:
-            upload.problems.add(
-                f"{upload.name(at)}: the config says its bias was trained (bias: {config.bias}), "
-                "and the file does not hold it"
-            )
-
-
-def _biased(upload: Upload, config: LoraConfig) -> list[Module]:
-    """The modules whose bias the config says was trained."""
-    everywhere = [(x, m) for x in range(upload.base.num_layers) for m in upload.base.widths]
-    some = everywhere if config.bias == "all" else list(upload.modules)
-    return [at for at in some if upload.weights.bias(*at) is not None]

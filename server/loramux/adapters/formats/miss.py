@@ -8,17 +8,19 @@ import numpy as np
 
 from loramux.adapters.base_weights import Float32
 from loramux.adapters.canonical import Computed
+from loramux.adapters.formats.biases import PARTS as BIASES
+from loramux.adapters.formats.biases import read_biases
 from loramux.adapters.formats.fields import Rules, as_rank, targets_of, value_of
 from loramux.adapters.formats.upload import Upload, values_of
 from loramux.adapters.safetensors_file import FileTensor
 from loramux.adapters.strict_json import shown
 
 RULES = Rules(
-    implemented=frozenset(["r", "init_weights", "mini_r"]),
+    implemented=frozenset(["r", "init_weights", "mini_r", "bias"]),
     neutral={"miss_dropout": "training only"},
     refused={},
 )
-PARTS = {"miss_block": "block"}
+PARTS = {"miss_block": "block", **BIASES}
 
 
 def read(upload: Upload) -> None:
@@ -35,6 +37,7 @@ def read(upload: Upload) -> None:
     targets = targets_of(config, problems, upload.warnings)
     upload.match(PARTS)
     upload.refuse_rest()
+    read_biases(upload, "MiSS_only")
     empty = []
     for at in upload.ordered():
         block = upload.modules[at]["block"]

@@ -32,7 +32,7 @@ _NAME = re.compile(
     r"(?P<model>(?:model\.)?)layers\.(?P<layer>0|[1-9][0-9]{0,5})\."
     r"(?:self_attn\.(?P<attn>[qkvo]_proj)|mlp\.(?P<mlp>gate_proj|up_proj|down_proj)|"
     r"(?P<norm>input_layernorm|post_attention_layernorm))"
-    r"\.(?P<part>.+)"
+    r"(?:\.|(?=_lora_latent))(?P<part>.+)"
 )
 _END = re.compile(
     r"(?:base_model\.model\.)?(?:(?:model\.)?(?P<inner>embed_tokens|norm)|(?P<head>lm_head))"
@@ -172,11 +172,11 @@ class Upload:
             self.problems.add(f"tensor {name} holds values beyond {MAX_SCALE:g}", "out_of_range")
         return nonzero
 
-    def good_rank(self, module: Module, rank: int) -> bool:
+    def good_rank(self, module: Module, rank: int, why: str = "") -> bool:
         """Whether this server takes the rank; a problem when not."""
         if rank > self.base.max_rank:
             self.problems.add(
-                f"{self.name(module)} has rank {rank}; this server takes up to"
+                f"{self.name(module)} has rank {rank}{why}; this server takes up to"
                 f" {self.base.max_rank}",
                 "rank_too_large",
             )
@@ -249,6 +249,6 @@ class Upload:
         )
 
 
-def values_of(tensor: FileTensor) -> Float32:
-    """A tensor as float32."""
-    return widen(tensor.read(), tensor.dtype)
+def values_of(matrix: Matrix) -> Float32:
+    """A matrix or any other tensor as float32."""
+    return widen(matrix.read(), matrix.dtype)
