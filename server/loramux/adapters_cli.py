@@ -12,6 +12,9 @@ from loramux.config import client_key
 from loramux.errors import ConfigError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+_BLEND_FIELDS = (
+    "method rank density majority_sign_method seed alpha beta expected_generation".split()
+)
 
 
 def add_adapters(commands: Any) -> None:
@@ -26,6 +29,7 @@ def add_adapters(commands: Any) -> None:
     push.add_argument("source", type=Path, help="folder with adapter_config.json and weights")
     push.add_argument("--name", help="name to serve it under (default: the folder's)")
     push.add_argument("--ttl", type=int, metavar="SECONDS", help="delete it after that time")
+    _add_blend(verbs)
     verbs.add_parser("list", help="all adapters")
     for verb, text in {
         "show": "one adapter in full",
@@ -76,6 +80,39 @@ def _share(text: str) -> tuple[str, int]:
     return model, int(weight) if equals else 1
 
 
+def _add_blend(verbs: Any) -> None:
+    blend = verbs.add_parser("blend", help="make an adapter of others")
+    blend.add_argument("name", help="name to serve it under")
+    blend.add_argument(
+        "sources",
+        nargs="+",
+        type=_weighed,
+        metavar="SOURCE[=WEIGHT]",
+        help="adapters to make it of",
+    )
+    blend.add_argument(
+        "--method",
+        required=True,
+        help="soup, ties, dare_ties, dare_linear, scale_layers or compress",
+    )
+    for flag, kind, text in (
+        ("--rank", int, "rank of the result (soup: the ranks add up)"),
+        ("--density", float, "share of values that stays (ties, dare)"),
+        ("--majority-sign-method", str, "total or frequency (ties, dare_ties)"),
+        ("--seed", int, "which values stay (dare)"),
+        ("--alpha", float, "scale of the first block (scale_layers)"),
+        ("--beta", float, "how much is added up to the last (scale_layers)"),
+        ("--expected-generation", int, "the name's present generation, to replace it"),
+    ):
+        # What is left out is not sent: the server says what a method needs.
+        blend.add_argument(flag, type=kind, help=text, default=argparse.SUPPRESS)
+
+
+def _weighed(text: str) -> str | tuple[str, float]:
+    name, given, weight = text.partition("=")
+    return (name, float(weight)) if given else name
+
+
 def _asking(args: dict[str, Any], verb: Callable[[Any, dict[str, Any]], None]) -> int:
     """Carry out a verb with a client of the server; the exit code."""
     try:
@@ -105,6 +142,9 @@ def _adapters(client: Any, args: dict[str, Any]) -> None:
                 args["source"], name=name, ttl_s=args["ttl"], progress=progress
             )
         adapter_table([view])
+    elif verb == "blend":
+        fields = {key: args[key] for key in _BLEND_FIELDS if key in args}
+        adapter_table([client.adapters.blend(name, sources=args["sources"], **fields)], full=True)
     elif verb == "remove":
         client.adapters.delete(name)
         print(f"removed {name}")

@@ -2,7 +2,7 @@
 
     front  -> engine   Submit, Abort, Command
     engine -> front    Ready, StepDone (one a step), Reply, Heartbeat
-    front  -> ingest   IngestJob
+    front  -> ingest   IngestJob, BlendJob
     ingest -> front    IngestDone
 
 A socket carries one encoded message per frame. ``engine_epoch`` counts the engine processes the
@@ -235,16 +235,57 @@ class IngestJob(msgspec.Struct, tag=True, kw_only=True):
     pack: bool = True
 
 
+BlendMethod = Literal["soup", "ties", "dare_ties", "dare_linear", "scale_layers", "compress"]
+
+
+class BlendRecipe(msgspec.Struct, frozen=True, kw_only=True):
+    """How adapters become one. Which fields a method reads: ``adapters.blend.FIELDS``.
+
+    ``rank``: of the result; 0: the sources' ranks add up. ``density``: the share of values that
+    stays when changes are pruned. ``alpha``, ``beta``: the scale of the first block, and how much
+    is added to it up to the last.
+    """
+
+    method: BlendMethod
+    rank: int = 0
+    density: float = 1.0
+    majority_sign_method: Literal["total", "frequency"] = "total"
+    seed: int = 0
+    alpha: float = 1.0
+    beta: float = 0.0
+
+
+class BlendSource(msgspec.Struct, frozen=True, kw_only=True):
+    """One adapter of a blend: what to call it, its files, its weight."""
+
+    name: str
+    config_digest: str
+    weights_digest: str
+    weight: float
+
+
+class BlendJob(msgspec.Struct, tag=True, kw_only=True):
+    """Make an adapter of others and store its weights, at most ``limit_bytes``, as a blob."""
+
+    job_id: int
+    sources: list[BlendSource]
+    recipe: BlendRecipe
+    base: BaseDescription
+    limit_bytes: int
+
+
 class IngestDone(msgspec.Struct, tag=True, kw_only=True):
-    """The outcome of one IngestJob.
+    """The outcome of one IngestJob or BlendJob.
 
     ``problems`` is empty exactly when the adapter is good; then ``digest`` is its version and
     ``report`` holds rank, num_bytes, num_frames, dtype, tensors, modules, layers, warnings.
-    ``code`` is an errors.py code when there are problems.
+    ``code`` is an errors.py code when there are problems. Of a BlendJob: ``digest`` is that of the
+    weights, ``config`` the adapter_config.json to go with them, ``report`` what the rank has kept.
     """
 
     job_id: int
     digest: str = ""
+    config: bytes = b""
     report: dict[str, Any] = {}
     problems: list[str] = []
     code: str = "adapter_invalid"
@@ -256,5 +297,5 @@ FromEngine = Ready | StepDone | Reply | Heartbeat
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
-decode_ingest_job = msgspec.msgpack.Decoder(IngestJob).decode
+decode_ingest_job = msgspec.msgpack.Decoder(IngestJob | BlendJob).decode
 decode_ingest_done = msgspec.msgpack.Decoder(IngestDone).decode

@@ -161,6 +161,34 @@ def test_health_is_an_answer_either_way(connect: Connect, pauses: list[float]) -
     assert pauses == []
 
 
+def test_a_blend_is_asked_for_and_awaited(connect: Connect) -> None:
+    script = Script(
+        httpx.Response(202, json=adapter("validating", generation=3)),
+        httpx.Response(200, json=adapter(generation=3)),
+    )
+    made = connect(script).call(
+        "adapters.blend",
+        "mix",
+        method="ties",
+        sources=["a@2", ("b", -0.5)],
+        rank=8,
+        density=0.25,
+        expected_generation=2,
+    )
+    assert made.status == "ready"
+    assert script.body() == {
+        "name": "mix",
+        "blend": {
+            "method": "ties",
+            "sources": [{"id": "a@2"}, {"id": "b", "weight": -0.5}],
+            "rank": 8,
+            "density": 0.25,
+        },
+        "expected_generation": 2,
+    }
+    assert script.requests[1].url.path == "/v1/adapters/a@3"
+
+
 def test_adapter_verbs(connect: Connect) -> None:
     script = Script(
         httpx.Response(200, json={"object": "list", "data": [adapter(), adapter("failed")]}),
@@ -342,7 +370,7 @@ def test_arguments_that_make_no_client(connect: Connect) -> None:
 
 
 VERBS = ["complete", "chat", "stream", "models", "health", "close"]
-ADAPTER_VERBS = ["push", "list", "show", "delete", "pin", "unpin"]
+ADAPTER_VERBS = ["push", "blend", "list", "show", "delete", "pin", "unpin"]
 
 
 @pytest.mark.parametrize("verb", VERBS + ADAPTER_VERBS)

@@ -143,6 +143,7 @@ class FakeAdapters:
         expected_generation: int | None = None,
         ttl_s: int | None = None,
         tenant: str = "",
+        blend: None = None,
     ) -> AdapterView:
         if name == "base":
             raise Conflict("the name is the base model's", param="name", code="name_reserved")

@@ -179,8 +179,10 @@ def test_ctrl_c_is_left_to_the_front(process: Process) -> None:
     assert done.problems == []
 
 
-def test_it_ends_with_its_parent(tmp_path: Path) -> None:
-    """A parent that is killed cannot tell it; the child notices by itself."""
+@pytest.mark.parametrize("busy", [False, True])
+def test_it_ends_with_its_parent(tmp_path: Path, busy: bool) -> None:
+    """A parent that is killed cannot tell it; the child notices by itself, also in the middle of a
+    job: here one that never ends, as a file to read is a pipe nobody writes to."""
     parent = subprocess.Popen(
         [
             sys.executable,
@@ -203,12 +205,32 @@ def test_it_ends_with_its_parent(tmp_path: Path) -> None:
         child = int(parent.stdout.readline())
         socket.send(encode(make_job(tmp_path, make_config(), GOOD)))
         assert socket.poll(WAIT_MS) and decode_ingest_done(socket.recv()).problems == []
+        if busy:
+            job = make_job(tmp_path, make_config(r=3), GOOD)
+            blob = BlobStore(tmp_path).path(job.config_digest)
+            blob.unlink()
+            os.mkfifo(blob)
+            socket.send(encode(job))
+            silent = opened_with_its_reader(blob)
         parent.kill()
         parent.wait()
         parent.stdout.close()
         deadline = time.monotonic() + 30
         while is_running(child):
             assert time.monotonic() < deadline, "it outlived its parent"
+            time.sleep(0.05)
+    if busy:
+        os.close(silent)
+
+
+def opened_with_its_reader(pipe: Path) -> int:
+    """The writing end of a named pipe, once somebody reads it."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # no reader yet
+            assert time.monotonic() < deadline, "nobody reads"
             time.sleep(0.05)
 
 

@@ -212,6 +212,7 @@ class Adapters:
         self._run = client._run
 
     push = _blocking(_verbs.push)
+    blend = _blocking(_verbs.blend)
     list = _blocking(_verbs.list_adapters)
     show = _blocking(_verbs.show)
     delete = _blocking(_verbs.delete)
@@ -240,6 +241,7 @@ class AsyncAdapters:
         self._run = client._run
 
     push = _awaited(_verbs.push)
+    blend = _awaited(_verbs.blend)
     list = _awaited(_verbs.list_adapters)
     show = _awaited(_verbs.show)
     delete = _awaited(_verbs.delete)

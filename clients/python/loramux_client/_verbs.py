@@ -84,6 +84,19 @@ class StreamOptions(Options, total=False):
     stream_options: Mapping[str, Any] | None
 
 
+class BlendFields(TypedDict, total=False):
+    """What recipes read: ``rank`` of the result; ``density``: the share of values that stays;
+    ``majority_sign_method``: total or frequency; ``seed``: which values; ``alpha``, ``beta``: the
+    scale of the first block, and how much is added up to the last."""
+
+    rank: int
+    density: float
+    majority_sign_method: str
+    seed: int
+    alpha: float
+    beta: float
+
+
 def complete(
     prompt: Prompt, *, model: str, **options: Unpack[CompletionOptions]
 ) -> Flow[Completion]:
@@ -155,6 +168,10 @@ def push(
         fields["expected_generation"] = expected_generation
     if ttl_s is not None:
         fields["ttl_s"] = ttl_s
+    return (yield from _register(fields, wait))
+
+
+def _register(fields: Mapping[str, Any], wait: bool | float) -> Flow[Adapter]:
     answer: Answer = yield json_request("POST", "/v1/adapters", fields)
     adapter = Adapter.from_json(answer.json())
     deadline = time.monotonic() + (LONGEST_WAIT_S if wait is True else wait)
@@ -169,6 +186,35 @@ def push(
     if wait and adapter.status == "failed":
         raise api_error({"code": "adapter_invalid", **(adapter.error or {})})
     return adapter
+
+
+def blend(
+    name: str,
+    *,
+    method: str,
+    sources: Sequence[str | tuple[str, float]],
+    expected_generation: int | None = None,
+    wait: bool | float = True,
+    **fields: Unpack[BlendFields],
+) -> Flow[Adapter]:
+    """Make an adapter of others on the server: soup, ties, dare_ties, dare_linear, scale_layers or
+    compress.
+
+    ``sources`` are names, or (name, weight). The server computes the whole blend before it answers:
+    give the client a long ``timeout`` for a large one. ``expected_generation`` and ``wait`` as for
+    ``push``. Raises AdapterInvalidError when the sources cannot be blended so.
+    """
+    listed = [
+        {"id": source} if isinstance(source, str) else {"id": source[0], "weight": source[1]}
+        for source in sources
+    ]
+    body: dict[str, Any] = {
+        "name": name,
+        "blend": {"method": method, "sources": listed, **fields},
+    }
+    if expected_generation is not None:
+        body["expected_generation"] = expected_generation
+    return (yield from _register(body, wait))
 
 
 def list_adapters() -> Flow[list[Adapter]]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,6 +87,7 @@ class Registry:
         expected_generation: int | None = None,
         ttl_s: int | None = None,
         tenant: str = "",
+        blend: Mapping[str, Any] | None = None,
     ) -> tuple[AdapterRow, bool]:
         """Give a name an adapter; the row, and whether it has yet to be validated.
 
@@ -95,6 +96,7 @@ class Registry:
         must be free), else Conflict; they become the next generation, and the old one stays until
         deleted. A failed or incompatible adapter does not hold its name. With ``ttl_s`` the row,
         also one that was there, lives that many seconds from now. An alias's name is reserved.
+        ``blend``: how the files were made here; it stays in the report.
         """
         digest = adapter_digest(config_digest, weights_digest)
         with self._transaction() as db:
@@ -127,6 +129,9 @@ class Registry:
                 (tenant, name),
             )
             row = self._insert(db, tenant, name, digest, config_digest, weights_digest)
+            if blend is not None:
+                report = _json({"blend": blend})
+                db.execute("UPDATE adapters SET report = ? WHERE id = ?", (report, row.id))
             return self._renew(db, row.id, ttl_s), True
 
     def _insert(
@@ -198,6 +203,8 @@ class Registry:
         """
         with self._transaction() as db:
             row = self._live(db, row_id)
+            if "blend" in row.report:
+                report = {**report, "blend": row.report["blend"]}
             of_name = (
                 "FROM adapters WHERE tenant = ? AND name = ? AND generation < ?"
                 " AND status != 'deleting'"

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from loramux.adapters.blobs import READ_BYTES, BlobStore, adapter_digest
 from loramux.adapters.pack import packed_path
@@ -22,6 +22,7 @@ from loramux.errors import (
 )
 from loramux.front.aliases import AliasService
 from loramux.front.background import Background
+from loramux.front.blends import Blends
 from loramux.front.blobs import BlobService
 from loramux.front.catalog import SHARED, AdapterView, Catalog, Served, split
 from loramux.front.ingest_client import IngestClient
@@ -78,6 +79,7 @@ class AdapterService:
         )
         self.aliases = AliasService(self.shelf)
         self.blobs = BlobService(config, self._registry, self._store, self.background)
+        self.blends = Blends(config, self._catalog, ingest, self.blobs, self.background)
         self.resumable = ResumableUploads(
             config, self._registry.database, self._store, self.blobs, self.background
         )
@@ -155,6 +157,7 @@ class AdapterService:
         expected_generation: int | None = None,
         ttl_s: int | None = None,
         tenant: str = SHARED,
+        blend: Mapping[str, Any] | None = None,
     ) -> AdapterView:
         """Register an uploaded adapter and have it validated and packed.
 
@@ -163,6 +166,7 @@ class AdapterService:
         QuotaExceeded, Conflict (generation_conflict, name_reserved), and AdapterInvalid when the
         verdict is in and bad. ``ttl_s`` is as ``set_ttl``'s, for one that was there too.
         ``validate_only`` always waits and registers nothing; its view has generation 0.
+        ``blend``: how the files were made here, for the report.
         """
         if not ADAPTER_NAME.fullmatch(name):
             raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
@@ -175,11 +179,11 @@ class AdapterService:
             await upload.write(config)
             files = (await upload.commit(), weights_digest)
             if validate_only:
-                return await self.verdicts.preview(name, files, self._base)
+                return await self.verdicts.preview(name, files, self._base, blend)
             row, fresh = await self.shelf.change(
                 tenant,
                 name,
-                lambda: self._register(tenant, name, files, expected_generation, ttl_s),
+                lambda: self._register(tenant, name, files, expected_generation, ttl_s, blend),
             )
         finally:
             await upload.abort()
@@ -226,6 +230,7 @@ class AdapterService:
         files: tuple[str, str],
         expected_generation: int | None,
         ttl_s: int | None,
+        blend: Mapping[str, Any] | None,
     ) -> tuple[AdapterRow, bool]:
         config_digest, weights_digest = files
         if not self._store.has(weights_digest):
@@ -238,6 +243,7 @@ class AdapterService:
             weights_digest=weights_digest,
             expected_generation=expected_generation,
             ttl_s=ttl_s,
+            blend=blend,
         )
 
     def _check_quota(self, tenant: str, name: str, files: tuple[str, str]) -> None:
@@ -350,7 +356,7 @@ class AdapterService:
 
     async def serve_for(self, base: BaseDescription) -> None:
         """This is the base from now on: it decides which adapters are compatible."""
-        self._base = base
+        self._base = self.blends.base = base
         self._registry.base_fingerprint = base.fingerprint
         await self.shelf.refresh_all()
 

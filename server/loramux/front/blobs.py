@@ -84,6 +84,11 @@ class BlobService:
                 return False
         return self._store.has(digest)
 
+    def has(self, digest: str) -> bool:
+        """Whether the bytes are here, whoever sent them. Certain for who holds them and asks on
+        the registry's thread."""
+        return self._store.has(digest)
+
     async def size(self, tenant: str, digest: str, param: str = "digest") -> int:
         """Bytes of a blob the tenant has. Raises NotFound (blob_not_found), and InvalidRequest."""
         return await self._background.on_disk(self._size, tenant, digest, param)

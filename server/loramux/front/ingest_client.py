@@ -19,7 +19,7 @@ _MAX_TRIES = 2
 
 @dataclass
 class _Job:
-    job: wire.IngestJob
+    job: wire.IngestJob | wire.BlendJob
     verdict: asyncio.Future[wire.IngestDone]
     tries: int = 0
 
@@ -57,16 +57,42 @@ class IngestClient:
         self, config_digest: str, weights_digest: str, base: wire.BaseDescription, *, pack: bool
     ) -> wire.IngestDone:
         """The verdict on two blobs. Raises ServiceError when no ingest process can be had."""
+        return await self._do(
+            wire.IngestJob(
+                job_id=self._next_id(),
+                config_digest=config_digest,
+                weights_digest=weights_digest,
+                base=base,
+                pack=pack,
+            )
+        )
+
+    async def blend(
+        self,
+        sources: Sequence[wire.BlendSource],
+        recipe: wire.BlendRecipe,
+        base: wire.BaseDescription,
+        *,
+        limit_bytes: int,
+    ) -> wire.IngestDone:
+        """What a blend became. Other jobs wait meanwhile. Raises as ``examine``."""
+        return await self._do(
+            wire.BlendJob(
+                job_id=self._next_id(),
+                sources=list(sources),
+                recipe=recipe,
+                base=base,
+                limit_bytes=limit_bytes,
+            )
+        )
+
+    def _next_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
+
+    async def _do(self, job: wire.IngestJob | wire.BlendJob) -> wire.IngestDone:
         if self._supervisor is None or self._supervisor.given_up:
             raise ServiceError("the ingest process cannot be started", code="ingest_failed")
-        self._last_id += 1
-        job = wire.IngestJob(
-            job_id=self._last_id,
-            config_digest=config_digest,
-            weights_digest=weights_digest,
-            base=base,
-            pack=pack,
-        )
         entry = _Job(job, asyncio.get_running_loop().create_future())
         self._jobs.append(entry)
         self._send_next()

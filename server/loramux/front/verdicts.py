@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Literal
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Literal
 
 from loramux.adapters.registry import AdapterRow
 from loramux.errors import AdapterInvalid, NotFound, ServiceError
@@ -102,7 +102,11 @@ class Verdicts:
             registry.mark_ready(row.id, fingerprint=fingerprint, report=done.report)
 
     async def preview(
-        self, name: str, files: tuple[str, str], base: BaseDescription
+        self,
+        name: str,
+        files: tuple[str, str],
+        base: BaseDescription,
+        blend: Mapping[str, Any] | None = None,
     ) -> AdapterView:
         """What an upload would become: generation 0, registered nowhere. Raises AdapterInvalid."""
         done = await self._ingest.examine(*files, base, pack=False)
@@ -118,5 +122,5 @@ class Verdicts:
             rank=done.report.get("rank", 0),
             num_bytes=done.report.get("num_bytes", 0),
             num_frames=done.report.get("num_frames", 0),
-            report=done.report,
+            report=done.report if blend is None else {**done.report, "blend": blend},
         )

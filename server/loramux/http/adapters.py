@@ -65,7 +65,8 @@ class Adapters:
         ttl_s: Annotated[int | None, Query(ge=1, le=MAX_TTL_S)] = None,
     ) -> Response:
         """Upload an adapter as multipart parts ``name``, ``config`` (adapter_config.json) and
-        ``weights`` (adapter_model.safetensors), or as JSON that names files sent before.
+        ``weights`` (adapter_model.safetensors), or as JSON that names files sent before, or in
+        ``blend`` adapters to make it of: that is computed before the answer.
 
         201 when it is ready, 202 while it is being validated (``wait``: seconds to stay for the
         verdict), 200 when exactly this was there before. ``validate_only`` registers nothing.
@@ -91,6 +92,7 @@ class Adapters:
                 expected_generation=expected_generation,
                 ttl_s=ttl_s,
                 tenant=tenant,
+                blend=upload.blend,
             )
         except LoramuxError as exc:
             # The front counts the verdicts on what it registered.

@@ -59,11 +59,13 @@ _UPLOAD = {
 }
 _REGISTRATION = {
     "type": "object",
-    "required": ["name", "config", "weights"],
+    "required": ["name"],
+    "anyOf": [{"required": ["config", "weights"]}, {"required": ["blend"]}],
     "properties": {
         "name": {"type": "string"},
         "config": {"type": ["string", "object"]},
         "weights": {"type": "string"},
+        "blend": {"type": "object", "required": ["method", "sources"]},
         "expected_generation": {"type": "integer"},
         "ttl_s": {"type": "integer"},
     },

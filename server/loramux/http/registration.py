@@ -1,8 +1,10 @@
-"""An adapter of files that are here already: named by their digests in a JSON body."""
+"""An adapter of files that are here already, named by their digests in a JSON body, or of other
+adapters, named there too."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -14,8 +16,10 @@ from loramux.front.adapters import AdapterService
 from loramux.http.auth import caller
 from loramux.http.blobs import digest_in
 from loramux.http.limits import read_json
+from loramux.http.recipes import parse_blend
 
 FIELDS = ("name", "config", "weights", "expected_generation", "ttl_s")
+BLEND_FIELDS = ("name", "blend", "expected_generation", "ttl_s")
 MAX_TTL_S = 10 * 366 * 86400
 
 
@@ -26,7 +30,8 @@ def is_json(request: Request) -> bool:
 
 
 class Registration:
-    """``{"name", "config", "weights", "expected_generation"?, "ttl_s"?}``, used like ``Upload``.
+    """``{"name", "config", "weights", "expected_generation"?, "ttl_s"?}``, used like ``Upload``; or
+    with ``blend`` (see ``recipes``) in place of the files, which are made while it is read.
 
     ``config`` is a digest or the adapter_config.json itself; of the latter the file that is stored
     is the object with sorted keys and no spaces, so equal configs are one file.
@@ -37,9 +42,10 @@ class Registration:
     weights_digest: str
     expected_generation: int | None
     ttl_s: int | None
+    blend: Mapping[str, Any] | None = None
 
     def __init__(self, adapters: AdapterService, config: ServerConfig) -> None:
-        self._blobs = adapters.blobs
+        self._blobs, self._blends = adapters.blobs, adapters.blends
         self._max_config_bytes = config.max_config_bytes
         self._claims = AsyncExitStack()
 
@@ -47,22 +53,27 @@ class Registration:
         """Read the body and claim its files, which stay until ``abort``.
 
         Raises UnsupportedMediaType, InvalidRequest, PayloadTooLarge, and NotFound (blob_not_found)
-        with the ``param`` whose file is not the caller's.
+        with the ``param`` whose file is not the caller's. A blend: also as ``Blends.made``.
         """
         body = await read_json(request)
         tenant = caller(request).tenant
+        fields = BLEND_FIELDS if "blend" in body else FIELDS
         for key in body:
-            if key not in FIELDS:
-                raise InvalidRequest(f"the fields are {', '.join(FIELDS)} and no others")
-        for key in FIELDS[:3]:
+            if key not in fields:
+                raise InvalidRequest(f"the fields are {', '.join(fields)} and no others")
+        for key in fields[:-2]:
             if key not in body:
                 raise InvalidRequest(f"{key}: this field is required", param=key)
-        name, config, weights = (body[key] for key in FIELDS[:3])
+        name = body["name"]
         if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
             raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
         self.name = name
         self.expected_generation = _generation(body.get("expected_generation"))
         self.ttl_s = seconds(body.get("ttl_s"))
+        if "blend" in body:
+            await self._make(tenant, body["blend"])
+            return
+        config, weights = body["config"], body["weights"]
         self.weights_digest = _digest(weights, "weights")
         await self._claims.enter_async_context(
             self._blobs.claim(tenant, self.weights_digest, "weights")
@@ -71,6 +82,13 @@ class Registration:
             self.config = self._written(config)
         else:
             self.config = await self._blobs.read_config(tenant, _digest(config, "config"))
+
+    async def _make(self, tenant: str, blend: Any) -> None:
+        recipe, sources = parse_blend(blend)
+        made = await self._claims.enter_async_context(
+            self._blends.made(recipe, sources, tenant=tenant)
+        )
+        self.config, self.weights_digest, self.blend = made.config, made.weights_digest, made.report
 
     def _written(self, config: dict[str, Any]) -> bytes:
         try:

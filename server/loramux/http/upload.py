@@ -30,6 +30,7 @@ class Upload:
     weights_digest: str
     expected_generation: int | None = None
     ttl_s: int | None = None
+    blend: None = None
 
     def __init__(self, adapters: AdapterService, config: ServerConfig) -> None:
         self._adapters = adapters

@@ -10,7 +10,9 @@ import argparse
 import logging
 import os
 import signal
+import time
 from pathlib import Path
+from threading import Thread
 
 from zmq.constants import SocketType
 from zmq.sugar.context import Context
@@ -20,14 +22,15 @@ from loramux.ingest import job
 from loramux.wire import decode_ingest_job, encode
 
 NICENESS = 19
-PARENT_POLL_MS = 500
+PARENT_POLL_S = 0.5
 
 log = logging.getLogger(__name__)
 
 
 def serve(socket_address: str, data_dir: Path) -> None:
-    """Answer every IngestJob with an IngestDone, in order, until the parent process is gone."""
+    """Answer every job with an IngestDone, in order, until the parent process is gone."""
     parent = os.getppid()
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
     pack.sweep(data_dir)
     context = Context()
     socket = context.socket(SocketType.PAIR)
@@ -35,12 +38,18 @@ def serve(socket_address: str, data_dir: Path) -> None:
     socket.linger = 0
     socket.connect(socket_address)
     try:
-        while os.getppid() == parent:
-            if socket.poll(PARENT_POLL_MS):
-                done = job.run(decode_ingest_job(socket.recv()), data_dir)
-                socket.send(encode(done))
+        while True:
+            done = job.run(decode_ingest_job(socket.recv()), data_dir)
+            socket.send(encode(done))
     finally:
         context.destroy()
+
+
+def _end_with(parent: int) -> None:
+    """Also in the middle of a job, which may be long: nobody is left to hear of it."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_S)
+    os._exit(0)
 
 
 def main() -> None:
