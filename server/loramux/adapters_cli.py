@@ -1,10 +1,12 @@
-"""``loramux adapters`` and ``loramux aliases``: what a running server serves, and as what."""
+"""``loramux adapters``: upload, list, show, remove and pin adapters of a running server, and look
+into an adapter's folder without one."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,21 @@ def add_adapters(commands: Any) -> None:
     """Adds the command to ``loramux``'s own."""
     adapters = commands.add_parser(
         "adapters",
-        help="upload, list, show, remove and pin adapters of a running server",
-        description="Manage the adapters of a running server.",
+        help="upload, list, show, remove and pin adapters of a running server; inspect a folder",
+        description="Manage the adapters of a running server, or inspect one on this machine.",
     )
-    verbs = _add_server(adapters)
+    verbs = add_server(adapters)
     push = verbs.add_parser("push", help="upload a PEFT adapter folder, tar or zip")
-    push.add_argument("source", type=Path, help="folder with adapter_config.json and weights")
+    push.add_argument(
+        "source", help="folder with adapter_config.json and weights, archive, or hf:ORG/REPO"
+    )
     push.add_argument("--name", help="name to serve it under (default: the folder's)")
     push.add_argument("--ttl", type=int, metavar="SECONDS", help="delete it after that time")
+    push.add_argument(
+        "--compress",
+        metavar="density=D[,alpha=A]",
+        help="send only the signs of that share of its values (ComPEFT); says what it costs",
+    )
     _add_blend(verbs)
     verbs.add_parser("list", help="all adapters")
     for verb, text in {
@@ -39,45 +48,30 @@ def add_adapters(commands: Any) -> None:
         "unpin": "let a pinned adapter be evicted again",
     }.items():
         verbs.add_parser(verb, help=text).add_argument("name")
-    adapters.set_defaults(run=lambda args: _asking(args, _adapters))
+    _add_inspect(verbs)
+    adapters.set_defaults(run=_adapters)
 
 
-def add_aliases(commands: Any) -> None:
-    """Adds the command to ``loramux``'s own."""
-    aliases = commands.add_parser(
-        "aliases",
-        help="name what adapters of a running server stand for, and share requests among them",
-        description="Manage the aliases of a running server.",
-    )
-    verbs = _add_server(aliases)
-    point = verbs.add_parser("set", help="point an alias at an adapter, or at several with weights")
-    point.add_argument("name")
-    point.add_argument(
-        "target",
-        nargs="+",
-        type=_share,
-        metavar="TARGET[=WEIGHT]",
-        help="NAME@GENERATION stays that generation, NAME follows its newest; weight: 1",
-    )
-    point.add_argument(
-        "--expected-revision", type=int, metavar="N", help="only if this is its revision; 0: none"
-    )
-    verbs.add_parser("list", help="all aliases")
-    verbs.add_parser("remove", help="delete an alias; the adapters stay").add_argument("name")
-    aliases.set_defaults(run=lambda args: _asking(args, _aliases))
-
-
-def _add_server(command: argparse.ArgumentParser) -> Any:
+def add_server(command: argparse.ArgumentParser) -> Any:
+    """What a command needs that asks a server; its verbs."""
     command.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
     command.add_argument("--api-key", help="your key, if it needs one (default: $LORAMUX_API_KEY)")
     return command.add_subparsers(dest="verb", required=True, metavar="VERB")
 
 
-def _share(text: str) -> tuple[str, int]:
-    model, equals, weight = text.partition("=")
-    if not model or (equals and not weight.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not TARGET or TARGET=WEIGHT")
-    return model, int(weight) if equals else 1
+def _add_inspect(verbs: Any) -> None:
+    inspect = verbs.add_parser(
+        "inspect",
+        help="what a server would say to an adapter's folder; needs none",
+        description="Run the importer on an adapter's folder: every tensor, every problem, and what"
+        " the adapter would cost. Exit code 1 when it would be refused, or is not as PEFT has it.",
+    )
+    inspect.add_argument("folder", type=Path, help="folder with adapter_config.json and weights")
+    inspect.add_argument("--model", type=Path, help="directory of the base (default: the demo's)")
+    inspect.add_argument("--json", action="store_true", help="print it as JSON")
+    inspect.add_argument(
+        "--verify", action="store_true", help="compare greedy answers with PEFT's (if installed)"
+    )
 
 
 def _add_blend(verbs: Any) -> None:
@@ -113,56 +107,92 @@ def _weighed(text: str) -> str | tuple[str, float]:
     return (name, float(weight)) if given else name
 
 
-def _asking(args: dict[str, Any], verb: Callable[[Any, dict[str, Any]], None]) -> int:
-    """Carry out a verb with a client of the server; the exit code."""
+def _adapters(args: dict[str, Any]) -> int:
+    if args["verb"] == "inspect":
+        return _inspect(args["folder"], args["model"], as_json=args["json"], check=args["verify"])
     try:
         from loramux_client import Client, LoramuxClientError
     except ImportError as error:
         raise ConfigError("this command needs the client: pip install loramux-client") from error
+    from loramux.console import adapter_table
+
+    verb = args["verb"]
     try:
         with Client(args["url"], api_key=args["api_key"] or client_key()) as client:
-            verb(client, args)
+            if verb == "list":
+                adapter_table(client.adapters.list())
+            elif verb == "push":
+                adapter_table([_push(client, args)])
+            elif verb == "versions":
+                adapter_table(client.adapters.versions(args["name"]))
+            elif verb == "blend":
+                fields = {key: args[key] for key in _BLEND_FIELDS if key in args}
+                view = client.adapters.blend(args["name"], sources=args["sources"], **fields)
+                adapter_table([view], full=True)
+            elif verb == "remove":
+                client.adapters.delete(args["name"])
+                print(f"removed {args['name']}")
+            else:
+                adapter_table([getattr(client.adapters, verb)(args["name"])], full=verb == "show")
     except LoramuxClientError as error:
         print(f"loramux: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _adapters(client: Any, args: dict[str, Any]) -> None:
-    from loramux.console import adapter_table, upload_progress
+def _push(client: Any, args: dict[str, Any]) -> Any:
+    from loramux.console import compression_facts, upload_progress
+    from loramux_client import compress
 
-    verb, name = args["verb"], args.get("name")
-    if verb == "list":
-        adapter_table(client.adapters.list())
-    elif verb == "versions":
-        adapter_table(client.adapters.versions(name))
-    elif verb == "push":
+    try:
+        pushed: Any = args["source"]
+        if args["compress"] is not None:
+            pushed = compress(pushed, **_compression(args["compress"]))
+            compression_facts(pushed)
         with upload_progress() as progress:
-            view = client.adapters.push(
-                args["source"], name=name, ttl_s=args["ttl"], progress=progress
+            return client.adapters.push(
+                pushed, name=args["name"], ttl_s=args["ttl"], progress=progress
             )
-        adapter_table([view])
-    elif verb == "blend":
-        fields = {key: args[key] for key in _BLEND_FIELDS if key in args}
-        adapter_table([client.adapters.blend(name, sources=args["sources"], **fields)], full=True)
-    elif verb == "remove":
-        client.adapters.delete(name)
-        print(f"removed {name}")
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _compression(text: str) -> dict[str, float]:
+    """``density=0.1,alpha=1``."""
+    found: dict[str, float] = {}
+    try:
+        for item in text.split(","):
+            key, _, value = item.partition("=")
+            if key not in ("density", "alpha") or key in found:
+                raise ValueError
+            found[key] = float(value)
+        if not 0 < found["density"] <= 1 or not 0 < found.get("alpha", 1) < float("inf"):
+            raise ValueError
+    except (KeyError, ValueError):
+        raise ConfigError(
+            f"--compress {text!r} is not density=D[,alpha=A] with 0 < D <= 1 and A > 0"
+        ) from None
+    return found
+
+
+def _inspect(folder: Path, model: Path | None, *, as_json: bool, check: bool) -> int:
+    from loramux.config import ServerConfig
+    from loramux.console import inspection, parity_table
+    from loramux.inspection import inspect
+
+    given: dict[str, Any] = {} if model is None else {"model": model}
+    config = ServerConfig(**given)
+    found = inspect(folder, config)
+    compared = []
+    if check and found["accepted"]:
+        from loramux.parity import verify
+
+        compared = verify(folder, config)
+    if as_json:
+        more = {"parity": [asdict(line) for line in compared]} if check else {}
+        print(json.dumps({**found, **more}, indent=1))
     else:
-        adapter_table([getattr(client.adapters, verb)(name)], full=verb == "show")
-
-
-def _aliases(client: Any, args: dict[str, Any]) -> None:
-    from loramux.console import alias_table
-
-    if args["verb"] == "list":
-        alias_table(client.aliases.list())
-    elif args["verb"] == "remove":
-        client.aliases.delete(args["name"])
-        print(f"removed {args['name']}")
-    else:
-        shares = dict(args["target"])
-        if len(shares) < len(args["target"]):
-            raise ConfigError("a target was given twice")
-        expected = args["expected_revision"]
-        alias_table([client.aliases.set(args["name"], shares, expected_revision=expected)])
+        inspection(found)
+        if compared:
+            parity_table(compared)
+    return 0 if found["accepted"] and all(line.agrees for line in compared) else 1

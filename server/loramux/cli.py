@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from loramux import __version__
-from loramux.adapters_cli import add_adapters, add_aliases
+from loramux.adapters_cli import add_adapters
+from loramux.aliases_cli import add_aliases
 from loramux.config import ServerConfig
 from loramux.errors import ConfigError
 from loramux.keys_cli import add_keys

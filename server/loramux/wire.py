@@ -60,7 +60,8 @@ class BaseDescription(msgspec.Struct, frozen=True, kw_only=True):
 
     ``widths[module] = (in_features, out_features)``; ``slice_bytes`` is the pool's slice.
     ``max_adapter_bytes`` is what one may take of the pool's ``pool_bytes``, 0 when nothing is set.
-    ``directory`` holds the checkpoint; ``quantized``: it is served rounded; ``tied``: lm_head is
+    ``directory`` holds the checkpoint; ``step_bytes`` of its matrices are read in a step, however
+    many rows it has; ``quantized``: it is served rounded; ``tied``: lm_head is
     embed_tokens.
     """
 
@@ -73,6 +74,7 @@ class BaseDescription(msgspec.Struct, frozen=True, kw_only=True):
     max_adapter_bytes: int = 0
     pool_bytes: int = 0
     directory: str = ""
+    step_bytes: int = 0
     quantized: bool = False
     tied: bool = False
 

@@ -4,18 +4,28 @@ is there, what was not is absent or can be gone on with, and nothing else has ch
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.adapters.peft_files import (
+    base_description,
+    make_config,
+    make_tensors,
+    safetensors_bytes,
+)
 from tests.adapters.power import Power
 from tests.adapters.upload_child import CONFIG, FILES, WEIGHTS, Server, sha, told, upload
 
+from loramux.adapters import pack
 from loramux.adapters.blobs import BlobStore
 from loramux.adapters.registry import Registry
 from loramux.errors import NotFound
+from loramux.ingest.job import run
+from loramux.wire import IngestJob
 
 ROOT = Path(__file__).parents[2]
 WAYS = ["multipart", "whole", "in_parts"]
@@ -128,6 +138,40 @@ def test_without_power_at_every_point_of_an_upload(
     assert len(cuts) > 40
     states = [check(target, answered) for target, answered in cuts]
     assert states[0] == "absent" and states[-1] == "ready"
+
+
+@pytest.mark.parametrize("keep_names", [False, True], ids=["names lost", "names kept"])
+def test_without_power_at_every_point_of_packing(
+    keep_names: bool, before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A packed file that is there is whole, and one whose verdict was given is there."""
+    base, data_dir = base_description(), tmp_path / "data"
+    shutil.copytree(before, data_dir)
+    files = json.dumps(make_config()).encode(), safetensors_bytes(make_tensors(base))
+    digests = []
+    for data in files:
+        with BlobStore(data_dir).writer(1 << 20) as writer:
+            writer.write(data)
+            digests.append(writer.commit())
+    job = IngestJob(job_id=1, config_digest=digests[0], weights_digest=digests[1], base=base)
+    cuts: list[Path] = []
+    with monkeypatch.context() as patch:
+        power = Power(data_dir, patch)
+
+        def point() -> None:
+            cuts.append(tmp_path / f"cut{len(cuts)}")
+            power.cut(cuts[-1], keep_names=keep_names)
+
+        power.watch(point)
+        assert not run(job, data_dir).problems
+        point()
+    found = []
+    for target in cuts:
+        pack.sweep(target)
+        paths = list((target / "packed").glob("*")) if (target / "packed").exists() else []
+        assert all(pack.verify_payload(pack.read_header(path)) for path in paths)
+        found.append(len(paths))
+    assert len(cuts) > 4 and found == sorted(found) and (found[0], found[-1]) == (0, 1)
 
 
 def test_bytes_that_a_dead_server_left_are_synced_before_they_are_a_blob(

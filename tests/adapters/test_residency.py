@@ -177,6 +177,24 @@ def test_no_room_is_an_answer() -> None:
     bench.residency.close()
 
 
+def test_pins_take_half_of_the_pool_at_most() -> None:
+    bench = Bench(9, {**dict.fromkeys("abc", 32), "small": 16})
+    assert bench.residency.pin("a") and bench.residency.pin("b")
+    bench.settle()
+    assert bench.residency.pin("a"), "it is already"
+    assert bench.residency.pin("small") is False, "four of nine frames are pinned"
+    assert bench.residency.pinned() == ["a", "b"] and not bench.residency.is_loading("small")
+    bench.residency.unpin("a")
+    assert bench.residency.pin("c") and bench.residency.pinned() == ["b", "c"]
+    bench.settle()
+    bench.residency.unpin("b")
+    assert bench.residency.pin("small")
+    bench.settle()
+    bench.check()
+    assert bench.pool.obtain(6, Owner.KV) is not None, "the other half is everybody's"
+    bench.residency.close()
+
+
 def test_evict_drops_warm_adapters_only() -> None:
     bench = Bench(4, {"x": 16})
     bench.residency.load("x")

@@ -19,7 +19,6 @@ import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,10 @@ from loramux.adapters.blobs import BlobStore
 from loramux.adapters.registry import Registry
 from loramux.config import ServerConfig
 from loramux.errors import NotFound
+from loramux.front.background import Background
 from loramux.front.blobs import BlobService
+from loramux.front.keys import NO_LIMITS
+from loramux.front.quotas import Quotas
 from loramux.front.resumable import ResumableUploads
 
 CONFIG, WEIGHTS = b'{"peft_type": "LORA"}', b"w" * 3_999 + b"x" * 6_001
@@ -77,23 +79,22 @@ class Server:
         self.registry.database.connection.set_trace_callback(point)
         self.store = BlobStore(data_dir)
         self.store.sweep()
-        self.disk, self.writers = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self.tasks: list[asyncio.Task[None]] = []
+        self.background = Background()
         self.blobs = BlobService(
-            self.config, self.registry, self.store, self.disk, self.writers, self._spawn
+            self.config,
+            self.registry,
+            self.store,
+            self.background,
+            Quotas(lambda _: NO_LIMITS, lambda _: None),
         )
         self.resumable = ResumableUploads(
-            self.config, self.registry.database, self.store, self.blobs, self.disk, self.writers
+            self.config, self.registry.database, self.store, self.blobs, self.background
         )
-        for digest in list(self.store.digests()):
-            self.blobs.holds.collect(digest)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        self.tasks.append(asyncio.ensure_future(work))
+        self.blobs.collect_all()
 
     def close(self) -> None:
-        self.disk.shutdown()
-        self.writers.shutdown()
+        self.background.disk.shutdown()
+        self.background.uploads.shutdown()
         self.registry.close()
 
     def tell(self, what: str) -> None:
@@ -105,8 +106,8 @@ class Server:
     async def _settled(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Wait for what the work has set going, too: the points come in one order."""
         result = await work
-        while self.tasks:
-            await self.tasks.pop()
+        while tasks := list(self.background._tasks):
+            await asyncio.wait(tasks)
         return result
 
     async def _body(self, data: bytes) -> AsyncIterator[bytes]:

@@ -25,7 +25,7 @@ class Server:
     """``loramux serve`` on ``model``, ready when the constructor returns."""
 
     def __init__(self, model: Path, data_dir: Path, *flags: str) -> None:
-        self.port = free_port()
+        self.port, self.data_dir = free_port(), data_dir
         self.url = f"http://127.0.0.1:{self.port}"
         paths = os.pathsep.join(str(ROOT / top) for top in ("server", "kernels"))
         self.log = data_dir.with_suffix(".log").open("ab")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ import pytest
 from tests import tiny
 from tests.e2e.server import Server
 
+from loramux.cli import main
 from loramux_client import AdapterInvalidError, AsyncClient, Client
 
 
@@ -74,6 +76,21 @@ def test_the_openai_package_works_unmodified(server: Server) -> None:
     with pytest.raises(openai.NotFoundError) as error:
         client.completions.create(model="nobody", prompt="Hello")
     assert error.value.code == "model_not_found"
+
+
+def test_a_compressed_adapter_is_what_it_says(
+    server: Server, shouters: tuple[Path, dict[int, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["adapters", "--url", server.url, "push", str(shouters[1][40]), "--name", "small"]
+    assert main([*command, "--compress", "density=0.3"]) == 0
+    assert "of the values kept" in " ".join(capsys.readouterr().out.split())
+    with Client(server.url) as client:
+        view = client.adapters.show("small")
+        facts = view.report["compression"]
+        assert view.status == "ready" and facts["claimed"]["density"] == 0.3
+        assert facts["kept"] == pytest.approx(0.3 * facts["values"], rel=0.01)
+        assert client.complete([5, 6], model="small", max_tokens=3).choices[0].text
+        client.adapters.delete("small")
 
 
 def test_two_choices_of_two_prompts_keep_their_order(server: Server) -> None:
@@ -147,6 +164,47 @@ def test_a_deleted_adapter_is_gone(server: Server, shouters: tuple[Path, dict[in
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert server.complete("say-40", [1, 2], max_tokens=1).status_code == 200
+
+
+def test_a_packed_file_that_rots_is_made_again(
+    server: Server, shouters: tuple[Path, dict[int, Path]], tmp_path: Path
+) -> None:
+    """From the uploaded files, when those are whole; else the adapter is no longer served."""
+    source = shouters[1][40]
+    for name, whole in (("mended", True), ("lost", False)):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = (source / "adapter_config.json").read_text() + " " * len(name)
+        (folder / "adapter_config.json").write_text(config)
+        weights = (source / "adapter_model.safetensors").read_bytes()
+        (folder / "adapter_model.safetensors").write_bytes(weights)
+        digest = server.upload(name, folder).json()["digest"]
+        [packed] = (server.data_dir / "packed").glob(f"{digest}*")
+        spoil(packed)
+        blob = hashlib.sha256(config.encode()).hexdigest()
+        if not whole:
+            spoil(server.data_dir / "blobs" / "sha256" / blob[:2] / blob)
+        assert server.complete(name, [5, 6], max_tokens=3).status_code == 500
+        deadline = time.monotonic() + 30
+        while True:
+            answer = server.complete(name, [5, 6], max_tokens=3, return_token_ids=True)
+            error = answer.json().get("error", {})
+            if error.get("code") != "adapter_not_ready":
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        if whole:
+            assert answer.json()["choices"][0]["token_ids"] == [40] * 3
+        else:
+            assert (answer.status_code, error["code"]) == (409, "adapter_failed")
+            reason = server.http.get(f"/v1/adapters/{name}").json()["error"]
+            assert reason["code"] == "blob_corrupt"
+
+
+def spoil(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
 
 
 def test_killing_the_engine_leaves_the_server_alive(

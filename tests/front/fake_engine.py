@@ -36,7 +36,7 @@ class Row:
 
 
 class FakeEngine:
-    def __init__(self, address: str, epoch: int, config: dict[str, Any]) -> None:
+    def __init__(self, address: str, epoch: int, parent: int, config: dict[str, Any]) -> None:
         self.epoch = epoch
         self.heartbeat_s = config["heartbeat_s"]
         self.socket = zmq.Context().socket(zmq.PAIR)
@@ -48,6 +48,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.commands: list[tuple[str, str | None]] = []
         self.tenants: list[str] = []
+        self.parent = parent
 
     def send(self, message: Any) -> None:
         self.socket.send(wire.encode(message))
@@ -62,7 +63,7 @@ class FakeEngine:
                 self.send(wire.Heartbeat(self.epoch, running))
             while self.socket.poll(0 if self.rows and not self.hung_since else 5):
                 self.receive(wire.decode_to_engine(self.socket.recv()))
-            if os.getppid() == 1:
+            if os.getppid() != self.parent:
                 os._exit(0)  # zmq would wait to send to nobody
             if self.rows and not self.hung_since:
                 self.take_step()
@@ -174,12 +175,13 @@ def main() -> None:
     parser.add_argument("--die", type=int, help="exit before readiness with this code")
     parser.add_argument("--socket")
     parser.add_argument("--epoch", type=int)
+    parser.add_argument("--parent", type=int)
     options = parser.parse_args()
     config = json.loads(sys.stdin.readline())
     assert StepStats().num_running == 0 and config["device"]
     if options.die:
         sys.exit(options.die)
-    FakeEngine(options.socket, options.epoch, config).run()
+    FakeEngine(options.socket, options.epoch, options.parent, config).run()
 
 
 if __name__ == "__main__":

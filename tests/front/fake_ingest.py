@@ -1,5 +1,6 @@
 """An ingest process without an importer: a config of ``{"bad": [...]}`` is refused for those
-reasons, ``{"die": true}`` kills the process, anything else is good after ``{"wait": seconds}``."""
+reasons (by the ``"code"``), ``{"die": true}`` kills the process, anything else is good after
+``{"wait": seconds}``."""
 
 from __future__ import annotations
 
@@ -20,11 +21,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--socket")
     parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--parent", type=int)
     options = parser.parse_args()
     socket = zmq.Context().socket(zmq.PAIR)
     socket.connect(options.socket)
     store = BlobStore(options.data_dir)
-    while os.getppid() != 1:
+    while os.getppid() == options.parent:
         if not socket.poll(50):
             continue
         job = wire.decode_ingest_job(socket.recv())
@@ -33,6 +35,7 @@ def main() -> None:
             os._exit(4)
         time.sleep(config.get("wait", 0))
         done = wire.IngestDone(job_id=job.job_id, problems=config.get("bad", []))
+        done.code = config.get("code", done.code)
         if not done.problems:
             done.digest = adapter_digest(job.config_digest, job.weights_digest)
             done.report = {"rank": 4, "num_bytes": 128, "num_frames": 1}

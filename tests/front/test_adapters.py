@@ -262,8 +262,8 @@ def test_pins(tmp_path: Path) -> None:
             assert not (await front.adapters.set_pinned("cat", False)).pinned
             assert (await engine_said(front))["commands"][:-1] == [
                 ["pin", view.digest],
-                ["pin", two.digest],
                 ["unpin", view.digest],
+                ["pin", two.digest],
                 ["unpin", two.digest],
             ]
             with pytest.raises(NotFound):
@@ -282,7 +282,7 @@ def test_a_pin_the_engine_refuses_is_taken_back(
             async def refuse(kind: str, digest: str | None = None) -> dict[str, Any]:
                 raise Conflict("no room", code="pool_full")
 
-            monkeypatch.setattr(front.adapters, "_ask_engine", refuse)
+            monkeypatch.setattr(front.adapters.pins, "_ask_engine", refuse)
             with pytest.raises(Conflict, match="no room"):
                 await front.adapters.set_pinned("cat", True)
             assert not front.adapters.show("cat").pinned

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -23,7 +24,10 @@ from loramux.errors import (
     LoramuxError,
     Overloaded,
 )
+from loramux.front.adapters import AdapterView
 from loramux.front.front import INGEST
+from loramux.metrics.stats import StepStats
+from loramux.request import AdapterRef
 
 
 def test_adapters_survive_a_restart(tmp_path: Path) -> None:
@@ -44,6 +48,33 @@ def test_adapters_survive_a_restart(tmp_path: Path) -> None:
             assert len(files(tmp_path)) == 3
             assert len(blobs(tmp_path)) == 5  # three weights, two configs
             assert not list((config.data_dir / "blobs" / "tmp").iterdir())
+
+    asyncio.run(main())
+
+
+def test_packed_files_go_with_their_version(tmp_path: Path) -> None:
+    """Of every base and importer; what a death has left, at the next start."""
+
+    def pack_as(view: AdapterView, ending: str) -> Path:
+        path = tmp_path / "data" / "packed" / f"{view.digest}-{ending}.lmx"
+        path.write_bytes(b"packed")
+        return path
+
+    async def main() -> None:
+        config = configure(tmp_path)
+        async with running(config) as front:
+            cat, dog = await upload(front, "cat"), await upload(front, "dog", b"dog")
+            [*packed] = files(tmp_path)
+            version = packed[0].stem.rpartition("-")[2]
+            others = [pack_as(view, f"another-base-{version}") for view in (cat, dog)]
+            await front.adapters.delete("cat")
+            await until(lambda: not others[0].exists())
+            assert {path.name[:64] for path in files(tmp_path)} == {dog.digest}
+        stale = pack_as(dog, "fake-base-v0")
+        orphan = pack_as(cat, f"fake-base-{version}")
+        async with running(config) as front:
+            assert not stale.exists() and not orphan.exists() and len(files(tmp_path)) == 2
+            assert front.adapters.resolve("dog").label == dog.digest
 
     asyncio.run(main())
 
@@ -232,6 +263,83 @@ def test_residency_comes_from_the_engine(tmp_path: Path) -> None:
             assert view.residency == "disk"
             front.snapshot.resident = frozenset([view.digest])
             assert front.adapters.show("cat").residency == "pool"
+
+    asyncio.run(main())
+
+
+def test_residency_tells_nothing_of_another_tenants_file(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(configure(tmp_path)) as front:
+            for tenant in ("alice", "bob"):
+                digest = (await upload(front, "cat", tenant=tenant)).digest
+
+            def seen() -> dict[str, str]:
+                show = front.adapters.show
+                return {each: show("cat", tenant=each).residency for each in ("alice", "bob")}
+
+            def engine_says(*resident: str) -> None:
+                front._observations.step(StepStats(resident=list(resident)))
+
+            await collect(front.submit(spec("r", adapters=(AdapterRef(digest),), tenant="alice")))
+            assert seen() == {"alice": "disk", "bob": "disk"}
+            engine_says(digest)
+            assert seen() == {"alice": "pool", "bob": "disk"}
+            engine_says(digest, "0" * 64)
+            assert seen() == {"alice": "pool", "bob": "disk"}
+            engine_says()
+            assert seen() == {"alice": "disk", "bob": "disk"}
+            await collect(front.submit(spec("s", adapters=(AdapterRef(digest),), tenant="bob")))
+            engine_says(digest)
+            assert seen() == {"alice": "disk", "bob": "pool"}, "hers had gone since"
+            await front.adapters.set_pinned("cat", True, tenant="alice")
+            assert seen() == {"alice": "pool", "bob": "pool"}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("code", ["adapter_load_failed", "packed_file_invalid"])
+@pytest.mark.parametrize("rotten", [False, True], ids=["blob whole", "blob rotten"])
+def test_what_the_engine_cannot_load_is_made_again_from_whole_files(
+    tmp_path: Path, rotten: bool, code: str
+) -> None:
+    """Or, with a blob that has rotted too, is no longer served at all."""
+    where = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{where}.lora_A.weight": np.ones((2, 16), np.float32),
+        f"{where}.lora_B.weight": np.ones((16, 2), np.float32),
+    }
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+
+    async def main() -> None:
+        async with running(configure(tmp_path), ingest=INGEST) as front:
+            show = front.adapters.show
+            view = await upload(front, "cat", save(tensors), wait_s=60, **config)
+            await upload(front, "dog", save(tensors), wait_s=60, **config, tenant="bob")
+            [packed] = files(tmp_path)
+            whole = packed.read_bytes()
+            packed.write_bytes(whole[:-1] + b"!")
+            if rotten:
+                blob = BlobStore(tmp_path / "data").path(hashlib.sha256(save(tensors)).hexdigest())
+                blob.write_bytes(blob.read_bytes()[:-1] + b"!")
+            refs = front.adapters.resolve("cat").adapters
+            with pytest.raises(LoramuxError):
+                await collect(front.submit(spec("r", f"fail={code}", adapters=refs)))
+            assert show("cat").status == show("dog", tenant="bob").status == "validating"
+            with pytest.raises(Conflict) as caught:
+                front.submit(spec("s", adapters=refs))
+            assert caught.value.code == "adapter_not_ready"
+            await until(lambda: not front.adapters.verdicts._running)
+            if rotten:
+                assert (show("cat").error or {})["code"] == "blob_corrupt"
+                with pytest.raises(Conflict):
+                    front.adapters.resolve("cat")
+                await upload(front, "cat", save(tensors), wait_s=60, **config)
+            assert [show("cat").status, files(tmp_path)] == ["ready", [packed]]
+            assert packed.read_bytes() == whole and show("cat").digest == view.digest
+            await collect(front.submit(spec("t", adapters=refs)))
+            with pytest.raises(LoramuxError):
+                await collect(front.submit(spec("u", f"fail={code}", adapters=refs)))
+            assert show("cat").status == "ready", "not again so soon"
 
     asyncio.run(main())
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ from tests.front.house import ENGINE, INGEST, PROMPT, SERVER, configure
 from tests.http import wire
 from tests.http.conftest import serve
 from tests.http.fake_front import eventually
-from tests.http.granting import Tenant, grant
+from tests.http.granting import Tenant, bearer, grant
 from tests.http.test_bad_inputs import refusal
+from tests.http.test_blobs import expire
 
 from loramux.front.front import Front
 from loramux.front.keys import Limits, editing
@@ -98,6 +101,64 @@ def test_quotas(acme: Tenant) -> None:
     assert error["code"] == "quota_exceeded" and "1001" in error["message"]
     assert acme.upload("fat", b"x" * 1000).status_code == 201
     acme.delete("fat")
+
+
+def blob(data: bytes) -> str:
+    return f"/v1/blobs/sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def test_files_without_an_adapter_count(acme: Tenant) -> None:
+    """Blobs, and uploads as announced; what an adapter uses is counted once."""
+    weights, other = b"w" * 500, b"o" * 300
+    assert acme.ask("PUT", blob(weights), content=weights).status_code == 201
+    named = {"name": "cat", "config": {}, "weights": blob(weights).rpartition("/")[2]}
+    assert acme.ask("POST", "/v1/adapters?wait=30", json=named).status_code == 201
+    assert acme.ask("PUT", blob(other), content=other).status_code == 201
+    begin = {"bytes": 199, "sha256": hashlib.sha256(b"x" * 199).hexdigest()}
+    upload = acme.ask("POST", "/v1/uploads", json=begin)
+    assert upload.status_code == 201
+
+    for body in (b"yz", iter([b"y", b"z"])):  # with its length, and without
+        error = refusal(acme.ask("PUT", blob(b"yz"), content=body), 403)
+        assert error["code"] == "quota_exceeded" and "999 bytes" in error["message"]
+    refusal(acme.ask("POST", "/v1/uploads", json={**begin, "bytes": 2}), 403)
+    refusal(acme.upload("dog", b"yz"), 403)
+    assert acme.ask("HEAD", blob(b"yz")).status_code == 404
+
+    assert acme.ask("PUT", blob(weights), content=weights).status_code == 200, "it is there"
+    assert acme.ask("POST", "/v1/adapters?wait=30", json=named).status_code == 200
+    assert acme.upload("dog", other).status_code == 201, "what waited is what the adapter uses"
+    path = f"/v1/uploads/{upload.json()['id']}"
+    key = bearer(acme.key) | {"upload-offset": "0"}
+    assert acme.server.http.patch(path, content=b"x" * 199, headers=key).status_code == 204
+    assert acme.ask("POST", f"{path}/complete").status_code == 201, "counted from its beginning"
+    refusal(acme.ask("POST", "/v1/uploads", json={**begin, "bytes": 2}), 403)
+    assert acme.ask("PUT", blob(b"1"), content=b"1").status_code == 201, "the very last byte"
+    for name in ("cat", "dog"):
+        acme.delete(name)
+    refusal(acme.upload("dog", b"yz"), 403)  # the blobs are hers still
+    expire(acme.server, "tenant_blobs", "tenant", "acme")
+    assert acme.upload("dog", b"yz").status_code == 201
+    acme.delete("dog")
+
+
+def test_adapters_that_fail_keep_no_files_and_have_a_limit(acme: Tenant) -> None:
+    for i in range(MAX_ADAPTERS):
+        answer = acme.upload(f"bad{i}", b"bad %d" % i, bad=["no"])
+        assert refusal(answer, 422)["problems"] == ["no"]
+        assert eventually(lambda i=i: not stored(acme, b"bad %d" % i))
+    error = refusal(acme.upload("worse", b"w", bad=["no"]), 403)
+    assert error["code"] == "quota_exceeded" and "4 adapters that failed" in error["message"]
+    refusal(acme.upload("bad1", b"bad 1", bad=["no"]), 422)
+    assert acme.upload("bad0", b"good").status_code == 201, "a name may try again"
+    for i in range(MAX_ADAPTERS):
+        acme.delete(f"bad{i}")
+
+
+def stored(tenant: Tenant, data: bytes) -> bool:
+    folder: Path = tenant.server.front.config.data_dir / "blobs" / "sha256"
+    digest = hashlib.sha256(data).hexdigest()
+    return (folder / digest[:2] / digest).exists()
 
 
 def test_deleting_under_a_stream(acme: Tenant) -> None:

@@ -181,6 +181,30 @@ def test_the_beginning_and_the_end_of_an_upload(real: Running, folder: Path, num
     assert refused_once(complete, after, number, prepare) >= 3
 
 
+@pytest.mark.parametrize(
+    ("code", "status", "again"),
+    [
+        ("storage_full", 507, "false"),
+        ("internal_error", 500, None),
+        ("blob_corrupt", 422, "false"),
+    ],
+)
+def test_an_adapter_that_could_not_be_packed(
+    real: Running, code: str, status: int, again: str | None
+) -> None:
+    """Whose fault that was, the status says; and the name is not taken by what failed."""
+    files = {"config": b'{"bad": ["why"], "code": "%s"}' % code.encode(), "weights": b"w"}
+    for query in ("?wait=30", "?validate_only=1"):
+        answer = real.http.post("/v1/adapters" + query, data={"name": "cat"}, files=files)
+        assert refusal(answer, status)["code"] == code
+        assert answer.headers.get("x-should-retry") == again
+    assert refusal(real.complete(PROMPT, model="cat"), 409)["code"] == "adapter_failed"
+    files["config"] = b"{}"
+    answer = real.http.post("/v1/adapters?wait=30", data={"name": "cat"}, files=files)
+    assert answer.status_code == 201
+    assert real.http.delete("/v1/adapters/cat").status_code == 202
+
+
 def test_a_full_registry(real: Running, folder: Path) -> None:
     database = real.front.adapters._registry.database  # type: ignore[attr-defined]
     put(real, b"before")

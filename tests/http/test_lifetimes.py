@@ -238,9 +238,12 @@ def test_a_tenants_quota_counts_what_lives(tmp_path: Path, monkeypatch: pytest.M
     async def main() -> None:
         async with running(configure(tmp_path)) as front:
             sizes: list[int] = []
-            monkeypatch.setattr(
-                front.quotas, "check_adapters", lambda _, held, num: sizes.append(len(held))
-            )
+
+            def count(tenant: str, num: int, which: str) -> None:
+                if "every generation" in which:
+                    sizes.append(num)
+
+            monkeypatch.setattr(front.quotas, "check_adapters", count)
             await begin(front, "cat", b"1")
             await front.adapters.set_ttl("cat", 100)
             await begin(front, "dog", b"2")

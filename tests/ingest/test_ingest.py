@@ -72,7 +72,7 @@ class Process:
         self.socket.bind(address)
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "loramux.ingest.main", "--socket", address]
-            + ["--data-dir", str(self.data_dir)],
+            + ["--data-dir", str(self.data_dir), "--parent", str(os.getpid())],
             cwd=ROOT,
             env={"PYTHONPATH": str(ROOT / "server")},
         )
@@ -102,6 +102,9 @@ def test_a_good_adapter_is_reported_and_packed(process: Process) -> None:
     assert done.digest == adapter_digest(job.config_digest, job.weights_digest)
     packed = pack.read_header(pack.packed_path(process.data_dir, done.digest, BASE.fingerprint))
     assert pack.verify_payload(packed) and packed.digest == done.digest
+    by_module, cost = done.report.pop("by_module"), done.report.pop("cost")
+    assert [by_module[m]["tensors"] for m in ("q_proj", "v_proj")] == [6, 6]
+    assert cost == {"row_bytes": packed.num_bytes}  # how large the base is was not said
     assert done.report == {
         "rank": 4,
         "num_bytes": packed.num_bytes,
@@ -187,9 +190,10 @@ def test_it_ends_with_its_parent(tmp_path: Path, busy: bool) -> None:
         [
             sys.executable,
             "-c",
-            "import subprocess, sys, time\n"
+            "import os, subprocess, sys, time\n"
             "child = subprocess.Popen([sys.executable, '-m', 'loramux.ingest.main',"
-            " '--socket', 'ipc://' + sys.argv[1] + '/s', '--data-dir', sys.argv[1]])\n"
+            " '--socket', 'ipc://' + sys.argv[1] + '/s', '--data-dir', sys.argv[1],\n"
+            "    '--parent', str(os.getpid())])\n"
             "print(child.pid, flush=True)\n"
             "time.sleep(600)",
             str(tmp_path),
@@ -246,7 +250,7 @@ def test_a_bug_of_ours_is_an_answer_too(tmp_path: Path, monkeypatch: pytest.Monk
     def broken(*args: object) -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr(ingest_job, "import_adapter", broken)
+    monkeypatch.setattr(ingest_job, "read_adapter", broken)
     done = ingest_job.run(make_job(tmp_path, make_config(), GOOD), tmp_path)
     assert done.code == "internal_error" and len(done.problems) == 1
     assert "secret" not in done.problems[0]

@@ -1,6 +1,7 @@
 """Python client for loramux: ``Client`` and ``AsyncClient``, typed answers, typed errors."""
 
 from loramux_client._client import AsyncClient, AsyncStream, Client, Stream
+from loramux_client._compress import Compressed
 from loramux_client._errors import (
     ERRORS,
     AdapterAliasedError,
@@ -53,7 +54,7 @@ from loramux_client._models import (
     Target,
     Usage,
 )
-from loramux_client._verbs import ChatOptions, CompletionOptions
+from loramux_client._verbs import ChatOptions, CompletionOptions, Compression, compress
 
 __version__ = "0.1.0"
 
@@ -80,6 +81,8 @@ __all__ = [
     "Completion",
     "CompletionChoice",
     "CompletionOptions",
+    "Compressed",
+    "Compression",
     "ConflictError",
     "ConnectionFailedError",
     "ContextLengthExceededError",
@@ -112,4 +115,5 @@ __all__ = [
     "Target",
     "UnsupportedMediaTypeError",
     "Usage",
+    "compress",
 ]

@@ -340,7 +340,8 @@ class Client:
 class AsyncClient:
     """``Client`` for asyncio: the same verbs, awaited.
 
-    Files to push are read in small blocks on the event loop.
+    Files to push are read in small blocks on the event loop. To compress an adapter or to save one
+    from memory takes it as long as it takes: call ``compress`` in a thread.
     """
 
     def __init__(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, Required, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
+from loramux_client import _compress
+from loramux_client._compress import Compressed
 from loramux_client._errors import RequestTimeoutError, api_error
-from loramux_client._files import Progress, Source, find_adapter
+from loramux_client._files import Progress
 from loramux_client._models import (
     Adapter,
     Alias,
@@ -20,6 +22,7 @@ from loramux_client._models import (
 )
 from loramux_client._protocol import Answer, Flow, Request, Sleep, identity, json_request
 from loramux_client._sending import send
+from loramux_client._sources import AnySource, open_adapter
 
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 Messages = Sequence[Mapping[str, Any]]
@@ -143,27 +146,53 @@ def health() -> Flow[Health]:
     return Health.from_json({**answer.json(), "ready": answer.status == 200})
 
 
+class Compression(TypedDict, total=False):
+    """How ``push`` compresses: the share of values that stay, and what they are scaled by (1)."""
+
+    density: Required[float]
+    alpha: float
+
+
+def compress(source: AnySource, density: float, alpha: float = 1.0) -> Compressed:
+    """Compress a LoRA adapter (ComPEFT): see ``Compressed`` for what it did, and push that.
+
+    ``density``: the share of its values that are kept, above 0, at most 1; their size is ``alpha``
+    standard deviations of all of them. Raises AdapterFilesError for what is not LoRA.
+    """
+    with open_adapter(source) as files:
+        return _compress.compress(files, density, alpha)
+
+
 def push(
-    source: Source,
+    source: AnySource,
     name: str | None = None,
     *,
     expected_generation: int | None = None,
     ttl_s: int | None = None,
+    compress: Compression | None = None,
     progress: Progress | None = None,
     wait: bool | float = True,
 ) -> Flow[Adapter]:
-    """Upload a PEFT adapter: a folder, a tar or zip of one, or (config path, weights path).
+    """Upload a PEFT adapter: a folder, a tar or zip of one, (config path, weights path), a PEFT
+    model in memory, ``hf:org/repo`` on the Hugging Face hub (extra ``hub``), or what ``compress``
+    gave.
 
-    ``name`` is that of the folder or archive if not given. A name that holds other weights is only
-    given these when ``expected_generation`` is its present one. Files that the server has are not
-    sent again, large ones are resumed after a broken connection. ``progress(sent, total)`` counts
-    bytes. ``wait``: until the server has validated it (seconds, or True for ten minutes), else
-    return at once with status "validating". ``ttl_s``: seconds until it is deleted. Raises
-    AdapterInvalidError with all its problems.
+    ``name`` is that of the folder, archive or repository if not given. ``compress``: send it
+    compressed, ``{"density": 0.1}``; ``report`` of the answer says what that did. A name that holds
+    other weights is only given these when ``expected_generation`` is its present one. Files that
+    the server has are not sent again, large ones are resumed after a broken connection.
+    ``progress(sent, total)`` counts bytes. ``wait``: until the server has validated it (seconds, or
+    True for ten minutes), else return at once with status "validating". ``ttl_s``: seconds until it
+    is deleted. Raises AdapterInvalidError with all its problems.
     """
-    files = find_adapter(source)
-    fields = yield from send(files, progress)
-    fields["name"] = name or files.name
+    with open_adapter(source) as files:
+        name = name or files.name
+        if not name:
+            raise TypeError("push() of a model in memory needs a name")
+        if compress is not None:
+            files = _compress.compress(files, **compress).files
+        fields = yield from send(files, progress)
+    fields["name"] = name
     if expected_generation is not None:
         fields["expected_generation"] = expected_generation
     if ttl_s is not None:

@@ -28,7 +28,7 @@ import os
 import re
 import secrets
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -385,6 +385,19 @@ def verify_payload(packed: PackedAdapter) -> bool:
         while block := file.read(READ_BYTES):
             actual.update(memoryview(block))
     return actual.hexdigest() == packed.payload_sum
+
+
+def delete(data_dir: Path, digest: str) -> None:
+    """Remove the packed forms of an adapter version, for every base."""
+    for path in (data_dir / "packed").glob(f"{check_digest(digest)}-*.lmx"):
+        path.unlink(missing_ok=True)
+
+
+def collect(data_dir: Path, is_used: Callable[[str], bool]) -> None:
+    """Remove packed files of versions that nobody uses, and those of other importers."""
+    for path in (data_dir / "packed").glob("*.lmx"):
+        if not path.stem.endswith(f"-v{IMPORTER_VERSION}") or not is_used(path.name[:64]):
+            path.unlink(missing_ok=True)
 
 
 def sweep(data_dir: Path) -> int:

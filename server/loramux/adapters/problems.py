@@ -9,10 +9,12 @@ MAX_LISTED = 50
 
 
 class Problems:
-    """Offenders found so far. The error's code is theirs if they agree, else adapter_invalid."""
+    """Offenders found so far, the first ``most`` of them ``listed``. The error's code is theirs if
+    they agree, else adapter_invalid."""
 
-    def __init__(self) -> None:
-        self._listed: list[str] = []
+    def __init__(self, most: int = MAX_LISTED) -> None:
+        self.listed: list[str] = []
+        self._most = most
         self._codes: set[str] = set()
         self._count = 0
 
@@ -20,20 +22,20 @@ class Problems:
         """Note one offender. ``text`` names it and says what is wrong with it."""
         self._count += 1
         self._codes.add(code)
-        if self._count <= MAX_LISTED:
-            self._listed.append(text)
+        if self._count <= self._most:
+            self.listed.append(text)
 
     def raise_any(self) -> None:
         """Raise AdapterInvalid with all of them, if there are any."""
         if not self._count:
             return
-        listed = list(self._listed)
-        if self._count > MAX_LISTED:
-            listed.append(f"... and {self._count - MAX_LISTED} more")
+        listed = list(self.listed)
+        if self._count > self._most:
+            listed.append(f"... and {self._count - self._most} more")
         message = (
-            self._listed[0]
+            self.listed[0]
             if self._count == 1
-            else f"the adapter has {self._count} problems; the first: {self._listed[0]}"
+            else f"the adapter has {self._count} problems; the first: {self.listed[0]}"
         )
         code = self._codes.pop() if len(self._codes) == 1 else AdapterInvalid.code
         raise AdapterInvalid(message, problems=listed, code=code)

@@ -316,12 +316,13 @@ class Registry:
             return self._row(db, row.id)
 
     def uses_blob(self, digest: str, *, tenant: str | None = None) -> bool:
-        """Whether any row, of any tenant or of this one, still needs this blob."""
+        """Whether any row, of any tenant or of this one, still needs this blob. One that failed
+        needs none: trying it again brings its files."""
         check_digest(digest)
         with self._reading() as db:
             query = (
                 "SELECT 1 FROM adapters WHERE (config_digest = ?1 OR weights_digest = ?1)"
-                " AND (?2 IS NULL OR tenant = ?2) LIMIT 1"
+                " AND status != 'failed' AND (?2 IS NULL OR tenant = ?2) LIMIT 1"
             )
             return db.execute(query, (digest, tenant)).fetchone() is not None
 

@@ -41,6 +41,9 @@ LOADING_SHARE = 0.25
 """Of the pool, at most so much is on its way at a time: frames that nobody computes with yet. One
 adapter larger than that is loaded alone."""
 
+PINNED_SHARE = 0.5
+"""Of the pool, at most so much may be pinned: the rest stays for everybody."""
+
 
 class Table(Protocol):
     """The kernels' view of resident adapters (``loramux_kernels.lora.AdapterTable``)."""
@@ -91,7 +94,7 @@ class Residency:
         self._table = table
         self._adapters: dict[str, _Resident] = {}
         self._frequency = Frequency()
-        self._pins: set[str] = set()
+        self._pins: dict[str, int] = {}
         self._pinned: list[str] = []
         self._errors: dict[str, LoramuxError] = {}
         self._num_leased_frames = 0
@@ -312,14 +315,18 @@ class Residency:
     # -- asked by an operator --------------------------------------------------------------------
 
     def pin(self, digest: str) -> bool:
-        """Keep ``digest`` in the pool, loading it if need be; False if there is no room for it."""
+        """Keep ``digest`` in the pool, loading it if need be; False if there is no room for it, or
+        for one more that may not be evicted."""
         if digest in self._pins:
             return True
         if (error := self._errors.pop(digest, None)) is not None:
             raise error
+        num_frames = self.num_frames(digest)
+        if sum(self._pins.values()) + num_frames > PINNED_SHARE * self._pool.frames.num_frames:
+            return False
         if digest not in self._adapters and not self._begin(digest):
             return False
-        self._pins.add(digest)
+        self._pins[digest] = num_frames
         self._pinned = sorted(self._pins)
         resident = self._adapters[digest]
         if resident.slot is not None and resident.leases == 0:
@@ -330,7 +337,7 @@ class Residency:
     def unpin(self, digest: str) -> None:
         """Let ``digest`` be evicted again."""
         if digest in self._pins:
-            self._pins.remove(digest)
+            del self._pins[digest]
             self._pinned = sorted(self._pins)
         resident = self._adapters.get(digest)
         if resident is None or not resident.pinned:

@@ -14,7 +14,7 @@ not a bus error.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -32,6 +32,10 @@ MAX_DIMS = 8
 BLOCK_BYTES = 1 << 20
 
 DTYPES: dict[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_ITEMSIZES = {name: ITEMSIZE[dtype] for name, dtype in DTYPES.items()}
+
+Pread = Callable[[int, int], bytes]
+"""(size, offset) -> up to that many bytes from there, none only at the end."""
 
 _MAGICS = {
     b"PK\x03\x04": "a zip archive (a PyTorch .bin file is one)",
@@ -50,8 +54,8 @@ _MAGICS = {
 class FileTensor:
     """A tensor of an open file (canonical.Matrix when it has two dimensions).
 
-    ``start`` is its byte offset in the file. Reading raises AdapterInvalid when the file has become
-    shorter than it was.
+    ``start`` is its byte offset in what ``pread`` reads. Reading raises AdapterInvalid when the
+    file has become shorter than it was.
     """
 
     name: str
@@ -59,7 +63,7 @@ class FileTensor:
     shape: tuple[int, ...]
     start: int
     num_bytes: int
-    file: BinaryIO
+    pread: Pread
 
     def read(self) -> Array:
         """The whole tensor, ``shape``, in ``STORAGE[dtype]``."""
@@ -79,7 +83,7 @@ class FileTensor:
     def _read(self, start: int, size: int) -> bytes:
         data = b""
         while len(data) < size:
-            more = os.pread(self.file.fileno(), size - len(data), start + len(data))
+            more = self.pread(size - len(data), start + len(data))
             if not more:
                 raise _invalid(f"the file ends inside tensor {shown(self.name)}")
             data += more
@@ -93,6 +97,41 @@ def read_tensors(file: BinaryIO, max_header_bytes: int = MAX_HEADER_BYTES) -> di
     or header_invalid.
     """
     header, data_start, data_bytes = _read_header(file, max_header_bytes)
+
+    def pread(size: int, offset: int) -> bytes:
+        return os.pread(file.fileno(), size, offset)
+
+    return tensors_of(header, data_start, data_bytes, pread)
+
+
+def read_bytes(file: BinaryIO, names: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """Where the data of a file of byte tensors (U8, one dimension) is: (start, size) by name.
+
+    Raises AdapterInvalid like ``read_tensors``, also when the tensors are not exactly ``names``.
+    """
+    header, data_start, data_bytes = _read_header(file, MAX_HEADER_BYTES)
+    header.pop("__metadata__", None)
+    if header.keys() != set(names):
+        raise _invalid(f"the file holds {shown(list(header))}, not {', '.join(names)}")
+    extents = []
+    for name in names:
+        try:
+            _, shape, start, end = _parse_entry(name, header[name], {"U8": 1})
+        except ValueError as error:
+            raise _invalid(f"tensor {name}: {error}") from None
+        if len(shape) != 1:
+            raise _invalid(f"tensor {name}: shape {shown(list(shape))} is not of one dimension")
+        extents.append((start, end, name))
+    problems = Problems()
+    _check_extents(sorted(extents), data_bytes, problems)
+    problems.raise_any()
+    return {name: (data_start + start, end - start) for start, end, name in extents}
+
+
+def tensors_of(
+    header: dict[str, Any], data_start: int, data_bytes: int, pread: Pread
+) -> dict[str, FileTensor]:
+    """The tensors that a parsed header describes; see ``read_tensors``. ``pread`` is not called."""
     metadata = header.pop("__metadata__", {})
     problems = Problems()
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -105,12 +144,13 @@ def read_tensors(file: BinaryIO, max_header_bytes: int = MAX_HEADER_BYTES) -> di
     tensors = {}
     for name, entry in header.items():
         try:
-            dtype, shape, start, end = _parse_entry(name, entry)
+            dtype, shape, start, end = _parse_entry(name, entry, _ITEMSIZES)
         except ValueError as error:
             problems.add(f"tensor {shown(name)}: {error}", "header_invalid")
             continue
         extents.append((start, end, name))
-        tensors[name] = FileTensor(name, dtype, shape, data_start + start, end - start, file)
+        at = data_start + start
+        tensors[name] = FileTensor(name, DTYPES[dtype], shape, at, end - start, pread)
     # With an entry unreadable, what is around it would look like a hole.
     if len(extents) == len(header):
         _check_extents(sorted(extents), data_bytes, problems)
@@ -123,17 +163,17 @@ def _read_header(file: BinaryIO, max_header_bytes: int) -> tuple[dict[str, Any],
     file_bytes = os.fstat(file.fileno()).st_size
     prefix = os.pread(file.fileno(), 8, 0)
     header_bytes = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or header_bytes > max_header_bytes:
+    if len(prefix) < 8 or header_bytes > min(max_header_bytes, file_bytes - 8):
         for magic, what in _MAGICS.items():
             if prefix.startswith(magic):
                 raise _invalid(f"the weights are {what}, not safetensors", "not_safetensors")
         if len(prefix) < 8:
             raise _invalid("the weights are too short for safetensors", "not_safetensors")
-        raise _invalid(
-            f"the header would be {header_bytes} bytes; at most {max_header_bytes} are taken",
-            "header_too_large",
-        )
-    if header_bytes > file_bytes - 8:
+        if header_bytes > max_header_bytes:
+            raise _invalid(
+                f"the header would be {header_bytes} bytes; at most {max_header_bytes} are taken",
+                "header_too_large",
+            )
         raise _invalid(f"the header would be {header_bytes} bytes, the file has {file_bytes}")
     text = os.pread(file.fileno(), header_bytes, 8)
     try:
@@ -142,27 +182,29 @@ def _read_header(file: BinaryIO, max_header_bytes: int) -> tuple[dict[str, Any],
         raise _invalid(f"the header is not valid: {error}") from None
 
 
-def _parse_entry(name: str, entry: object) -> tuple[Dtype, tuple[int, ...], int, int]:
+def _parse_entry(
+    name: str, entry: object, itemsizes: Mapping[str, int]
+) -> tuple[str, tuple[int, ...], int, int]:
     """dtype, shape, start and end of one header entry; ValueError says what is wrong."""
     if len(name.encode("utf-8", "backslashreplace")) > MAX_NAME_BYTES:
         raise ValueError(f"the name is longer than {MAX_NAME_BYTES} bytes")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError("an entry has exactly dtype, shape and data_offsets")
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None:
-        raise ValueError(f"dtype {shown(entry['dtype'])} is not one of {', '.join(DTYPES)}")
+    dtype = entry["dtype"]
+    if not isinstance(dtype, str) or dtype not in itemsizes:
+        raise ValueError(f"dtype {shown(dtype)} is not one of {', '.join(itemsizes)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _is_naturals(shape) or 0 in shape or len(shape) > MAX_DIMS:
         raise ValueError(f"shape {shown(shape)} is not up to {MAX_DIMS} positive integers")
     if not _is_naturals(offsets) or len(offsets) != 2:
         raise ValueError(f"data_offsets {shown(offsets)} are not two integers")
     start, end = offsets
-    num_bytes = ITEMSIZE[dtype]
+    num_bytes = itemsizes[dtype]
     for dim in shape:
         num_bytes *= dim
     if end - start != num_bytes:
         raise ValueError(
-            f"shape {shown(shape)} of {entry['dtype']} does not take the {end - start} bytes "
+            f"shape {shown(shape)} of {dtype} does not take the {end - start} bytes "
             "of its data_offsets"
         )
     return dtype, tuple(shape), start, end

@@ -19,17 +19,18 @@ from loramux.engine.engine import Engine
 from loramux.engine.scheduler import Limits, Scheduler
 from loramux.errors import ConfigError
 from loramux.memory.arena import Arena
-from loramux.memory.formats import AdapterFormat, FrameShape, KvFormat
+from loramux.memory.formats import AdapterFormat, KvFormat
 from loramux.memory.pool import Pool
 from loramux.model.architecture import Architecture, read_architecture
 from loramux.model.decoder import Decoder
+from loramux.model.description import describe
 from loramux.model.fingerprint import fingerprint
 from loramux.model.inputs import ModelInputs
 from loramux.model.loader import Progress, Weights, load_weights
 from loramux.model.runner import ModelRunner
 from loramux.request import BASE_MODEL_ID
 from loramux.sampling.sampler import Sampler
-from loramux.wire import BaseDescription, Ready, table_widths
+from loramux.wire import Ready, table_widths
 from loramux_kernels.attention import Pages
 from loramux_kernels.jit import keep_compiled_in, set_num_threads
 from loramux_kernels.lora import AdapterTable, Runs
@@ -117,7 +118,14 @@ def assemble(
     timer.done("graphs")
     ready = Ready(
         engine_epoch=epoch,
-        base=_describe(config, architecture, base, kv.frame, frames),
+        base=describe(
+            config,
+            architecture,
+            fingerprint=base,
+            slice_bytes=kv.frame.slice_bytes,
+            pool_bytes=frames * kv.frame.frame_bytes,
+            itemsize=dtype.itemsize,
+        ),
         vocab_size=architecture.vocab_size,
         max_model_len=_max_model_len(config, architecture),
         page_tokens=config.page_tokens,
@@ -204,24 +212,6 @@ def _store(config: ServerConfig, files: PackedFiles, arena: Arena) -> Store:
     store = TieredStore(files, arena, CudaDevice(device), size)
     store.warm_up()
     return store
-
-
-def _describe(
-    config: ServerConfig, architecture: Architecture, base: str, frame: FrameShape, frames: int
-) -> BaseDescription:
-    return BaseDescription(
-        fingerprint=base,
-        num_layers=architecture.num_layers,
-        widths=architecture.widths,
-        slice_bytes=frame.slice_bytes,
-        max_rank=config.max_rank,
-        vocab_size=architecture.vocab_size,
-        max_adapter_bytes=config.max_adapter_bytes or 0,
-        pool_bytes=frames * frame.frame_bytes,
-        tied=architecture.tie_embeddings,
-        directory=str(config.model),
-        quantized=config.quantize != "none",
-    )
 
 
 def _compile_kernels(decoder: Decoder, kv: KvFormat, table: AdapterTable) -> None:

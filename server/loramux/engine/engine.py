@@ -116,7 +116,10 @@ class Engine:
         """Carry out an operator's wish. Raises LoramuxError when it cannot be done now."""
         digest = command.digest or ""
         if command.kind == "pin" and not self.residency.pin(digest):
-            raise LoramuxError("no room in the pool to pin the adapter now", code="pool_full")
+            raise LoramuxError(
+                "no room in the pool to pin the adapter: pinned adapters may take half of it",
+                code="pool_full",
+            )
         if command.kind == "unpin":
             self.residency.unpin(digest)
         if command.kind == "evict" and not self.residency.evict(digest):

@@ -1,4 +1,4 @@
-"""The engine process: ``python -m loramux.engine.main --socket PATH --epoch N``.
+"""The engine process: ``python -m loramux.engine.main --socket PATH --epoch N --parent PID``.
 
 Reads the ServerConfig as one JSON line from stdin, connects to the front's socket, says Ready and
 steps until the front goes away. Messages are handled between steps only, so the engine itself
@@ -98,7 +98,13 @@ class Courier(threading.Thread):
     alive: a ZeroMQ socket belongs to one thread, and the step loop is busy for whole steps."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], address: str, epoch: int, every_s: float
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        *,
+        epoch: int,
+        parent: int,
+        every_s: float,
     ) -> None:
         super().__init__(name="courier", daemon=True)
         self.process: EngineProcess | None = None
@@ -107,7 +113,7 @@ class Courier(threading.Thread):
         self._address = address
         self._epoch = epoch
         self._every_s = every_s
-        self._parent = os.getppid()
+        self._parent = parent
         self._inner.bind("inproc://engine")
 
     def run(self) -> None:
@@ -153,11 +159,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="loramux.engine.main", description=__doc__)
     parser.add_argument("--socket", required=True, help="ZeroMQ address of the front")
     parser.add_argument("--epoch", type=int, required=True, help="how many engines came before")
+    # Told, not asked for: a front may die in the seconds that the imports above take.
+    parser.add_argument("--parent", type=int, required=True, help="the process to end with")
     args = parser.parse_args(argv)
     config = ServerConfig.model_validate_json(sys.stdin.readline())
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s engine: %(message)s")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    courier = Courier(context, args.socket, args.epoch, config.heartbeat_s)
+    courier = Courier(
+        context, args.socket, epoch=args.epoch, parent=args.parent, every_s=config.heartbeat_s
+    )
     inbox = context.socket(zmq.PAIR)
     inbox.connect("inproc://engine")
     courier.start()

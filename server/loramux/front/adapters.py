@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from loramux.adapters.blobs import READ_BYTES, BlobStore, adapter_digest
-from loramux.adapters.pack import packed_path
+from loramux.adapters import pack
+from loramux.adapters.blobs import READ_BYTES, BlobStore
 from loramux.adapters.registry import AdapterRow, Registry
 from loramux.config import ADAPTER_NAME, ServerConfig
 from loramux.errors import (
-    AdapterInvalid,
     Conflict,
     InvalidRequest,
     LoramuxError,
@@ -27,11 +26,12 @@ from loramux.front.blobs import BlobService
 from loramux.front.catalog import SHARED, AdapterView, Catalog, Served, split
 from loramux.front.ingest_client import IngestClient
 from loramux.front.observations import Observations
+from loramux.front.pins import Ask, Pins
 from loramux.front.quotas import Quotas
 from loramux.front.resumable import ResumableUploads
 from loramux.front.shelf import Shelf
 from loramux.front.uploads import UploadWriter
-from loramux.front.verdicts import Verdicts
+from loramux.front.verdicts import Verdicts, refusal
 from loramux.wire import BaseDescription
 
 __all__ = ["AdapterService", "AdapterView", "Served", "UploadWriter"]
@@ -53,32 +53,33 @@ class AdapterService:
         config: ServerConfig,
         base_name: str,
         ingest: IngestClient,
-        ask_engine: Callable[[Literal["pin", "unpin", "evict"], str], Awaitable[object]],
+        ask_engine: Ask,
         observations: Observations,
         quotas: Quotas,
     ) -> None:
         """Opens the data directory; raises ConfigError or StorageFull when it cannot be used."""
         self._config = config
         self._ask_engine = ask_engine
-        self._quotas = quotas
         self._base: BaseDescription | None = None
         self._registry = Registry(config.data_dir)
         self._store = BlobStore(config.data_dir)
         self._store.sweep()  # now: uploads may begin before there is an engine
         self._references: Counter[str] = Counter()
         self._catalog = Catalog(base_name, observations.snapshot)
+        self.pins = Pins(self._catalog, ask_engine)
         self.background = Background()
         self.shelf = Shelf(self._registry, self._catalog, self.background)
+        self.blobs = BlobService(config, self._registry, self._store, self.background, quotas)
         self.verdicts = Verdicts(
             self.shelf,
             ingest,
             observations,
             self.background,
-            tell=self.tell_engine,
+            pins=self.pins,
             deleted=lambda row: self._forget_soon([row]),
+            failed=self.blobs.collect_files,
         )
         self.aliases = AliasService(self.shelf)
-        self.blobs = BlobService(config, self._registry, self._store, self.background)
         self.blends = Blends(config, self._catalog, ingest, self.blobs, self.background)
         self.resumable = ResumableUploads(
             config, self._registry.database, self._store, self.blobs, self.background
@@ -163,8 +164,9 @@ class AdapterService:
 
         Waits up to ``wait_s`` for the verdict; the view's status is "validating" when it is not in
         yet. Raises InvalidRequest (name), PayloadTooLarge (config), NotFound (blob_not_found),
-        QuotaExceeded, Conflict (generation_conflict, name_reserved), and AdapterInvalid when the
-        verdict is in and bad. ``ttl_s`` is as ``set_ttl``'s, for one that was there too.
+        QuotaExceeded, Conflict (generation_conflict, name_reserved), and for a bad verdict that is
+        in AdapterInvalid, or StorageFull or ServiceError when only this server is to blame.
+        ``ttl_s`` is as ``set_ttl``'s, for one that was there too.
         ``validate_only`` always waits and registers nothing; its view has generation 0.
         ``blend``: how the files were made here, for the report.
         """
@@ -195,8 +197,7 @@ class AdapterService:
             await self.verdicts.wait(row, wait_s)
         row = self._catalog.row(row)
         if row.status == "failed" and row.error is not None:
-            error = row.error
-            raise AdapterInvalid(error["message"], problems=error["problems"], code=error["code"])
+            raise refusal(row.error["code"], row.error["message"], row.error["problems"])
         return self._catalog.view(row)
 
     async def register_files(
@@ -235,7 +236,8 @@ class AdapterService:
         config_digest, weights_digest = files
         if not self._store.has(weights_digest):
             raise NotFound("no such blob", param="weights", code="blob_not_found")
-        self._check_quota(tenant, name, files)
+        self._registry.expire()  # what is over takes no place
+        self.blobs.storage.check_adapter(tenant, name, files)
         return self._registry.create(
             name,
             tenant=tenant,
@@ -245,17 +247,6 @@ class AdapterService:
             ttl_s=ttl_s,
             blend=blend,
         )
-
-    def _check_quota(self, tenant: str, name: str, files: tuple[str, str]) -> None:
-        """Raises QuotaExceeded. On the registry's thread, so no two uploads take the last place."""
-        self._registry.expire()
-        rows = self._registry.list(tenant=tenant)
-        held = [row for row in rows if row.status not in ("failed", "deleting")]
-        digest = adapter_digest(*files)
-        if any(row.name == name and row.digest == digest for row in held):
-            return  # nothing is added
-        sizes = [self._store.size(row.weights_digest) for row in held]
-        self._quotas.check_adapters(tenant, sizes, self._store.size(files[1]))
 
     # Pins, times to live, and deletion.
 
@@ -268,18 +259,11 @@ class AdapterService:
             )
 
         row = await note(pinned)
-        try:
-            if pinned or not self._is_pinned(row.digest):
-                await self._ask_engine("pin" if pinned else "unpin", row.digest)
-        except Overloaded:
-            pass  # no engine now: the next one is told of every pin when it is ready
-        except LoramuxError:
-            await note(not pinned)
-            raise
+        refused = await self.pins.tell()
+        if pinned and row.digest in refused:
+            await note(False)
+            raise refused[row.digest]
         return self._catalog.view(self._catalog.row(row))
-
-    def _is_pinned(self, digest: str) -> bool:
-        return any(row.pinned and row.digest == digest for row in self._catalog.rows())
 
     async def set_ttl(self, model: str, ttl_s: int | None, *, tenant: str = SHARED) -> AdapterView:
         """Have the version that ``model`` means live that many seconds from now, or for ever.
@@ -329,28 +313,22 @@ class AdapterService:
 
     async def _forget(self, row: AdapterRow) -> None:
         lives = await self.shelf.change(row.tenant, row.name, lambda: self._forget_row(row))
-        if row.pinned and not self._is_pinned(row.digest):
-            await self.tell_engine("unpin", row.digest)
+        if row.pinned:
+            await self.pins.tell()  # its time was over: the engine would not evict it
         if not lives:
-            await self.tell_engine("evict", row.digest)
+            try:
+                await self._ask_engine("evict", row.digest)
+            except LoramuxError as error:
+                log.warning("could not evict adapter %s: %s", row.digest[:12], error.message)
 
     def _forget_row(self, row: AdapterRow) -> bool:
         """Remove the row, then the files nobody else needs; whether the version lives on."""
         self._registry.forget(row.id)
         lives = self._registry.uses_adapter(row.digest)
-        if not lives and self._base is not None:
-            fingerprint = self._base.fingerprint
-            packed_path(self._config.data_dir, row.digest, fingerprint).unlink(missing_ok=True)
-        for digest in (row.config_digest, row.weights_digest):
-            self.blobs.holds.collect(digest)
+        if not lives:
+            pack.delete(self._config.data_dir, row.digest)
+        self.blobs.collect_files(row)
         return lives
-
-    async def tell_engine(self, kind: Literal["pin", "unpin", "evict"], digest: str) -> None:
-        """What can wait for the next engine when this one does not take it."""
-        try:
-            await self._ask_engine(kind, digest)
-        except LoramuxError as error:
-            log.warning("could not %s adapter %s: %s", kind, digest[:12], error.message)
 
     # Beginning and end.
 
@@ -358,7 +336,13 @@ class AdapterService:
         """This is the base from now on: it decides which adapters are compatible."""
         self._base = self.blends.base = base
         self._registry.base_fingerprint = base.fingerprint
+        self.pins.forget()
         await self.shelf.refresh_all()
+
+    def collect_files(self) -> None:
+        """Remove what an earlier run left behind. On the registry's thread."""
+        self.blobs.collect_all()
+        pack.collect(self._config.data_dir, self._registry.uses_adapter)
 
     def forget_deleted(self) -> None:
         """End the deletions that an earlier run did not come to."""

@@ -6,12 +6,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from loramux.adapters.blobs import BlobStore, check_digest
-from loramux.adapters.registry import Registry
+from loramux.adapters.registry import AdapterRow, Registry
 from loramux.adapters.tenant_blobs import TenantBlobs
 from loramux.config import ServerConfig
 from loramux.errors import NotFound, PayloadTooLarge
 from loramux.front.background import Background
 from loramux.front.holds import BlobHolds
+from loramux.front.quotas import Quotas
+from loramux.front.storage import Storage
 from loramux.front.uploads import UploadWriter
 
 
@@ -28,12 +30,14 @@ class BlobService:
         registry: Registry,
         store: BlobStore,
         background: Background,
+        quotas: Quotas,
     ) -> None:
         self._config = config
         self._registry = registry
         self._store = store
         self._background = background
         self._granted = TenantBlobs(registry.database)
+        self.storage = Storage(registry, store, self._granted, quotas)
         self.holds = BlobHolds(store, lambda d: registry.uses_blob(d) or self._granted.uses(d))
 
     async def begin(self, limit_bytes: int, param: str) -> UploadWriter:
@@ -57,12 +61,21 @@ class BlobService:
         for digest in list(self._store.digests()):
             self.holds.collect(digest)
 
-    async def put(self, tenant: str, digest: str, body: AsyncIterator[bytes]) -> bool:
-        """Store a blob; whether it is new to the tenant. Every byte is read and hashed either way.
+    def collect_files(self, row: AdapterRow) -> None:
+        """Remove those of the adapter's files that nobody needs. On the registry's thread."""
+        for digest in (row.config_digest, row.weights_digest):
+            self.holds.collect(digest)
 
-        Raises InvalidRequest (digest_malformed, digest_mismatch), PayloadTooLarge, StorageFull.
+    async def put(
+        self, tenant: str, digest: str, body: AsyncIterator[bytes], declared: int = 0
+    ) -> bool:
+        """Store a blob; whether it is new to the tenant. Every byte is read and hashed either way.
+        ``declared``: its size, 0 if unknown, so that what cannot be kept is not read.
+
+        Raises InvalidRequest (digest_malformed, digest_mismatch), PayloadTooLarge, QuotaExceeded,
+        StorageFull.
         """
-        check_digest(digest)
+        await self._background.on_disk(self._is_known, tenant, check_digest(digest), declared)
         limit = self._config.max_adapter_file_bytes
         writer = await self.begin(limit, "body")
         try:
@@ -73,8 +86,15 @@ class BlobService:
         finally:
             await writer.abort()
 
-    def _grant(self, tenant: str, digest: str, num_bytes: int) -> bool:
+    def _is_known(self, tenant: str, digest: str, num_bytes: int) -> bool:
+        """Whether the tenant has the blob; QuotaExceeded when it has not and has no room for it."""
         known = self._visible(tenant, digest)
+        if not known:
+            self.storage.check_file(tenant, num_bytes)
+        return known
+
+    def _grant(self, tenant: str, digest: str, num_bytes: int) -> bool:
+        known = self._is_known(tenant, digest, num_bytes)
         self._granted.grant(tenant, digest, num_bytes, self._config.blob_ttl_s)
         return not known
 

@@ -139,7 +139,11 @@ class Catalog:
 
     def row(self, row: AdapterRow) -> AdapterRow:
         """The newest state of a row; itself when it is gone."""
-        return next((r for r in self._of(row.tenant, row.name) if r.id == row.id), row)
+        return self.find(row) or row
+
+    def find(self, row: AdapterRow) -> AdapterRow | None:
+        """The newest state of a row; None when it is gone."""
+        return next((r for r in self._of(row.tenant, row.name) if r.id == row.id), None)
 
     def resolve(self, model: str, *, tenant: str = SHARED, user: str | None = None) -> Served:
         """See AdapterService.resolve."""
@@ -251,13 +255,16 @@ class Catalog:
             status = "validating"
         if row.expires is not None and self.is_over(row):
             status = "deleting"
+        # A tenant must not see that another one uses a file with the same bytes.
+        wearers = self._snapshot.wearers.get(row.digest, ())
+        here = row.tenant == SHARED or row.pinned or row.tenant in wearers
         return AdapterView(
             id=f"{row.name}@{row.generation}",
             name=row.name,
             digest=row.digest,
             generation=row.generation,
             status=status,
-            residency="pool" if row.digest in self._snapshot.resident else "disk",
+            residency="pool" if here and row.digest in self._snapshot.resident else "disk",
             pinned=row.pinned and status != "deleting",
             created=int(row.created),
             expires_at=row.expires,

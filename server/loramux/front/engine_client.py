@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,7 +125,8 @@ class EngineClient:
 
     def command(self, epoch: int, address: str) -> Sequence[str]:
         """See Charge."""
-        return [*self._executable, "--socket", address, "--epoch", str(epoch)]
+        options = ["--socket", address, "--epoch", str(epoch), "--parent", str(os.getpid())]
+        return [*self._executable, *options]
 
     def stdin(self) -> bytes:
         """The configuration as one line of JSON."""

@@ -101,7 +101,11 @@ class Front:
         )
         self._stock = Stock(config, self.adapters)
         self._ledger = Ledger(
-            self._observations, self.adapters.retain, self.adapters.release, self.quotas.end
+            self._observations,
+            self.adapters.retain,
+            self.adapters.release,
+            self.quotas.end,
+            self._stock.mend,
         )
         self._engine = EngineClient(
             config, engine, self._ledger, self._observations, self._engine_ready

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ import zmq
 from loramux import wire
 from loramux.errors import ServiceError
 from loramux.front.supervisor import Supervisor
+
+INGEST_FAILED = "ingest_failed"
+"""The code of there being no verdict, for want of a process."""
 
 _MAX_TRIES = 2
 
@@ -92,7 +96,7 @@ class IngestClient:
 
     async def _do(self, job: wire.IngestJob | wire.BlendJob) -> wire.IngestDone:
         if self._supervisor is None or self._supervisor.given_up:
-            raise ServiceError("the ingest process cannot be started", code="ingest_failed")
+            raise ServiceError("the ingest process cannot be started", code=INGEST_FAILED)
         entry = _Job(job, asyncio.get_running_loop().create_future())
         self._jobs.append(entry)
         self._send_next()
@@ -109,13 +113,14 @@ class IngestClient:
         while self._jobs:
             verdict = self._jobs.popleft().verdict
             if not verdict.done():
-                verdict.set_exception(ServiceError(message, code="ingest_failed"))
+                verdict.set_exception(ServiceError(message, code=INGEST_FAILED))
 
     # What the supervisor asks and tells (supervisor.Charge).
 
     def command(self, epoch: int, address: str) -> Sequence[str]:
         """See Charge."""
-        return [*self._executable, "--socket", address, "--data-dir", str(self._data_dir)]
+        options = ["--socket", address, "--data-dir", str(self._data_dir)]
+        return [*self._executable, *options, "--parent", str(os.getpid())]
 
     def stdin(self) -> bytes:
         """Nothing: each job carries all it needs."""

@@ -30,6 +30,8 @@ _ERRORS: dict[str, type[LoramuxError]] = {
         errors.AdapterLoadFailed,
     )
 }
+UNREADABLE = {errors.AdapterLoadFailed.code, "packed_file_invalid"}
+"""What the engine says of a packed file that is missing, damaged or cut short."""
 
 
 class Entry:
@@ -63,7 +65,7 @@ class Ledger:
     Outputs count only at the position where the delivered ones end. A choice leaves the ledger with
     its terminal event, so there is exactly one; until then its adapters' files are held
     (``retain``/``release`` of their digests). ``ended`` hears of every terminal event how many
-    tokens were delivered before it.
+    tokens were delivered before it, ``unreadable`` of adapters that the engine could not load.
     """
 
     def __init__(
@@ -72,12 +74,14 @@ class Ledger:
         retain: Callable[[str], None],
         release: Callable[[str], None],
         ended: Callable[[GenerationSpec, int], None],
+        unreadable: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._entries: dict[str, Entry] = {}
         self._observations = observations
         self._retain = retain
         self._release = release
         self._ended = ended
+        self._unreadable = unreadable
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -109,8 +113,11 @@ class Ledger:
             if entry := self._entries.get(event.request_id):
                 self._finish(entry, event, now)
         for failure in step.failed:
-            if failure.request_id in self._entries:
+            if entry := self._entries.get(failure.request_id):
                 self.fail(failure.request_id, _error_of(failure))
+                if failure.code in UNREADABLE:
+                    for adapter in entry.spec.adapters:
+                        self._unreadable(adapter.digest)
         return aborts
 
     def _append(self, entry: Entry, output: Output, last: Finished | None, now: float) -> bool:

@@ -48,7 +48,8 @@ class Observer(Protocol):
 class Snapshot:
     """Newest values and totals since the front started; read it, do not write it.
 
-    ``stats`` is the newest StepStats (read ``resident``, ``pinned`` and ``waiting_adapters`` here:
+    ``wearers`` are the tenants whose requests have used what is resident now, by digest. ``stats``
+    is the newest StepStats (read ``resident``, ``pinned`` and ``waiting_adapters`` here:
     a message may leave them out). Totals survive engine restarts. ``adapter_tokens`` maps a
     digest ("" for the base) to [prompt, generation] tokens of finished requests and is bounded:
     digests beyond the first 1000 are added up under "other".
@@ -56,6 +57,7 @@ class Snapshot:
 
     stats: StepStats = field(default_factory=StepStats)
     resident: frozenset[str] = frozenset()
+    wearers: dict[str, set[str]] = field(default_factory=dict)
     pinned: frozenset[str] = frozenset()
     waiting_adapters: tuple[str, ...] = ()
     engine_epoch: int = 0
@@ -99,6 +101,8 @@ class Observations:
     def submitted(self, spec: GenerationSpec) -> None:
         """See Observer."""
         self.snapshot.unfinished += 1
+        for adapter in spec.adapters:
+            self.snapshot.wearers.setdefault(adapter.digest, set()).add(spec.tenant)
         if self.observer:
             self.observer.submitted(spec)
 
@@ -147,6 +151,7 @@ class Observations:
         self.snapshot.stats = StepStats()
         self.snapshot.resident = self.snapshot.pinned = frozenset()
         self.snapshot.waiting_adapters = ()
+        self.snapshot.wearers.clear()
 
     def engine_restarted(self, reason: str) -> None:
         """See Observer."""
@@ -174,7 +179,10 @@ class Observations:
         for phase, seconds in stats.phase_s.items():
             snapshot.phase_s[phase] = snapshot.phase_s.get(phase, 0.0) + seconds
         if stats.resident is not None:
-            snapshot.resident = frozenset(stats.resident)
+            resident = frozenset(stats.resident)
+            for evicted in snapshot.resident - resident:
+                snapshot.wearers.pop(evicted, None)
+            snapshot.resident = resident
         if stats.pinned is not None:
             snapshot.pinned = frozenset(stats.pinned)
         if stats.waiting_adapters is not None:

@@ -1,7 +1,7 @@
 """What each tenant uses of its limits: choices in flight, tokens a minute, uploads, adapters.
 
 Limits are the keys file's and may change at any time; the counts are of this process. Everything
-runs on the event loop, except ``check_adapters``, which keeps no state.
+runs on the event loop, except ``check_adapters`` and ``check_bytes``, which keep no state.
 """
 
 from __future__ import annotations
@@ -128,22 +128,21 @@ class Quotas:
         finally:
             _subtract(self._uploads, tenant, 1)
 
-    def check_adapters(self, tenant: str, sizes: list[int], num_bytes: int) -> None:
-        """Whether one more adapter of ``num_bytes`` may join those of ``sizes`` bytes.
-
-        Raises QuotaExceeded.
-        """
-        limits = self._limits(tenant)
-        if limits.max_adapters is not None and len(sizes) >= limits.max_adapters:
+    def check_adapters(self, tenant: str, num: int, which: str) -> None:
+        """Whether one more adapter may join ``num``. Raises QuotaExceeded."""
+        most = self._limits(tenant).max_adapters
+        if most is not None and num >= most:
             raise QuotaExceeded(
-                f"this tenant has {len(sizes)} adapters, every generation counted, and may have "
-                f"{limits.max_adapters}: delete some first"
+                f"this tenant has {num} {which} and may have {most}: delete some first"
             )
-        most, used = limits.max_adapter_bytes, sum(sizes)
+
+    def check_bytes(self, tenant: str, used: int, num_bytes: int) -> None:
+        """Whether ``num_bytes`` more may be stored beside ``used``. Raises QuotaExceeded."""
+        most = self._limits(tenant).max_adapter_bytes
         if most is not None and used + num_bytes > most:
             raise QuotaExceeded(
-                f"this tenant's adapters have {used} bytes of weights and may have {most}; this one"
-                f" has {num_bytes}"
+                f"this tenant has {used} bytes of weights and of files that wait for an adapter, "
+                f"and may have {most}; this one has {num_bytes}"
             )
 
     def _refuse(self, message: str, retry_after_s: float) -> None:

@@ -45,13 +45,18 @@ class ResumableUploads:
         self._partial.repair()
 
     async def create(self, tenant: str, num_bytes: int, sha256: str) -> PartialUpload:
-        """Open one. Raises InvalidRequest, PayloadTooLarge, RateLimited, StorageFull."""
+        """Open one.
+
+        Raises InvalidRequest, PayloadTooLarge, QuotaExceeded, RateLimited, StorageFull.
+        """
         limit = self._config.max_adapter_file_bytes
         if num_bytes > limit:
             raise PayloadTooLarge(f"bytes: a file may have {limit}", param="bytes")
-        return await self._background.on_disk(
-            self._partial.create, tenant, num_bytes, sha256, self._config.upload_ttl_s
-        )
+        return await self._background.on_disk(self._create, tenant, num_bytes, sha256)
+
+    def _create(self, tenant: str, num_bytes: int, sha256: str) -> PartialUpload:
+        self._blobs.storage.check_file(tenant, num_bytes)
+        return self._partial.create(tenant, num_bytes, sha256, self._config.upload_ttl_s)
 
     async def show(self, tenant: str, upload_id: str) -> tuple[PartialUpload, int]:
         """An upload and its offset: of what is durable, not of a part that is still coming."""

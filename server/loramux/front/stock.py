@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from pathlib import Path
 
 from loramux.adapters.pack import packed_path
+from loramux.adapters.registry import AdapterRow
 from loramux.config import DEMO_DIR, ServerConfig
 from loramux.errors import LoramuxError
 from loramux.front.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterService
@@ -14,6 +16,9 @@ from loramux.front.catalog import AdapterView
 from loramux.wire import BaseDescription
 
 log = logging.getLogger(__name__)
+
+MEND_S = 60.0
+"""Between two attempts to make good what the engine cannot load."""
 
 
 class Stock:
@@ -23,7 +28,8 @@ class Stock:
         self._config = config
         self._adapters = adapters
         self._background = adapters.background
-        self._taken = False
+        self._base: BaseDescription | None = None
+        self._mended: dict[str, float] = {}
         self.starting_up = True
         """Until the adapters of earlier runs and of the command line have their verdicts."""
 
@@ -33,11 +39,11 @@ class Stock:
         self._background.spawn(self._take(base))
 
     async def _take(self, base: BaseDescription) -> None:
-        adapters, first, self._taken = self._adapters, not self._taken, True
+        adapters, first, self._base = self._adapters, self._base is None, base
         try:
             await adapters.serve_for(base)
             if first:
-                await self._background.on_disk(adapters.blobs.collect_all)
+                await self._background.on_disk(adapters.collect_files)
                 self._background.spawn(self._sweep_for_ever())
             self._make_good(base)
             if first:
@@ -51,18 +57,32 @@ class Stock:
 
     def _make_good(self, base: BaseDescription) -> None:
         """Give the engine its pins; validate, or pack again, what lacks it."""
+        self._background.spawn(self._adapters.pins.tell())
         catalog = self._adapters.shelf.catalog
         for row in catalog.rows():
             if catalog.is_over(row):
                 continue
-            if row.pinned and row.status == "ready":
-                self._background.spawn(self._adapters.tell_engine("pin", row.digest))
             path = packed_path(self._config.data_dir, row.digest, base.fingerprint)
             if row.status == "ready" and not path.exists():
-                catalog.unpacked.add(row.digest)
-                self._adapters.verdicts.begin(row, base)
+                self._pack_again(row, base)
             if row.status == "validating":
                 self._adapters.verdicts.begin(row, base)
+
+    def _pack_again(self, row: AdapterRow, base: BaseDescription) -> None:
+        self._adapters.shelf.catalog.unpacked.add(row.digest)
+        self._adapters.verdicts.begin(row, base)
+
+    def mend(self, digest: str) -> None:
+        """The engine could not load this version: have it packed again, from files that are hashed
+        again, and meanwhile not served. Not twice in MEND_S: it may be the disk or the memory."""
+        now = time.monotonic()
+        if self._base is None or now - self._mended.get(digest, -MEND_S) < MEND_S:
+            return
+        self._mended[digest] = now
+        for row in list(self._adapters.shelf.catalog.rows()):
+            if row.digest == digest and row.status == "ready":
+                log.warning("adapter %s is packed again: it could not be loaded", digest[:12])
+                self._pack_again(row, self._base)
 
     async def _sweep_for_ever(self) -> None:
         while True:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from loramux.adapters.registry import AdapterRow
-from loramux.errors import AdapterInvalid, NotFound, ServiceError
+from loramux.errors import AdapterInvalid, LoramuxError, NotFound, ServiceError, StorageFull
 from loramux.front.background import Background
 from loramux.front.catalog import AdapterView
-from loramux.front.ingest_client import IngestClient
+from loramux.front.ingest_client import INGEST_FAILED, IngestClient
 from loramux.front.observations import Observations
+from loramux.front.pins import Pins
 from loramux.front.shelf import Shelf
 from loramux.wire import BaseDescription, IngestDone
 
@@ -22,11 +23,20 @@ NOT_THE_ADAPTERS_FAULT = frozenset({"storage_full", "internal_error"})
 """Verdicts that say something of this server now and nothing of the adapter."""
 
 
+def refusal(code: str, message: str, problems: Sequence[str]) -> LoramuxError:
+    """A bad verdict as an error: the adapter's, or this server's own."""
+    if code == StorageFull.code:
+        return StorageFull(message)
+    if code in (LoramuxError.code, INGEST_FAILED):
+        return ServiceError(message, code=code)
+    return AdapterInvalid(message, problems=problems, code=code)
+
+
 class Verdicts:
     """Validation of registered adapters, and of files nobody registers.
 
-    ``tell`` tells the engine when a pin moves on to a new version; ``deleted`` hears of rows that
-    went while they were being examined.
+    ``deleted`` hears of rows that may have gone while they were being examined, ``failed``, on the
+    registry's thread, of those refused.
     """
 
     def __init__(
@@ -36,15 +46,17 @@ class Verdicts:
         observations: Observations,
         background: Background,
         *,
-        tell: Callable[[Literal["pin", "unpin"], str], Awaitable[None]],
+        pins: Pins,
         deleted: Callable[[AdapterRow], None],
+        failed: Callable[[AdapterRow], None],
     ) -> None:
         self._shelf = shelf
         self._ingest = ingest
         self._observations = observations
         self._background = background
-        self._tell = tell
+        self._pins = pins
         self._deleted = deleted
+        self._failed = failed
         self._running: dict[int, asyncio.Task[None]] = {}
 
     def __contains__(self, row_id: int) -> bool:
@@ -62,10 +74,22 @@ class Verdicts:
             await asyncio.wait(list(self._running.values()))
 
     def begin(self, row: AdapterRow, base: BaseDescription) -> None:
-        """Have a registered adapter examined and packed, unless it is being already."""
-        if row.id not in self._running:
+        """Have a registered adapter examined and packed, unless it is being already, or was deleted
+        since: then nobody would remove what is packed."""
+        now = self._shelf.catalog.find(row)
+        if row.id not in self._running and now is not None and now.status != "deleting":
             task = self._running[row.id] = self._background.spawn(self._examine(row, base))
-            task.add_done_callback(lambda _: self._running.pop(row.id, None))
+            task.add_done_callback(lambda task: self._ended(task, row, base))
+
+    def _ended(self, task: asyncio.Task[None], row: AdapterRow, base: BaseDescription) -> None:
+        # What was deleted, or tried again, at any moment before this one was left to this one.
+        del self._running[row.id]
+        if task.cancelled() or task.exception():
+            return
+        now = self._shelf.catalog.row(row)
+        if now.status == "validating":
+            self.begin(now, base)
+        self._deleted(now)
 
     async def _examine(self, row: AdapterRow, base: BaseDescription) -> None:
         files = row.config_digest, row.weights_digest
@@ -81,23 +105,18 @@ class Verdicts:
         try:
             await self._background.on_disk(self._record, row, done, base.fingerprint)
         except NotFound:  # deleted meanwhile
-            self._running.pop(row.id, None)
             await self._shelf.refresh(row.tenant, row.name)
-            self._deleted(self._shelf.catalog.row(row))
             return
         self._shelf.catalog.unpacked.discard(row.digest)
-        pinned = {r.digest for r in self._shelf.catalog.rows() if r.pinned}
         await self._shelf.refresh(row.tenant, row.name)
         self._observations.uploaded(done.code if done.problems else "ready")
-        if self._shelf.catalog.row(row).pinned:
-            await self._tell("pin", row.digest)
-        for digest in pinned - {r.digest for r in self._shelf.catalog.rows() if r.pinned}:
-            await self._tell("unpin", digest)
+        await self._pins.tell()  # a pin moves on to a new generation
 
     def _record(self, row: AdapterRow, done: IngestDone, fingerprint: str) -> None:
         registry = self._shelf.registry
         if done.problems:
             registry.mark_failed(row.id, code=done.code, problems=done.problems)
+            self._failed(row)
         else:
             registry.mark_ready(row.id, fingerprint=fingerprint, report=done.report)
 
@@ -108,11 +127,11 @@ class Verdicts:
         base: BaseDescription,
         blend: Mapping[str, Any] | None = None,
     ) -> AdapterView:
-        """What an upload would become: generation 0, registered nowhere. Raises AdapterInvalid."""
+        """What an upload would become: generation 0, registered nowhere. Raises as ``refusal``."""
         done = await self._ingest.examine(*files, base, pack=False)
         if done.problems:
             summary = f"{len(done.problems)} problems" if done.problems[1:] else done.problems[0]
-            raise AdapterInvalid(summary, problems=done.problems, code=done.code)
+            raise refusal(done.code, summary, done.problems)
         return AdapterView(
             id=f"{name}@0",
             name=name,

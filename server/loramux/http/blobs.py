@@ -60,5 +60,6 @@ class Blobs:
         digest = digest_in(digest, "digest")
         blobs, tenant = self._front.adapters.blobs, caller(request).tenant
         with self._front.quotas.uploading(tenant):
-            fresh = await blobs.put(tenant, digest, body_of(request))
+            declared = int(request.headers.get("content-length", "0"))
+            fresh = await blobs.put(tenant, digest, body_of(request), declared)
         return blob(digest, await blobs.size(tenant, digest), 201 if fresh else 200)

@@ -1,4 +1,5 @@
-"""The ingest process: ``python -m loramux.ingest.main --socket ipc://... --data-dir DIR``.
+"""The ingest process: ``python -m loramux.ingest.main --socket ipc://... --data-dir DIR --parent
+PID``.
 
 Uploads are read here, away from the event loop and from the engine, at the lowest priority: a bad
 upload can cost time and, at worst, this process, which keeps no state and is simply started again.
@@ -27,9 +28,8 @@ PARENT_POLL_S = 0.5
 log = logging.getLogger(__name__)
 
 
-def serve(socket_address: str, data_dir: Path) -> None:
-    """Answer every job with an IngestDone, in order, until the parent process is gone."""
-    parent = os.getppid()
+def serve(socket_address: str, data_dir: Path, parent: int) -> None:
+    """Answer every job with an IngestDone, in order, until the process ``parent`` is gone."""
     Thread(target=_end_with, args=(parent,), daemon=True).start()
     pack.sweep(data_dir)
     context = Context()
@@ -57,12 +57,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="loramux.ingest.main", description=__doc__)
     parser.add_argument("--socket", required=True, help="address the front process has bound")
     parser.add_argument("--data-dir", required=True, type=Path, help="blobs and packed adapters")
+    parser.add_argument("--parent", required=True, type=int, help="process to end with")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s ingest %(levelname)s %(message)s")
     # Ctrl-C reaches the whole process group; the front decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(NICENESS)
-    serve(args.socket, args.data_dir)
+    serve(args.socket, args.data_dir, args.parent)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,12 @@ class Architecture:
         return dict(zip(MODULES, pairs, strict=True))
 
     @property
+    def matrix_elements(self) -> int:
+        """Values in all matrices that a step multiplies by."""
+        layer = sum(fan_in * fan_out for fan_in, fan_out in self.widths.values())
+        return self.num_layers * layer + self.hidden_size * self.vocab_size
+
+    @property
     def context_length(self) -> int:
         """Longest sequence the positions are made for.
 

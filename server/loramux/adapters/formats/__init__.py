@@ -21,7 +21,7 @@ from loramux.adapters.strict_json import NotStrictJson, parse_object, shown
 from loramux.errors import AdapterInvalid
 from loramux.wire import BaseDescription
 
-__all__ = ["FORMATS", "MAX_CONFIG_BYTES", "import_adapter", "parse_config"]
+__all__ = ["FORMATS", "MAX_CONFIG_BYTES", "import_adapter", "parse_config", "read_upload"]
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -77,6 +77,14 @@ def import_adapter(
     rank_mismatch, rank_too_large, non_finite, out_of_range, adapter_invalid).
     """
     upload = Upload(config, tensors, base, weights, Problems())
+    read_upload(upload)
+    upload.problems.raise_any()
+    return upload.canonical()
+
+
+def read_upload(upload: Upload) -> None:
+    """Put all that an upload changes, and all that is wrong with it, into it."""
+    config = upload.config
     kind = config.get("peft_type")
     reader = FORMATS.get(kind) if isinstance(kind, str) else None
     if reader is None:
@@ -85,5 +93,3 @@ def import_adapter(
         # Read as the plainest format, so that one answer names all that is wrong.
         reader = lora.read
     reader(upload)
-    upload.problems.raise_any()
-    return upload.canonical()

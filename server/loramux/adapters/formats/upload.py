@@ -72,7 +72,8 @@ Parts = dict[str, FileTensor]
 @dataclass
 class Upload:
     """``modules`` and ``rest`` are there after ``match``: the parts of every linear module by
-    name, and the tensors that are parts of none."""
+    name, and the tensors that are parts of none. ``placed``: what each tensor taken is, by name:
+    (module, part), or None for what modules share."""
 
     config: Mapping[str, Any]
     tensors: Mapping[str, FileTensor]
@@ -86,6 +87,7 @@ class Upload:
     modules: dict[Module, Parts] = field(default_factory=dict)
     rest: dict[str, FileTensor] = field(default_factory=dict)
     replaced: set[Module] = field(default_factory=set)
+    placed: dict[str, tuple[Module, str] | None] = field(default_factory=dict)
     _model_prefix: str = "model."
 
     def match(self, parts: Mapping[str, str]) -> None:
@@ -112,6 +114,7 @@ class Upload:
                 why = "the same weight is given twice"
             else:
                 self.modules[layer, module][part] = tensor
+                self.placed[name] = (layer, module), part
                 prefixes.setdefault((match["prefix"], match["model"]), name)
                 continue
             self.problems.add(f"tensor {shown(name)}: {why}")
@@ -125,10 +128,15 @@ class Upload:
         if part in self.modules.setdefault(at, {}):
             self.problems.add(f"tensor {shown(tensor.name)}: the same weight is given twice")
         self.modules[at][part] = tensor
+        self.placed[tensor.name] = at, part
 
     def take(self, *names: str) -> FileTensor | None:
         """The first of ``names`` among ``rest``, which it leaves."""
-        return next((self.rest.pop(name) for name in names if name in self.rest), None)
+        found = next((name for name in names if name in self.rest), None)
+        if found is None:
+            return None
+        self.placed[found] = None
+        return self.rest.pop(found)
 
     def refuse_rest(self) -> None:
         """Whatever is left in ``rest`` is a problem."""
