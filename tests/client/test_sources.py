@@ -177,7 +177,7 @@ def pushed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
 
     seen: list[tuple[Any, Any]] = []
 
-    def push(source: Any, name: str | None, progress: Any) -> Any:
+    def push(source: Any, name: str | None, ttl_s: int | None, progress: Any) -> Any:
         seen.append((source, name))
         return SimpleNamespace(
             name=name or "a",
