@@ -26,14 +26,13 @@ def add_adapters(commands: Any) -> None:
         help="upload, list, show, remove and pin adapters of a running server; inspect a folder",
         description="Manage the adapters of a running server, or inspect one on this machine.",
     )
-    adapters.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
-    adapters.add_argument("--api-key", help="your key, if it needs one (default: $LORAMUX_API_KEY)")
-    verbs = adapters.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = add_server(adapters)
     push = verbs.add_parser("push", help="upload a PEFT adapter folder, tar or zip")
     push.add_argument(
         "source", help="folder with adapter_config.json and weights, archive, or hf:ORG/REPO"
     )
     push.add_argument("--name", help="name to serve it under (default: the folder's)")
+    push.add_argument("--ttl", type=int, metavar="SECONDS", help="delete it after that time")
     push.add_argument(
         "--compress",
         metavar="density=D[,alpha=A]",
@@ -49,13 +48,21 @@ def add_adapters(commands: Any) -> None:
     verbs.add_parser("list", help="all adapters")
     for verb, text in {
         "show": "one adapter in full",
-        "remove": "delete an adapter; requests that run on it finish",
+        "versions": "every generation of an adapter",
+        "remove": "delete an adapter, or NAME@GENERATION; requests that run on it finish",
         "pin": "keep an adapter in memory",
         "unpin": "let a pinned adapter be evicted again",
     }.items():
         verbs.add_parser(verb, help=text).add_argument("name")
     _add_inspect(verbs)
     adapters.set_defaults(run=_adapters)
+
+
+def add_server(command: argparse.ArgumentParser) -> Any:
+    """What a command needs that asks a server; its verbs."""
+    command.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
+    command.add_argument("--api-key", help="your key, if it needs one (default: $LORAMUX_API_KEY)")
+    return command.add_subparsers(dest="verb", required=True, metavar="VERB")
 
 
 def _add_inspect(verbs: Any) -> None:
@@ -122,6 +129,8 @@ def _adapters(args: dict[str, Any]) -> int:
                 adapter_table(client.adapters.list())
             elif verb == "push":
                 adapter_table([_push(client, args)])
+            elif verb == "versions":
+                adapter_table(client.adapters.versions(args["name"]))
             elif verb == "blend":
                 fields = {key: args[key] for key in _BLEND_FIELDS if key in args}
                 view = client.adapters.blend(args["name"], sources=args["sources"], **fields)
@@ -148,7 +157,11 @@ def _push(client: Any, args: dict[str, Any]) -> Any:
             compression_facts(source)
         with upload_progress() as progress:
             return client.adapters.push(
-                source, name=args["name"], profile=args["profile"], progress=progress
+                source,
+                name=args["name"],
+                ttl_s=args["ttl"],
+                profile=args["profile"],
+                progress=progress,
             )
     except ImportError as error:
         raise ConfigError(str(error)) from error

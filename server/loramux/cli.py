@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from loramux import __version__
 from loramux.adapters_cli import add_adapters
+from loramux.aliases_cli import add_aliases
 from loramux.config import ServerConfig
 from loramux.errors import ConfigError
 from loramux.keys_cli import add_keys
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands)
     add_adapters(commands)
+    add_aliases(commands)
     add_keys(commands)
     args = vars(parser.parse_args(argv))
     run = args.pop("run")

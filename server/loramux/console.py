@@ -40,6 +40,26 @@ def adapter_table(views: Iterable[Any], *, full: bool = False) -> None:
             console.print(JSON.from_data(view.profile))
 
 
+def alias_table(views: Iterable[Any]) -> None:
+    """Aliases, a line each share."""
+    table = Table(box=None, header_style="bold")
+    for column in ("alias", "revision", "stands for", "share", "status", "digest"):
+        table.add_column(column, justify="right" if column == "share" else "left")
+    rows = list(views)
+    for view in rows:
+        total = sum(target.weight for target in view.targets)
+        for target in view.targets:
+            table.add_row(
+                view.id,
+                str(view.revision),
+                target.model + (" (newest)" if target.follows else ""),
+                f"{100 * target.weight / total:.4g} %",
+                target.status,
+                (target.digest or "")[:12],
+            )
+    Console().print(table if rows else "no aliases yet: loramux aliases set NAME TARGET")
+
+
 def compression_facts(compressed: Any) -> None:
     """What compressing did to an adapter that is about to be sent."""
     change = compressed.relative_change

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from loramux.adapters import database
+from loramux.adapters.aliases import Aliases, Target
 from loramux.adapters.database import MIGRATIONS, SCHEMA_VERSION, Database
 from loramux.adapters.registry import Registry
 from loramux.errors import ConfigError
@@ -47,11 +48,36 @@ COMMIT;
 """
 """What a server of version 1 wrote, character for character."""
 
+VERSION_2 = VERSION_1.replace(
+    "PRAGMA user_version = 1;",
+    """
+CREATE TABLE tenant_blobs (
+    tenant TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    num_bytes INTEGER NOT NULL,
+    expires REAL NOT NULL,
+    PRIMARY KEY (tenant, digest)
+) STRICT;
+CREATE INDEX tenant_blobs_digest ON tenant_blobs (digest);
+CREATE TABLE uploads (
+    id TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    num_bytes INTEGER NOT NULL,
+    sha256 TEXT NOT NULL,
+    created REAL NOT NULL,
+    expires REAL NOT NULL
+) STRICT;
+PRAGMA user_version = 2;
+INSERT INTO tenant_blobs VALUES ('', 'w', 7, 9e9);
+""",
+)
+"""What a server of version 2 wrote."""
 
-@pytest.fixture
-def old(tmp_path: Path) -> Path:
+
+@pytest.fixture(params=[VERSION_1, VERSION_2], ids=["version 1", "version 2"])
+def old(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     db = sqlite3.connect(tmp_path / "registry.sqlite", isolation_level=None)
-    db.executescript(VERSION_1)
+    db.executescript(request.param)
     db.close()
     return tmp_path
 
@@ -65,12 +91,19 @@ def version(data_dir: Path) -> tuple[int, set[str]]:
 
 
 def test_an_old_registry_keeps_its_rows(old: Path) -> None:
+    granted = version(old)[0] == 2
     registry = Registry(old)
     row = registry.get("cat")
     assert (row.generation, row.pinned, row.report, row.created) == (3, True, {"rank": 4}, 5.0)
+    assert row.expires is None
+    blobs = registry.database.connection.execute("SELECT digest FROM tenant_blobs").fetchall()
+    assert [digest for (digest,) in blobs] == ["w"] * granted
+    aliases = Aliases(registry.database)
+    assert aliases.every() == []
+    aliases.set("prod", [Target(name="cat", generation=3, digest="d")])
     registry.close()
     number, tables = version(old)
-    assert number == SCHEMA_VERSION and {"tenant_blobs", "uploads"} <= tables
+    assert number == SCHEMA_VERSION and {"tenant_blobs", "uploads", "aliases"} <= tables
     Registry(old).close()  # and again, with nothing left to do
 
 
@@ -84,14 +117,14 @@ def test_a_migration_that_breaks_off_changes_nothing(
     old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = version(old)
-    for number in sorted(MIGRATIONS)[1:]:
+    for number in range(first[0] + 1, SCHEMA_VERSION + 1):
         with monkeypatch.context() as patch:
             steps = f"{MIGRATIONS[number]} INSERT INTO nowhere VALUES (1);"
             patch.setitem(database.MIGRATIONS, number, steps)
             with pytest.raises(ConfigError, match="cannot be used"):
                 Database(old)
         assert version(old)[0] == number - 1
-        assert number > 2 or version(old) == first
+        assert number > first[0] + 1 or version(old) == first
     registry = Registry(old)
     assert registry.get("cat").generation == 3
     registry.close()

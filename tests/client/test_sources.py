@@ -180,7 +180,7 @@ def pushed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
 
     seen: list[tuple[Any, Any]] = []
 
-    def push(source: Any, name: str | None, profile: Any, progress: Any) -> Any:
+    def push(source: Any, name: str | None, ttl_s: int | None, profile: Any, progress: Any) -> Any:
         seen.append((source, name))
         return SimpleNamespace(
             name=name or "a",

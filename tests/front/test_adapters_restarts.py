@@ -24,6 +24,7 @@ from loramux.errors import (
     AdapterInvalid,
     Conflict,
     LoramuxError,
+    Overloaded,
 )
 from loramux.front.adapters import AdapterView
 from loramux.front.front import INGEST
@@ -196,6 +197,38 @@ def test_adapters_of_the_command_line(tmp_path: Path) -> None:
             assert front.adapters.resolve("good").generation == 1
             assert (await front.adapters.delete("gone")).name == "gone"
             assert (await upload(front, "empty", b"full")).status == "ready"
+
+    asyncio.run(main())
+
+
+def test_an_alias_keeps_its_name_from_the_command_line(tmp_path: Path) -> None:
+    one = folder(tmp_path / "one", b"one")
+
+    async def main() -> None:
+        async with running(configure(tmp_path)) as front:
+            await upload(front, "cat")
+            await front.adapters.aliases.set("solo", [("cat", 1)])
+        async with running(configure(tmp_path, adapter=(f"solo={one}", "hole=/none"))) as front:
+            assert front.adapters.resolve("solo").versions == ("cat@1",)
+            (_, _, solo) = front.adapters.list()
+            assert solo.error is not None and solo.error["code"] == "name_reserved"
+            for name in ("solo", "hole"):
+                await front.adapters.delete(name)
+            await front.adapters.aliases.set("hole", [("cat", 1)])
+
+    asyncio.run(main())
+
+
+def test_no_aliases_before_the_catalog_is_filled(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(configure(tmp_path), ready=False, engine=("/nonexistent",)) as front:
+            for call in (
+                front.adapters.aliases.set("prod", [("base", 1)]),
+                front.adapters.aliases.delete("prod"),
+            ):
+                with pytest.raises(Overloaded) as caught:
+                    await call
+                assert caught.value.code == "engine_starting"
 
     asyncio.run(main())
 

@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from loramux.adapters.registry import AdapterRow
@@ -20,6 +21,7 @@ from loramux.errors import (
     Overloaded,
     PayloadTooLarge,
 )
+from loramux.front.aliases import AliasService
 from loramux.front.catalog import AdapterView, Catalog
 from loramux.front.generation import Generation, GenerationSpec
 from loramux.front.keys import Keys
@@ -113,7 +115,8 @@ class FakeAdapters:
         self.config = config
         self.catalog = Catalog("base", observations.snapshot)
         self.writers: list[FakeWriter] = []
-        for name in ("resolve", "list", "show", "owner", "own", "labels"):
+        self.aliases = AliasService(SimpleNamespace(catalog=self.catalog))  # type: ignore[arg-type]
+        for name in ("resolve", "list", "show", "versions", "owner", "own", "labels"):
             setattr(self, name, getattr(self.catalog, name))
         error = {"code": "rank_mismatch", "message": "2 problems", "problems": ["one", "two"]}
         self.put(row("shout", 3), row("shout", 2))
@@ -140,6 +143,7 @@ class FakeAdapters:
         validate_only: bool = False,
         wait_s: float = 0,
         expected_generation: int | None = None,
+        ttl_s: int | None = None,
         tenant: str = "",
         blend: None = None,
     ) -> AdapterView:
@@ -154,6 +158,7 @@ class FakeAdapters:
             "validating" if waits else "ready",
             digest=hashlib.sha256(config + weights_digest.encode() + profile).hexdigest(),
             tenant=tenant,
+            expires=None if ttl_s is None else int(time.time()) + ttl_s,
         )
         if not validate_only:
             self.put(made)

@@ -81,6 +81,19 @@ def test_the_life_of_a_blend(real: Running, folder: Path, tmp_path: Path) -> Non
     assert other.status_code == 201 and other.json()["generation"] == 2
 
 
+def test_an_alias_as_a_source_and_a_time_to_live(real: Running) -> None:
+    shares = [{"model": name, "weight": 1} for name in ("one", "two")]
+    real.http.put("/v1/aliases/single", json={"target": "one"})
+    real.http.put("/v1/aliases/several", json={"targets": shares})
+    view = blend(real, "dated", "single", "two", query="?wait=30&ttl_s=1000").json()
+    assert [s["id"] for s in view["report"]["blend"]["sources"]] == ["one@1", "two@1"]
+    assert view["expires_at"] - view["created"] in (1000, 1001)
+    error = refusal(blend(real, "drawn", "one", "several"))
+    assert error["param"] == "blend.sources[1].id", "not one by chance"
+    for name in ("single", "several"):
+        assert real.http.delete(f"/v1/aliases/{name}").status_code == 200
+
+
 def test_uniform_weights_are_the_default(real: Running, folder: Path, tmp_path: Path) -> None:
     view = blend(real, "even", "one", "two", "three").json()
     assert [s["weight"] for s in view["report"]["blend"]["sources"]] == [1 / 3] * 3

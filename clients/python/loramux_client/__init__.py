@@ -4,6 +4,7 @@ from loramux_client._client import AsyncClient, AsyncStream, Client, Stream
 from loramux_client._compress import Compressed
 from loramux_client._errors import (
     ERRORS,
+    AdapterAliasedError,
     AdapterFailedError,
     AdapterFilesError,
     AdapterIncompatibleError,
@@ -31,12 +32,14 @@ from loramux_client._errors import (
     RateLimitedError,
     RequestTimeoutError,
     RequestTooLargeError,
+    RevisionConflictError,
     ServerError,
     StorageFullError,
     UnsupportedMediaTypeError,
 )
 from loramux_client._models import (
     Adapter,
+    Alias,
     ChatChoice,
     ChatCompletion,
     Chunk,
@@ -48,6 +51,7 @@ from loramux_client._models import (
     Message,
     Model,
     PromptTokensDetails,
+    Target,
     Usage,
 )
 from loramux_client._verbs import ChatOptions, CompletionOptions, Compression, compress
@@ -57,12 +61,14 @@ __version__ = "0.1.0"
 __all__ = [
     "APIError",
     "Adapter",
+    "AdapterAliasedError",
     "AdapterFailedError",
     "AdapterFilesError",
     "AdapterIncompatibleError",
     "AdapterInvalidError",
     "AdapterLoadFailedError",
     "AdapterNotReadyError",
+    "Alias",
     "AsyncClient",
     "AsyncStream",
     "AuthenticationError",
@@ -102,9 +108,11 @@ __all__ = [
     "RateLimitedError",
     "RequestTimeoutError",
     "RequestTooLargeError",
+    "RevisionConflictError",
     "ServerError",
     "StorageFullError",
     "Stream",
+    "Target",
     "UnsupportedMediaTypeError",
     "Usage",
     "compress",

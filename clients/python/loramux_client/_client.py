@@ -97,11 +97,12 @@ class Stream:
     """The chunks of one answer as they come; ``with`` it, so that leaving early stops the server.
 
     Raises the server's error if it gives up, IncompleteResponseError if the stream is cut off.
-    ``request_id`` and ``adapter_digest`` are known once it is entered.
+    ``request_id``, ``adapter_digest`` and ``adapter_version`` are known once it is entered.
     """
 
     request_id: str | None = None
     adapter_digest: str | None = None
+    adapter_version: str | None = None
 
     def __init__(self, client: Client, flow: Flow[Answer]) -> None:
         self._client = client
@@ -131,7 +132,7 @@ class Stream:
     def _start(self) -> httpx.Response:
         if self._response is None:
             answer = self._client._run(self._flow)
-            self.request_id, self.adapter_digest = identity(answer)
+            self.request_id, self.adapter_digest, self.adapter_version = identity(answer)
             self._response = cast(httpx.Response, answer.live)
         return self._response
 
@@ -155,6 +156,7 @@ class AsyncStream:
 
     request_id: str | None = None
     adapter_digest: str | None = None
+    adapter_version: str | None = None
 
     def __init__(self, client: AsyncClient, flow: Flow[Answer]) -> None:
         self._client = client
@@ -184,7 +186,7 @@ class AsyncStream:
     async def _start(self) -> httpx.Response:
         if self._response is None:
             answer = await self._client._run(self._flow)
-            self.request_id, self.adapter_digest = identity(answer)
+            self.request_id, self.adapter_digest, self.adapter_version = identity(answer)
             self._response = cast(httpx.Response, answer.live)
         return self._response
 
@@ -216,6 +218,20 @@ class Adapters:
     delete = _blocking(_verbs.delete)
     pin = _blocking(_verbs.pin)
     unpin = _blocking(_verbs.unpin)
+    versions = _blocking(_verbs.versions)
+    set_ttl = _blocking(_verbs.set_ttl)
+
+
+class Aliases:
+    """Names that stand for adapters: ``client.aliases``."""
+
+    def __init__(self, client: Client) -> None:
+        self._run = client._run
+
+    set = _blocking(_verbs.set_alias)
+    list = _blocking(_verbs.list_aliases)
+    show = _blocking(_verbs.show_alias)
+    delete = _blocking(_verbs.delete_alias)
 
 
 class AsyncAdapters:
@@ -231,6 +247,20 @@ class AsyncAdapters:
     delete = _awaited(_verbs.delete)
     pin = _awaited(_verbs.pin)
     unpin = _awaited(_verbs.unpin)
+    versions = _awaited(_verbs.versions)
+    set_ttl = _awaited(_verbs.set_ttl)
+
+
+class AsyncAliases:
+    """Names that stand for adapters: ``client.aliases``."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._run = client._run
+
+    set = _awaited(_verbs.set_alias)
+    list = _awaited(_verbs.list_aliases)
+    show = _awaited(_verbs.show_alias)
+    delete = _awaited(_verbs.delete_alias)
 
 
 class Client:
@@ -254,6 +284,7 @@ class Client:
             **_settings(base_url, api_key, timeout, max_retries), transport=transport
         )
         self.adapters = Adapters(self)
+        self.aliases = Aliases(self)
 
     complete = _blocking(_verbs.complete)
     chat = _blocking(_verbs.chat)
@@ -327,6 +358,7 @@ class AsyncClient:
             **_settings(base_url, api_key, timeout, max_retries), transport=transport
         )
         self.adapters = AsyncAdapters(self)
+        self.aliases = AsyncAliases(self)
 
     complete = _awaited(_verbs.complete)
     chat = _awaited(_verbs.chat)

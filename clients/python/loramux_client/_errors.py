@@ -118,6 +118,14 @@ class GenerationConflictError(ConflictError):
     """The adapter's name already holds other weights."""
 
 
+class RevisionConflictError(ConflictError):
+    """The alias was changed, made or removed meanwhile."""
+
+
+class AdapterAliasedError(ConflictError):
+    """An alias stands for the adapter: point it elsewhere before you delete the adapter."""
+
+
 class AdapterNotReadyError(ConflictError):
     """The adapter is still being validated; ``retry_after_s`` says when to ask again."""
 
@@ -178,6 +186,7 @@ class StorageFullError(ServerError):
 
 
 ERRORS: dict[str, type[APIError]] = {
+    "adapter_aliased": AdapterAliasedError,
     "adapter_failed": AdapterFailedError,
     "adapter_incompatible": AdapterIncompatibleError,
     "adapter_invalid": AdapterInvalidError,
@@ -199,6 +208,7 @@ ERRORS: dict[str, type[APIError]] = {
     "quota_exceeded": QuotaExceededError,
     "rate_limit_exceeded": RateLimitedError,
     "request_too_large": RequestTooLargeError,
+    "revision_conflict": RevisionConflictError,
     "storage_full": StorageFullError,
     "unsupported_media_type": UnsupportedMediaTypeError,
     "upload_offset_mismatch": ConflictError,

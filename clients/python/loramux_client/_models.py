@@ -78,7 +78,8 @@ class Usage(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class _Served(Record):
-    """``adapter_digest`` is the SHA-256 of the adapter that answered, None for the base model."""
+    """``adapter_digest`` is the SHA-256 of the adapter that answered, ``adapter_version`` its
+    ``name@generation``; both are None for the base model."""
 
     id: str
     created: int = 0
@@ -87,6 +88,7 @@ class _Served(Record):
     usage: Usage | None = None
     request_id: str | None = None
     adapter_digest: str | None = None
+    adapter_version: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +190,8 @@ class Chunk(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Record):
-    """A base model or an adapter, as ``models`` lists them. An adapter's ``parent`` is its base."""
+    """A base model, adapter or alias, as ``models`` lists them. An adapter's ``parent`` is its
+    base."""
 
     id: str
     created: int = 0
@@ -207,6 +210,7 @@ class Adapter(Record):
     "pool" when it can be used at once, "disk" when it is loaded on first use. ``report`` is what
     validation found, ``error`` why it failed (code, message, problems). ``profile`` is how it is
     spoken to and speaks; only ``show`` has it, the others have its digest ("" for none).
+    ``created`` and ``expires_at`` (None: never) are Unix seconds.
     """
 
     name: str
@@ -218,6 +222,7 @@ class Adapter(Record):
     residency: str = "disk"
     pinned: bool = False
     created: int = 0
+    expires_at: int | None = None
     rank: int = 0
     num_bytes: int = 0
     num_frames: int = 0
@@ -225,6 +230,31 @@ class Adapter(Record):
     error: dict[str, Any] | None = None
     profile_digest: str = ""
     profile: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target(Record):
+    """One share of an alias. ``model`` is ``name@generation``, or a bare ``name`` when it
+    ``follows`` the name to its newest generation. ``digest`` is what answers now: None for the
+    base, and for what has gone."""
+
+    model: str
+    weight: int = 1
+    follows: bool = False
+    digest: str | None = None
+    status: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alias(Record):
+    """A name that stands for adapters. ``revision`` counts its changes; ``changed`` is Unix
+    seconds."""
+
+    id: str
+    revision: int
+    targets: list[Target]
+    object: str = "alias"
+    changed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,10 +146,14 @@ def error_of(answer: Answer) -> APIError:
     )
 
 
-def identity(answer: Answer) -> tuple[str | None, str | None]:
-    """The request's id, and the digest of the adapter that answers (None for the base model)."""
-    served = answer.headers.get("x-loramux-adapter")
-    return answer.headers.get("x-request-id"), None if served == "base" else served
+def identity(answer: Answer) -> tuple[str | None, str | None, str | None]:
+    """The request's id, and of the adapter that answers (None for the base model) the digest and
+    ``name@generation``."""
+    digest, version = (
+        None if (value := answer.headers.get(name)) == "base" else value
+        for name in ("x-loramux-adapter", "x-loramux-model")
+    )
+    return answer.headers.get("x-request-id"), digest, version
 
 
 def retry_delay_s(answer: Answer, attempt: int) -> float | None:

@@ -11,7 +11,15 @@ from loramux_client import _compress
 from loramux_client._compress import Compressed
 from loramux_client._errors import RequestTimeoutError, api_error
 from loramux_client._files import Progress
-from loramux_client._models import Adapter, ChatCompletion, Completion, Health, Model, Record
+from loramux_client._models import (
+    Adapter,
+    Alias,
+    ChatCompletion,
+    Completion,
+    Health,
+    Model,
+    Record,
+)
 from loramux_client._profile import Choice, profile_of
 from loramux_client._protocol import Answer, Flow, Request, Sleep, identity, json_request
 from loramux_client._sending import send
@@ -127,7 +135,7 @@ def stream(
 
 
 def models() -> Flow[list[Model]]:
-    """The base model and every adapter that can be named in ``model``."""
+    """The base model and every adapter and alias that can be named in ``model``."""
     answer: Answer = yield Request("GET", "/v1/models")
     return _listed(Model, answer)
 
@@ -161,6 +169,7 @@ def push(
     name: str | None = None,
     *,
     expected_generation: int | None = None,
+    ttl_s: int | None = None,
     compress: Compression | None = None,
     profile: Choice = True,
     progress: Progress | None = None,
@@ -178,8 +187,9 @@ def push(
 
     ``profile``: how it is spoken to and speaks, as an object or the path of a JSON file; True takes
     it from the chat template, generation_config.json and loramux.json in the folder, False sends
-    none. ``wait``: until the server has validated it (seconds, or True for ten minutes), else
-    return at once with status "validating". Raises AdapterInvalidError with all its problems.
+    none. ``ttl_s``: seconds until it is deleted. ``wait``: until the server has validated it
+    (seconds, or True for ten minutes), else return at once with status "validating". Raises
+    AdapterInvalidError with all its problems.
     """
     with open_adapter(source) as files:
         name = name or files.name
@@ -194,6 +204,8 @@ def push(
     fields["name"] = name
     if expected_generation is not None:
         fields["expected_generation"] = expected_generation
+    if ttl_s is not None:
+        fields["ttl_s"] = ttl_s
     return (yield from _register(fields, wait))
 
 
@@ -256,7 +268,8 @@ def show(name: str) -> Flow[Adapter]:
 
 
 def delete(name: str) -> Flow[None]:
-    """Remove an adapter. Requests that run with it go on to their end."""
+    """Remove an adapter, or one generation of it (``name@generation``). Requests that run with it
+    go on to their end."""
     yield Request("DELETE", _adapter_path(name))
 
 
@@ -272,6 +285,54 @@ def unpin(name: str) -> Flow[Adapter]:
     return Adapter.from_json(answer.json())
 
 
+def versions(name: str) -> Flow[list[Adapter]]:
+    """Every generation of an adapter, newest first."""
+    answer: Answer = yield Request("GET", f"{_adapter_path(name)}/versions")
+    return _listed(Adapter, answer)
+
+
+def set_ttl(name: str, ttl_s: int | None) -> Flow[Adapter]:
+    """Have an adapter deleted in so many seconds, or keep it (None). A bare name means its newest
+    generation. What an alias stands for stays until the alias moves."""
+    answer: Answer = yield json_request("PUT", f"{_adapter_path(name)}/ttl", {"ttl_s": ttl_s})
+    return Adapter.from_json(answer.json())
+
+
+def set_alias(
+    name: str, target: str | Mapping[str, int], *, expected_revision: int | None = None
+) -> Flow[Alias]:
+    """Point an alias at an adapter, or at several: ``{model: weight}``. All at once, or not at all.
+
+    ``model@generation`` stays that generation, a bare name follows its newest; the base's name is
+    the base. One ``user`` of completions gets the same target while the weights stay. The alias is
+    only changed when its revision is ``expected_revision`` (0: when there is none), if given.
+    """
+    fields: dict[str, Any] = {"target": target}
+    if not isinstance(target, str):
+        fields = {"targets": [{"model": m, "weight": weight} for m, weight in target.items()]}
+    if expected_revision is not None:
+        fields["expected_revision"] = expected_revision
+    answer: Answer = yield json_request("PUT", _alias_path(name), fields)
+    return Alias.from_json(answer.json())
+
+
+def list_aliases() -> Flow[list[Alias]]:
+    """Every alias on the server."""
+    answer: Answer = yield Request("GET", "/v1/aliases")
+    return _listed(Alias, answer)
+
+
+def show_alias(name: str) -> Flow[Alias]:
+    """What an alias stands for."""
+    answer: Answer = yield Request("GET", _alias_path(name))
+    return Alias.from_json(answer.json())
+
+
+def delete_alias(name: str) -> Flow[None]:
+    """Remove an alias. The adapters it stood for stay."""
+    yield Request("DELETE", _alias_path(name))
+
+
 def _generate(
     fields: Mapping[str, Any], options: Mapping[str, Any], *, stream: bool = False
 ) -> Request:
@@ -282,8 +343,9 @@ def _generate(
 
 
 def _served(cls: type[R], answer: Answer) -> R:
-    request_id, digest = identity(answer)
-    return cls.from_json({**answer.json(), "request_id": request_id, "adapter_digest": digest})
+    request_id, digest, version = identity(answer)
+    about = {"request_id": request_id, "adapter_digest": digest, "adapter_version": version}
+    return cls.from_json({**answer.json(), **about})
 
 
 def _listed(cls: type[R], answer: Answer) -> list[R]:
@@ -292,3 +354,7 @@ def _listed(cls: type[R], answer: Answer) -> list[R]:
 
 def _adapter_path(name: str) -> str:
     return f"/v1/adapters/{quote(name, safe='')}"
+
+
+def _alias_path(name: str) -> str:
+    return f"/v1/aliases/{quote(name, safe='')}"

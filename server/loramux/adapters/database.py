@@ -62,7 +62,17 @@ CREATE TABLE uploads (
     expires REAL NOT NULL
 ) STRICT;
 """,
-    3: "-- Versions and aliases.\n",
+    3: """
+CREATE TABLE aliases (
+    tenant TEXT NOT NULL,
+    name TEXT NOT NULL,
+    revision INTEGER NOT NULL,
+    targets TEXT NOT NULL,
+    changed REAL NOT NULL,
+    PRIMARY KEY (tenant, name)
+) STRICT;
+ALTER TABLE adapters ADD COLUMN expires INTEGER;
+""",
     4: "ALTER TABLE adapters ADD COLUMN profile_digest TEXT NOT NULL DEFAULT '';",
 }
 """What makes a database of each version out of one of the version before; each is a transaction."""

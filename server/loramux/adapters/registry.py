@@ -6,19 +6,24 @@
 A name has generations, counted from 1 and never used twice. Several may be ready at once; a bare
 name means the newest that can serve. Which base an adapter was validated against is part of its
 row: under another base it is listed as ``incompatible``, which is derived, never stored.
+
+A generation may have a time to live. When that is over it is deleted, even if it is pinned, but not
+while an alias holds it: then it stays until the alias lets go.
 What a method returned survives a power cut (see ``database``).
 """
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from loramux.adapters.aliases import AliasRow, aliases_of
 from loramux.adapters.blobs import adapter_digest, check_digest
 from loramux.adapters.database import Database
 from loramux.errors import Conflict, GenerationGone, NotFound
@@ -34,7 +39,7 @@ class AdapterRow(msgspec.Struct, frozen=True, kw_only=True):
 
     ``fingerprint`` is the base it was validated against ("" before that). ``error`` is
     ``{"code", "message", "problems"}`` when failed; ``report`` is IngestDone's when ready;
-    ``created`` is Unix seconds.
+    ``created`` and ``expires`` are Unix seconds.
     """
 
     id: int
@@ -50,6 +55,7 @@ class AdapterRow(msgspec.Struct, frozen=True, kw_only=True):
     report: dict[str, Any]
     pinned: bool
     created: float
+    expires: int | None = None
     profile_digest: str = ""
 
     @property
@@ -87,6 +93,7 @@ class Registry:
         weights_digest: str,
         profile_digest: str = "",
         expected_generation: int | None = None,
+        ttl_s: int | None = None,
         tenant: str = "",
         blend: Mapping[str, Any] | None = None,
     ) -> tuple[AdapterRow, bool]:
@@ -95,22 +102,26 @@ class Registry:
         The same files under the same name are the same row: nothing happens (a failed one is tried
         again). Other files need ``expected_generation``, the generation being replaced (0: the name
         must be free), else Conflict; they become the next generation, and the old one stays until
-        deleted. A failed or incompatible adapter does not hold its name. ``blend``: how the files
-        were made here; it stays in the report.
+        deleted. A failed or incompatible adapter does not hold its name. With ``ttl_s`` the row,
+        also one that was there, lives that many seconds from now. An alias's name is reserved.
+        ``blend``: how the files were made here; it stays in the report.
         """
         files = (config_digest, weights_digest, profile_digest)
         digest = adapter_digest(*files)
         with self._transaction() as db:
+            aliases = self._expire(db, tenant, name)
+            if any(alias.name == name for alias in aliases):
+                raise Conflict("an alias has this name", param="name", code="name_reserved")
             rows = [r for r in self._rows(db, tenant, name) if r.status != "deleting"]
             held = next((r for r in rows if r.status in ("validating", "ready")), None)
             if held is not None and held.digest == digest:
-                return held, False
+                return self._renew(db, held.id, ttl_s), False
             if rows and rows[0].status == "failed" and rows[0].digest == digest:
                 db.execute(
                     "UPDATE adapters SET status = 'validating', error = 'null' WHERE id = ?",
                     (rows[0].id,),
                 )
-                return self._row(db, rows[0].id), True
+                return self._renew(db, rows[0].id, ttl_s), True
             current = held.generation if held else 0
             if expected_generation is None and held is not None:
                 raise Conflict(
@@ -130,8 +141,7 @@ class Registry:
             if blend is not None:
                 report = _json({"blend": blend})
                 db.execute("UPDATE adapters SET report = ? WHERE id = ?", (report, row.id))
-                row = self._row(db, row.id)
-            return row, True
+            return self._renew(db, row.id, ttl_s), True
 
     def _insert(
         self,
@@ -154,6 +164,46 @@ class Registry:
         assert cursor.lastrowid is not None
         return self._row(db, cursor.lastrowid)
 
+    def _renew(self, db: sqlite3.Connection, row_id: int, ttl_s: int | None) -> AdapterRow:
+        if ttl_s is not None:
+            db.execute("UPDATE adapters SET expires = ? WHERE id = ?", (_end(ttl_s), row_id))
+        return self._row(db, row_id)
+
+    def set_ttl(
+        self, name: str, generation: int, ttl_s: int | None, *, tenant: str = ""
+    ) -> AdapterRow:
+        """Have one generation live that many seconds from now, or for ever (None).
+
+        Raises NotFound and GenerationGone, also for one whose time is over already.
+        """
+        with self._transaction() as db:
+            self._expire(db, tenant, name)
+            rows = self._of_generation(db, self._visible(db, tenant, name), generation)
+            row = best(rows)
+            expires = None if ttl_s is None else _end(ttl_s)
+            db.execute("UPDATE adapters SET expires = ? WHERE id = ?", (expires, row.id))
+            return self._row(db, row.id)
+
+    def expire(self) -> Rows:
+        """Mark every generation whose time is over ``deleting``; all that are, of every tenant."""
+        with self._transaction() as db:
+            over = "SELECT DISTINCT tenant, name FROM adapters WHERE expires <= ?"
+            for tenant, name in db.execute(over, (time.time(),)).fetchall():
+                self._expire(db, tenant, name)
+            return self._select(db, "WHERE status = 'deleting'", ())
+
+    def _expire(self, db: sqlite3.Connection, tenant: str, name: str) -> list[AliasRow]:
+        """Mark the generations of a name whose time is over; the tenant's aliases.
+
+        A pin stays on the row: it says that the engine is still to be told of its end.
+        """
+        aliases, now = aliases_of(db, tenant), time.time()
+        rows = [r for r in self._rows(db, tenant, name) if r.status != "deleting"]
+        for row in rows:
+            if row.expires is not None and row.expires <= now and not holders(row, rows, aliases):
+                db.execute("UPDATE adapters SET status = 'deleting' WHERE id = ?", (row.id,))
+        return aliases
+
     def mark_ready(self, row_id: int, *, fingerprint: str, report: dict[str, Any]) -> AdapterRow:
         """The adapter passed validation against that base. A pin of its name moves to it.
 
@@ -163,7 +213,10 @@ class Registry:
             row = self._live(db, row_id)
             if "blend" in row.report:
                 report = {**report, "blend": row.report["blend"]}
-            of_name = "FROM adapters WHERE tenant = ? AND name = ? AND generation < ?"
+            of_name = (
+                "FROM adapters WHERE tenant = ? AND name = ? AND generation < ?"
+                " AND status != 'deleting'"
+            )
             key = (row.tenant, row.name, row.generation)
             (pinned,) = db.execute(f"SELECT coalesce(max(pinned), 0) {of_name}", key).fetchone()
             db.execute(
@@ -213,7 +266,7 @@ class Registry:
                 rows = [r for r in rows if r.digest.startswith(digest_prefix)]
                 if len(digest_prefix) < MIN_PREFIX or len({r.digest for r in rows}) > 1:
                     raise NotFound("the digest is too short to name one version", param="model")
-            return _best(rows)
+            return best(rows)
 
     def list(self, name: str | None = None, *, tenant: str = "") -> Rows:
         """Every row (of one name), by name, newest generation first."""
@@ -227,20 +280,30 @@ class Registry:
         with self._reading() as db:
             return self._select(db, "ORDER BY tenant, name, generation DESC", ())
 
-    def delete(self, name: str, *, tenant: str = "") -> Rows:
-        """Mark every generation of a name ``deleting``; the rows. ``forget`` ends each.
+    def delete(self, name: str, *, generation: int | None = None, tenant: str = "") -> Rows:
+        """Mark a generation of a name, or every one, ``deleting``; the rows. ``forget`` ends each.
 
-        Raises NotFound, and Conflict (adapter_pinned) when a generation is pinned.
+        Raises NotFound, GenerationGone, and Conflict: adapter_pinned, adapter_aliased (an alias of
+        the tenant holds one of them; the message names it).
         """
         with self._transaction() as db:
-            rows = self._visible(db, tenant, name)
-            if any(r.pinned for r in rows):
+            aliases = self._expire(db, tenant, name)
+            rows = chosen = self._visible(db, tenant, name)
+            if generation is not None:
+                chosen = self._of_generation(db, rows, generation)
+            if not chosen:
+                raise NotFound("no such adapter", param="model")
+            if any(r.pinned for r in chosen):
                 raise Conflict("the adapter is pinned: unpin it first", code="adapter_pinned")
-            db.execute(
-                "UPDATE adapters SET status = 'deleting' WHERE tenant = ? AND name = ?",
-                (tenant, name),
-            )
-            return [self._row(db, r.id) for r in rows]
+            if held_by := sorted({name for r in chosen for name in holders(r, rows, aliases)}):
+                raise Conflict(
+                    f"the adapter is what an alias stands for ({', '.join(held_by)}): point it"
+                    " elsewhere first",
+                    code="adapter_aliased",
+                )
+            for row in chosen:
+                db.execute("UPDATE adapters SET status = 'deleting' WHERE id = ?", (row.id,))
+            return [self._row(db, r.id) for r in chosen]
 
     def forget(self, row_id: int) -> None:
         """Remove a row for good. Its generation number is not used again."""
@@ -253,7 +316,8 @@ class Registry:
         Raises NotFound, and Conflict (adapter_not_ready) unless it is ready.
         """
         with self._transaction() as db:
-            row = _best(self._visible(db, tenant, name))
+            self._expire(db, tenant, name)
+            row = best(self._visible(db, tenant, name))
             if row.status != "ready":
                 raise Conflict(f"the adapter is {row.status}", code="adapter_not_ready")
             db.execute("UPDATE adapters SET pinned = ? WHERE id = ?", (int(pinned), row.id))
@@ -327,11 +391,27 @@ class Registry:
         return AdapterRow(**fields)
 
 
-def _best(rows: Rows) -> AdapterRow:
-    """Of rows newest first: the newest ready one, else the newest."""
+def holders(row: AdapterRow, rows: Rows, aliases: Iterable[AliasRow]) -> list[str]:
+    """The aliases that keep a generation from being deleted: those pointed at it, and, when it is
+    the one that the bare name means among ``rows`` (newest first), those that follow the name."""
+    return [
+        alias.name
+        for alias in aliases
+        for target in alias.targets
+        if (target.owner, target.name) == (row.tenant, row.name)
+        and (row.id == best(rows).id if target.follows else row.generation == target.generation)
+    ]
+
+
+def best(rows: Rows) -> AdapterRow:
+    """Of rows newest first: the newest ready one, else the newest. Raises NotFound for no rows."""
     if not rows:
         raise NotFound("no such adapter", param="model")
     return next((r for r in rows if r.status == "ready"), rows[0])
+
+
+def _end(ttl_s: int) -> int:
+    return math.ceil(time.time() + ttl_s)
 
 
 def _json(value: Any) -> str:

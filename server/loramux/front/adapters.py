@@ -20,10 +20,11 @@ from loramux.errors import (
     NotFound,
     Overloaded,
 )
+from loramux.front.aliases import AliasService
 from loramux.front.background import Background
 from loramux.front.blends import Blends
 from loramux.front.blobs import BlobService
-from loramux.front.catalog import SHARED, AdapterView, Catalog, Served
+from loramux.front.catalog import SHARED, AdapterView, Catalog, Served, split
 from loramux.front.ingest_client import IngestClient
 from loramux.front.observations import Observations
 from loramux.front.packed import PackedFiles
@@ -82,6 +83,7 @@ class AdapterService:
             deleted=lambda row: self._forget_soon([row]),
             failed=self.blobs.collect_files,
         )
+        self.aliases = AliasService(self.shelf)
         self.blends = Blends(config, self._catalog, ingest, self.blobs, self.background)
         self.resumable = ResumableUploads(
             config, self._registry.database, self._store, self.blobs, self.background
@@ -89,13 +91,14 @@ class AdapterService:
 
     # What names mean to a tenant: its own adapters, and under the other names the shared ones.
 
-    def resolve(self, model: str, *, tenant: str = SHARED) -> Served:
-        """The base's name, ``name``, ``name@generation`` or ``name@sha256:<12 or more hex>``.
+    def resolve(self, model: str, *, tenant: str = SHARED, user: str | None = None) -> Served:
+        """The base's name, an alias, ``name``, ``name@generation`` or ``name@sha256:<12 or more
+        hex>``. Of an alias's targets a ``user`` always gets the same one (see ``shares.choose``).
 
         Raises NotFound (model_not_found), GenerationGone, or Conflict: adapter_not_ready (with
         retry_after_s), adapter_failed, adapter_incompatible.
         """
-        return self._catalog.resolve(model, tenant=tenant)
+        return self._catalog.resolve(model, tenant=tenant, user=user)
 
     def list(self, *, tenant: str = SHARED) -> list[AdapterView]:
         """What every bare name means, by name; those being deleted until they are gone."""
@@ -105,8 +108,12 @@ class AdapterService:
         """One adapter by name, ``name@generation`` or ``name@sha256:<hex>``; raises NotFound."""
         return self._catalog.show(name, tenant=tenant)
 
+    def versions(self, name: str, *, tenant: str = SHARED) -> Sequence[AdapterView]:
+        """Every generation of a bare name, newest first; raises NotFound."""
+        return self._catalog.versions(name, tenant=tenant)
+
     def owner(self, name: str, *, tenant: str) -> str:
-        """Whose adapter a bare name means to the tenant: SHARED's, or its own (also when it means
+        """Whose adapter a name means to the tenant: SHARED's, or its own (also when it means
         nothing)."""
         return self._catalog.owner(name, tenant=tenant)
 
@@ -154,6 +161,7 @@ class AdapterService:
         validate_only: bool = False,
         wait_s: float = 0,
         expected_generation: int | None = None,
+        ttl_s: int | None = None,
         tenant: str = SHARED,
         blend: Mapping[str, Any] | None = None,
     ) -> AdapterView:
@@ -164,8 +172,9 @@ class AdapterService:
         status is "validating" when it is not in yet. Raises InvalidRequest (name), PayloadTooLarge
         (config), NotFound (blob_not_found), QuotaExceeded, Conflict (generation_conflict,
         name_reserved), and for a bad verdict that is in AdapterInvalid, or StorageFull or
-        ServiceError when only this server is to blame. ``validate_only`` always waits and registers
-        nothing; its view has generation 0.
+        ServiceError when only this server is to blame. ``ttl_s`` is as ``set_ttl``'s, for one that
+        was there too. ``validate_only`` always waits and registers nothing; its view has
+        generation 0.
         """
         if not ADAPTER_NAME.fullmatch(name):
             raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
@@ -184,7 +193,7 @@ class AdapterService:
             row, fresh = await self.shelf.change(
                 tenant,
                 name,
-                lambda: self._register(tenant, name, files, expected_generation, blend),
+                lambda: self._register(tenant, name, files, expected_generation, ttl_s, blend),
             )
         if fresh:
             if tenant == SHARED:
@@ -234,11 +243,13 @@ class AdapterService:
         name: str,
         files: Files,
         expected_generation: int | None,
+        ttl_s: int | None,
         blend: Mapping[str, Any] | None,
     ) -> tuple[AdapterRow, bool]:
         config_digest, weights_digest, profile_digest = files
         if not self._store.has(weights_digest):
             raise NotFound("no such blob", param="weights", code="blob_not_found")
+        self._registry.expire()  # what is over takes no place
         self.blobs.storage.check_adapter(tenant, name, files)
         return self._registry.create(
             name,
@@ -247,10 +258,11 @@ class AdapterService:
             weights_digest=weights_digest,
             profile_digest=profile_digest,
             expected_generation=expected_generation,
+            ttl_s=ttl_s,
             blend=blend,
         )
 
-    # Pins and deletion.
+    # Pins, times to live, and deletion.
 
     async def set_pinned(self, name: str, pinned: bool, *, tenant: str = SHARED) -> AdapterView:
         """Keep it in the pool, or no longer. Raises NotFound, Conflict (not ready; no room)."""
@@ -267,15 +279,41 @@ class AdapterService:
             raise refused[row.digest]
         return self._catalog.view(self._catalog.row(row))
 
-    async def delete(self, name: str, *, tenant: str = SHARED) -> AdapterView:
-        """No new requests from now on; the files go when the last running request has ended.
+    async def set_ttl(self, model: str, ttl_s: int | None, *, tenant: str = SHARED) -> AdapterView:
+        """Have the version that ``model`` means live that many seconds from now, or for ever.
 
-        Raises NotFound, and Conflict (adapter_pinned). The view's status is "deleting".
+        From then on it is not found, and the sweep deletes it, pinned or not; but not while an
+        alias stands for it. Raises NotFound, GenerationGone.
         """
-        if tenant == SHARED and name in self._catalog.broken:
-            return self._catalog.broken.pop(name)
+        view = self._catalog.show(model, tenant=tenant)
+        row = await self.shelf.change(
+            tenant,
+            view.name,
+            lambda: self._registry.set_ttl(view.name, view.generation, ttl_s, tenant=tenant),
+        )
+        return self._catalog.view(row)
+
+    async def expire(self) -> None:
+        """Delete every version whose time is over, and end what deletions are still to be ended."""
+        rows = await self.background.on_disk(self._registry.expire)
+        for tenant, name in {(row.tenant, row.name) for row in rows}:
+            await self.shelf.refresh(tenant, name)
+        self._forget_soon(rows)
+
+    async def delete(self, model: str, *, tenant: str = SHARED) -> AdapterView:
+        """Every generation of a name, or the one that ``name@…`` means: no new requests from now
+        on; the files go when the last running request has ended.
+
+        Raises NotFound, GenerationGone, and Conflict (adapter_pinned, adapter_aliased). The view's
+        status is "deleting".
+        """
+        if tenant == SHARED and model in self._catalog.broken:
+            return self._catalog.broken.pop(model)
+        name, generation = split(model)[0], None
+        if name != model:
+            generation = self._catalog.show(model, tenant=tenant).generation
         rows = await self.shelf.change(
-            tenant, name, lambda: self._registry.delete(name, tenant=tenant)
+            tenant, name, lambda: self._registry.delete(name, generation=generation, tenant=tenant)
         )
         self._forget_soon(rows)
         return self._catalog.view(rows[0])
@@ -289,6 +327,8 @@ class AdapterService:
 
     async def _forget(self, row: AdapterRow) -> None:
         gone = await self.shelf.change(row.tenant, row.name, lambda: self._forget_row(row))
+        if row.pinned:
+            await self.pins.tell()  # its time was over: the engine would not evict it
         for digest in gone:
             try:
                 await self._ask_engine("evict", digest)

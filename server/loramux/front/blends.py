@@ -102,6 +102,9 @@ class Blends:
                 self._blobs.let_go(digest)
 
     def _source(self, name: str, weight: float, param: str, tenant: str) -> BlendSource:
+        alias = self._catalog.alias(name, tenant=tenant)
+        if alias is not None and len(alias.targets) > 1:
+            raise InvalidRequest(f"{param}: an alias of several adapters: name one", param=param)
         try:
             served = self._catalog.resolve(name, tenant=tenant)
         except LoramuxError as error:
@@ -112,7 +115,7 @@ class Blends:
         digest = served.adapters[0].digest
         row = next(row for row in self._catalog.rows() if row.digest == digest)
         return BlendSource(
-            name=f"{served.name}@{served.generation}",
+            name=served.version,
             digest=digest,
             config_digest=row.config_digest,
             weights_digest=row.weights_digest,

@@ -1,22 +1,26 @@
 """What every adapter name means now: the registry's rows in memory, for the hot path.
 
 Names are a tenant's own. What tenant "" has (the command line's adapters, and all without keys) is
-shared: every tenant sees it under every name that is not the tenant's own.
+shared: every tenant sees it under every name that is not the tenant's own. So it is with aliases,
+which stand for adapters wherever a request names a model.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import msgspec
 
-from loramux.adapters.registry import MIN_PREFIX, AdapterRow, Rows
+from loramux.adapters.aliases import AliasRow, Target
+from loramux.adapters.registry import MIN_PREFIX, AdapterRow, Rows, best, holders
 from loramux.errors import Conflict, GenerationGone, NotFound
 from loramux.front.observations import Snapshot
+from loramux.front.shares import choose
 from loramux.request import AdapterRef, Adapters
 
 Status = Literal["receiving", "validating", "ready", "failed", "deleting", "incompatible"]
@@ -29,8 +33,9 @@ _MODEL = re.compile(r"([^@]+)(?:@(?:(\d{1,18})|sha256:([0-9a-f]{1,64})))?")
 
 class AdapterView(msgspec.Struct, kw_only=True):
     """An adapter as HTTP shows it. ``report`` is what the import found; ``error`` why it failed
-    (``{"code", "message", "problems"}``). ``created`` is Unix seconds. ``profile_digest`` is "" for
-    an adapter without a profile; ``profile`` itself is there when one adapter is asked for."""
+    (``{"code", "message", "problems"}``). ``created`` and ``expires_at`` are Unix seconds.
+    ``profile_digest`` is "" for an adapter without a profile; ``profile`` itself is there when one
+    adapter is asked for."""
 
     id: str
     object: str = "adapter"
@@ -41,6 +46,7 @@ class AdapterView(msgspec.Struct, kw_only=True):
     residency: Literal["pool", "disk"] = "disk"
     pinned: bool = False
     created: int = 0
+    expires_at: int | None = None
     rank: int = 0
     num_bytes: int = 0
     num_frames: int = 0
@@ -53,7 +59,7 @@ class AdapterView(msgspec.Struct, kw_only=True):
 @dataclass(frozen=True)
 class Served:
     """What a request's ``model`` means now. The base has no adapters and generation 0, and so has
-    a list of adapters no generation of its own."""
+    a list of adapters no generation of its own. ``name`` is an alias's own when it was asked."""
 
     adapters: Adapters
     name: str
@@ -62,6 +68,8 @@ class Served:
     """Whether it may be worn beside others: not when it changes what a module reads."""
     profiles: tuple[str, ...] = ()
     """The digest of each adapter's profile, "" for one that has none."""
+    versions: tuple[str, ...] = ()
+    """``name@generation`` of each of the adapters."""
 
     @property
     def label(self) -> str:
@@ -71,6 +79,11 @@ class Served:
             for ref in self.adapters
         ]
         return ", ".join(entries) or "base"
+
+    @property
+    def version(self) -> str:
+        """``name@generation`` of what answers; "base" for none."""
+        return ", ".join(self.versions) or "base"
 
 
 class Catalog:
@@ -82,6 +95,7 @@ class Catalog:
         self._versions: defaultdict[str, dict[str, Rows]] = defaultdict(dict)
         self._serving: Counter[str] = Counter()
         self._deleting: dict[int, AdapterRow] = {}
+        self._aliases: defaultdict[str, dict[str, AliasRow]] = defaultdict(dict)
         self.broken: dict[str, AdapterView] = {}
         """Adapters of the command line that could not even be registered."""
         self.unpacked: set[str] = set()
@@ -103,6 +117,26 @@ class Catalog:
         if rows:
             self._versions[tenant][name] = rows
 
+    def put_alias(self, name: str, row: AliasRow | None, *, tenant: str = SHARED) -> None:
+        """A tenant's alias now; None: it has none of that name."""
+        if row is None:
+            self._aliases[tenant].pop(name, None)
+        else:
+            self._aliases[tenant][name] = row
+
+    def alias(self, name: str, *, tenant: str = SHARED) -> AliasRow | None:
+        """The alias that a bare name means to the tenant; None when it means an adapter, or
+        nothing."""
+        if (own := self._aliases.get(tenant, {}).get(name)) or self._visible(tenant, name):
+            return own
+        return self._aliases.get(SHARED, {}).get(name)
+
+    def aliases(self, *, tenant: str = SHARED) -> list[AliasRow]:
+        """The aliases that the tenant sees, by name."""
+        names = {name for who in (SHARED, tenant) for name in self._aliases.get(who, ())}
+        found = (self.alias(name, tenant=tenant) for name in sorted(names))
+        return [row for row in found if row is not None]
+
     def rows(self) -> Iterator[AdapterRow]:
         """Every generation of every name of every tenant."""
         for names in self._versions.values():
@@ -117,39 +151,33 @@ class Catalog:
         """The newest state of a row; None when it is gone."""
         return next((r for r in self._of(row.tenant, row.name) if r.id == row.id), None)
 
-    def resolve(self, model: str, *, tenant: str = SHARED) -> Served:
+    def resolve(self, model: str, *, tenant: str = SHARED, user: str | None = None) -> Served:
         """See AdapterService.resolve."""
         if model == self.base_name:
             return Served((), model)
-        view = self.show(model, tenant=tenant)
-        if view.status == "ready":
-            combines = "input_gain" not in view.report.get("vectors", ())
-            profiles = (view.profile_digest,)
-            return Served(
-                (AdapterRef(view.digest),), view.name, view.generation, combines, profiles
-            )
-        name = repr(view.name)
-        if view.status == "failed":
-            why = view.error["message"] if view.error else "it failed validation"
-            message, code = f"the adapter {name} cannot be served: {why}", "adapter_failed"
-        elif view.status == "incompatible":
-            message = f"the adapter {name} was validated against another base model"
-            code = "adapter_incompatible"
-        else:
-            raise Conflict(
-                f"the adapter {name} is still being validated",
-                param="model",
-                code="adapter_not_ready",
-                retry_after_s=1,
-            )
-        raise Conflict(message, param="model", code=code)
+        if (alias := self.alias(model, tenant=tenant)) is None:
+            return _served(self.show(model, tenant=tenant))
+        target = choose(alias.targets, tenant, model, user)
+        if not target.name:
+            return Served((), model)
+        view = self.target(target)
+        if view is None:
+            message = f"the alias {model!r} stands for {model_of(target)!r}, which no longer exists"
+            raise GenerationGone(message, param="model")
+        return replace(_served(view), name=model)
+
+    def target(self, target: Target) -> AdapterView | None:
+        """What a target, which is not the base, is now; None when it has gone."""
+        rows = self._visible(target.owner, target.name)
+        if not target.follows:
+            rows = [row for row in rows if row.generation == target.generation]
+        return self.view(best(rows)) if rows else None
 
     def show(self, model: str, *, tenant: str = SHARED) -> AdapterView:
         """What a name (with or without a version) means. Raises NotFound, GenerationGone."""
-        match = _MODEL.fullmatch(model)
-        name, generation, prefix = match.groups() if match else (model, None, None)
+        name, generation, prefix = split(model)
         rows = self._visible(self.owner(name, tenant=tenant), name)
-        if not rows and match and match[0] == name and name in self.broken:
+        if not rows and model == name and name in self.broken:
             return self.broken[name]
         found = rows
         if generation is not None:
@@ -164,7 +192,14 @@ class Catalog:
                 raise NotFound(f"{model!r} is too short to name one version", param="model")
         if not found:
             raise NotFound(f"the model {model!r} does not exist", param="model")
-        return self.view(_best(found))
+        return self.view(best(found))
+
+    def versions(self, name: str, *, tenant: str = SHARED) -> list[AdapterView]:
+        """Every generation of a bare name, newest first; raises NotFound."""
+        owner = self.owner(name, tenant=tenant)
+        if not self._visible(owner, name):
+            return [self.show(name, tenant=tenant)]
+        return [self.view(row) for row in self._of(owner, name)]
 
     def list(self, *, tenant: str = SHARED) -> list[AdapterView]:
         """What every bare name means, by name; those being deleted until they are gone."""
@@ -177,7 +212,7 @@ class Catalog:
     def _bare(self, tenant: str) -> dict[str, AdapterView]:
         names = self._versions.get(tenant, {})
         return {
-            name: self.view(_best(self._visible(tenant, name) or rows))
+            name: self.view(best(self._visible(tenant, name) or rows))
             for name, rows in names.items()
         }
 
@@ -191,18 +226,30 @@ class Catalog:
         return labels
 
     def owner(self, name: str, *, tenant: str) -> str:
-        """Whose adapter a bare name means to this tenant: SHARED when only the shared one is there,
-        else its own."""
+        """Whose adapter a name means to this tenant: SHARED when only the shared one is there, else
+        its own."""
+        name = split(name)[0]
         shared = name in self.broken or self._visible(SHARED, name)
         return SHARED if shared and not self._visible(tenant, name) else tenant
 
     def own(self, name: str, *, tenant: str) -> AdapterView | None:
         """What the tenant's own bare name means; None when it has no such name."""
         rows = self._visible(tenant, name)
-        return self.view(_best(rows)) if rows else None
+        return self.view(best(rows)) if rows else None
 
     def _visible(self, tenant: str, name: str) -> Rows:
-        return [row for row in self._of(tenant, name) if row.status != "deleting"]
+        rows = [row for row in self._of(tenant, name) if row.status != "deleting"]
+        return [row for row in rows if not self._is_over(row, rows)]
+
+    def is_over(self, row: AdapterRow) -> bool:
+        """Whether the time of a generation is over: it is as good as deleted."""
+        rows = [r for r in self._of(row.tenant, row.name) if r.status != "deleting"]
+        return self._is_over(row, rows)
+
+    def _is_over(self, row: AdapterRow, rows: Rows) -> bool:
+        if row.expires is None or row.expires > time.time():
+            return False
+        return not holders(row, rows, self._aliases.get(row.tenant, {}).values())
 
     def _of(self, tenant: str, name: str) -> Rows:
         return self._versions.get(tenant, {}).get(name, [])
@@ -212,6 +259,8 @@ class Catalog:
         status: Status = row.status
         if status == "ready" and row.digest in self.unpacked:
             status = "validating"
+        if row.expires is not None and self.is_over(row):
+            status = "deleting"
         # A tenant must not see that another one uses a file with the same bytes.
         wearers = self._snapshot.wearers.get(row.digest, ())
         here = row.tenant == SHARED or row.pinned or row.tenant in wearers
@@ -222,8 +271,9 @@ class Catalog:
             generation=row.generation,
             status=status,
             residency="pool" if here and row.digest in self._snapshot.resident else "disk",
-            pinned=row.pinned,
+            pinned=row.pinned and status != "deleting",
             created=int(row.created),
+            expires_at=row.expires,
             rank=row.report.get("rank", 0),
             num_bytes=row.report.get("num_bytes", 0),
             num_frames=row.report.get("num_frames", 0),
@@ -235,7 +285,7 @@ class Catalog:
     def holder(self, name: str) -> int:
         """The generation of a shared name that an ``expected_generation`` has to name; 0 when the
         name is free."""
-        rows = self._of(SHARED, name)
+        rows = self._visible(SHARED, name)
         return next((r.generation for r in rows if r.status in ("validating", "ready")), 0)
 
     def serves(self, digest: str) -> bool:
@@ -247,6 +297,40 @@ class Catalog:
         return tuple(self._deleting.values())
 
 
-def _best(rows: list[AdapterRow]) -> AdapterRow:
-    """Of rows newest first: the newest ready one, else the newest (as Registry.get)."""
-    return next((row for row in rows if row.status == "ready"), rows[0])
+def split(model: str) -> tuple[str, str | None, str | None]:
+    """A name and the generation or the digest's beginning behind it, of which one may be there."""
+    match = _MODEL.fullmatch(model)
+    return (match[1], match[2], match[3]) if match else (model, None, None)
+
+
+def model_of(target: Target) -> str:
+    """A target, which is not the base, as one writes it."""
+    return target.name if target.follows else f"{target.name}@{target.generation}"
+
+
+def _served(view: AdapterView) -> Served:
+    """A ready adapter as a request gets it; raises Conflict for any other."""
+    if view.status == "ready":
+        return Served(
+            (AdapterRef(view.digest),),
+            view.name,
+            view.generation,
+            combines="input_gain" not in view.report.get("vectors", ()),
+            profiles=(view.profile_digest,),
+            versions=(view.id,),
+        )
+    name = repr(view.name)
+    if view.status == "failed":
+        why = view.error["message"] if view.error else "it failed validation"
+        message, code = f"the adapter {name} cannot be served: {why}", "adapter_failed"
+    elif view.status == "incompatible":
+        message = f"the adapter {name} was validated against another base model"
+        code = "adapter_incompatible"
+    else:
+        raise Conflict(
+            f"the adapter {name} is still being validated",
+            param="model",
+            code="adapter_not_ready",
+            retry_after_s=1,
+        )
+    raise Conflict(message, param="model", code=code)

@@ -38,7 +38,7 @@ class Pins:
         digest. That is tried again the next time. Without an engine the next one is told."""
         refused = {}
         async with self._lock:
-            wanted = {row.digest for row in self._catalog.rows() if _keeps(row)}
+            wanted = {row.digest for row in self._catalog.rows() if self._keeps(row)}
             try:
                 for digest in sorted(self._told - wanted):
                     await self._ask_engine("unpin", digest)
@@ -56,6 +56,5 @@ class Pins:
                 pass
         return refused
 
-
-def _keeps(row: AdapterRow) -> bool:
-    return row.pinned and row.status == "ready"
+    def _keeps(self, row: AdapterRow) -> bool:
+        return row.pinned and row.status == "ready" and not self._catalog.is_over(row)

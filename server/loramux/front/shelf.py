@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from loramux.adapters.aliases import Aliases
 from loramux.adapters.registry import AdapterRow, Registry
 from loramux.front.background import Background
 from loramux.front.catalog import Catalog
@@ -17,6 +18,9 @@ class Shelf:
 
     def __init__(self, registry: Registry, catalog: Catalog, background: Background) -> None:
         self.registry, self.catalog = registry, catalog
+        self.aliases = Aliases(registry.database)
+        self.filled = False
+        """Whether the catalog has what the registry had when the server started."""
         self._background = background
 
     async def change(self, tenant: str, name: str, function: Callable[[], T]) -> T:
@@ -30,10 +34,20 @@ class Shelf:
         rows = await self._background.on_disk(lambda: self.registry.list(name, tenant=tenant))
         self.catalog.put(name, rows, tenant=tenant)
 
+    async def change_alias(self, tenant: str, name: str, function: Callable[[], T]) -> T:
+        """As ``change``, for an alias."""
+        result = await self._background.on_disk(function)
+        row = await self._background.on_disk(lambda: self.aliases.get(name, tenant=tenant))
+        self.catalog.put_alias(name, row, tenant=tenant)
+        return result
+
     async def refresh_all(self) -> None:
-        """The same for every name: a base is known now, or all that was there before."""
+        """Bring all of the catalog up to the registry: a base is known now, or another."""
+        for alias in await self._background.on_disk(self.aliases.every):
+            self.catalog.put_alias(alias.name, alias, tenant=alias.tenant)
         by_name: dict[tuple[str, str], list[AdapterRow]] = {}
         for row in await self._background.on_disk(self.registry.every):
             by_name.setdefault((row.tenant, row.name), []).append(row)
         for (tenant, name), versions in by_name.items():
             self.catalog.put(name, versions, tenant=tenant)
+        self.filled = True

@@ -57,7 +57,10 @@ class Stock:
     def _make_good(self, base: BaseDescription) -> None:
         """Give the engine its pins; validate, or pack again, what lacks it."""
         self._background.spawn(self._adapters.pins.tell())
-        for row in self._adapters.shelf.catalog.rows():
+        catalog = self._adapters.shelf.catalog
+        for row in catalog.rows():
+            if catalog.is_over(row):
+                continue
             if row.status == "ready" and self._adapters.packed.lacks(row, base.fingerprint):
                 self._pack_again(row, base)
             if row.status == "validating":
@@ -82,10 +85,11 @@ class Stock:
     async def _sweep_for_ever(self) -> None:
         while True:
             try:
+                await self._adapters.expire()
                 await self._adapters.blobs.sweep()
                 await self._adapters.resumable.sweep()
             except LoramuxError as error:  # a full disk, for one
-                log.warning("expired uploads stay for now: %s", error.message)
+                log.warning("what has expired stays for now: %s", error.message)
             await asyncio.sleep(self._config.sweep_s)
 
     async def _preload(self, name: str, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from contextlib import suppress
 from typing import Annotated, Any
@@ -16,13 +17,15 @@ from loramux.errors import (
     Conflict,
     InvalidRequest,
     LoramuxError,
+    NotFound,
     Overloaded,
     PermissionDenied,
 )
 from loramux.front.front import Front
 from loramux.http.answers import ModelCard, encode
 from loramux.http.auth import caller
-from loramux.http.registration import Registration, is_json
+from loramux.http.limits import read_json
+from loramux.http.registration import MAX_TTL_S, Registration, is_json, seconds
 from loramux.http.upload import Upload
 from loramux.metrics.prometheus import Exporter
 from loramux.wire import Ready
@@ -62,6 +65,7 @@ class Adapters:
         validate_only: bool = False,
         wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S, allow_inf_nan=False)] = 0,
         expected_generation: Annotated[int | None, Query(ge=0, le=2**31)] = None,
+        ttl_s: Annotated[int | None, Query(ge=1, le=MAX_TTL_S)] = None,
     ) -> Response:
         """Upload an adapter as multipart parts ``name``, ``config`` (adapter_config.json),
         ``weights`` (adapter_model.safetensors) and, if it has one, ``profile`` (see
@@ -70,6 +74,7 @@ class Adapters:
 
         201 when it is ready, 202 while it is being validated (``wait``: seconds to stay for the
         verdict), 200 when exactly this was there before. ``validate_only`` registers nothing.
+        ``ttl_s``: seconds to live, from now on also for what was there.
         """
         front, tenant = self._front, caller(request).tenant
         adapters = front.adapters
@@ -77,12 +82,10 @@ class Adapters:
         try:
             with front.quotas.uploading(tenant):
                 await upload.read(request)
-            if upload.expected_generation is not None:
-                if expected_generation not in (None, upload.expected_generation):
-                    raise InvalidRequest(
-                        "expected_generation: the query says otherwise", param="expected_generation"
-                    )
-                expected_generation = upload.expected_generation
+            expected_generation = _one(
+                expected_generation, upload.expected_generation, "expected_generation"
+            )
+            ttl_s = _one(ttl_s, upload.ttl_s, "ttl_s")
             before = adapters.own(upload.name, tenant=tenant)
             view = await adapters.create(
                 upload.name,
@@ -92,6 +95,7 @@ class Adapters:
                 validate_only=validate_only,
                 wait_s=wait,
                 expected_generation=expected_generation,
+                ttl_s=ttl_s,
                 tenant=tenant,
                 blend=upload.blend,
             )
@@ -121,8 +125,14 @@ class Adapters:
                 view.profile = await self._front.voices.show(view.profile_digest)
         return answer(view)
 
+    async def versions(self, request: Request, name: str) -> Response:
+        """Every generation of a name, newest first."""
+        views = self._front.adapters.versions(name, tenant=caller(request).tenant)
+        return answer({"object": "list", "data": views})
+
     async def delete(self, request: Request, name: str) -> Response:
-        """No new requests from now on; running ones end as they would."""
+        """A name with all its generations, or one (``name@generation``): no new requests from now
+        on; running ones end as they would."""
         tenant = owner_to_change(self._front, request, name)
         return answer(await self._front.adapters.delete(name, tenant=tenant), 202)
 
@@ -135,6 +145,16 @@ class Adapters:
         """Let the pool decide again."""
         tenant = owner_to_change(self._front, request, name)
         return answer(await self._front.adapters.set_pinned(name, False, tenant=tenant))
+
+    async def set_ttl(self, request: Request, name: str) -> Response:
+        """``{"ttl_s": N}``: delete it in so many seconds; null: keep it. Of a bare name it is the
+        generation that the name means. What an alias stands for stays until the alias moves."""
+        body = await read_json(request)
+        if body.keys() != {"ttl_s"}:
+            raise InvalidRequest("ttl_s: this field is required, and no other", param="ttl_s")
+        tenant = owner_to_change(self._front, request, name)
+        view = await self._front.adapters.set_ttl(name, seconds(body["ttl_s"]), tenant=tenant)
+        return answer(view)
 
     async def capacity(
         self, tokens: Annotated[int | None, Query(ge=0, le=2**40)] = None
@@ -172,6 +192,13 @@ class Adapters:
         )
 
 
+def _one(query: int | None, body: int | None, param: str) -> int | None:
+    """What was asked in the query or in the body; both must agree."""
+    if None not in (query, body) and query != body:
+        raise InvalidRequest(f"{param}: the query says otherwise", param=param)
+    return query if body is None else body
+
+
 def _fit(info: Ready, rank: int, value_bytes: int, kv_frames: int, free: int) -> dict[str, int]:
     """One line of the table: adapters of this rank on all modules, in the file's value width."""
     base = info.base
@@ -191,21 +218,29 @@ def _fit(info: Ready, rank: int, value_bytes: int, kv_frames: int, free: int) ->
 
 
 class Models:
-    """``/v1/models``: the base, and every adapter that can answer."""
+    """``/v1/models``: the base, and every adapter and alias that can answer."""
 
     def __init__(self, front: Front) -> None:
         self._front = front
 
     async def list(self, request: Request) -> Response:
         """The base comes first: tools take ``data[0]`` for it."""
-        views = self._front.adapters.list(tenant=caller(request).tenant)
-        ready = [view for view in views if view.status == "ready"]
-        cards = [self._base(), *(self._card(view.name, view.created) for view in ready)]
+        adapters, tenant = self._front.adapters, caller(request).tenant
+        aliases = adapters.aliases.list(tenant=tenant)
+        ready = {v.name: v.created for v in adapters.list(tenant=tenant) if v.status == "ready"}
+        for alias in aliases:  # one takes the place of a shared adapter of its name
+            ready.pop(alias.id, None)
+            if any(target.status == "ready" for target in alias.targets):
+                ready[alias.id] = alias.changed
+        cards = [self._base(), *(self._card(name, ready[name]) for name in sorted(ready))]
         return answer({"object": "list", "data": cards})
 
     async def show(self, request: Request, model: str) -> Response:
         """One card; a name with a generation or digest works too."""
         adapters, tenant = self._front.adapters, caller(request).tenant
+        with contextlib.suppress(NotFound):
+            alias = adapters.aliases.show(model, tenant=tenant)
+            return answer(self._card(model, alias.changed))
         served = adapters.resolve(model, tenant=tenant)
         if not served.adapters:
             return answer(self._base())

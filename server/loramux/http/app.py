@@ -19,6 +19,7 @@ from loramux.front.front import Front
 from loramux.http import auth
 from loramux.http.adapters import Adapters, Models
 from loramux.http.admin import Admin
+from loramux.http.aliases import Aliases
 from loramux.http.blobs import Blobs
 from loramux.http.chat import Chat
 from loramux.http.compatibility import Compatibility
@@ -66,8 +67,24 @@ _REGISTRATION = {
         "weights": {"type": "string"},
         "blend": {"type": "object", "required": ["method", "sources"]},
         "expected_generation": {"type": "integer"},
+        "ttl_s": {"type": "integer"},
     },
 }
+_TTL = {"type": "object", "required": ["ttl_s"], "properties": {"ttl_s": {"type": "integer"}}}
+_SHARE = {
+    "type": "object",
+    "required": ["model", "weight"],
+    "properties": {"model": {"type": "string"}, "weight": {"type": "integer"}},
+}
+_ALIAS = {
+    "type": "object",
+    "properties": {
+        "target": {"type": "string"},
+        "targets": {"type": "array", "items": _SHARE},
+        "expected_revision": {"type": "integer"},
+    },
+}
+_JSON_PUTS = {"/v1/adapters/{name}/ttl": _TTL, "/v1/aliases/{alias}": _ALIAS}
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -101,6 +118,7 @@ def build_app(front: Front, config: ServerConfig) -> ASGIApp:
     app.router.lifespan_context = lifespan
     exporter = exporter_of(front)
     adapters, models = Adapters(front, exporter), Models(front)
+    aliases = Aliases(front)
     blobs, resumable, compatibility = Blobs(front), Resumable(front), Compatibility(front)
     table: Table = (
         ("POST", "/v1/completions", Completions(front, exporter).create, auth.INFER),
@@ -110,9 +128,15 @@ def build_app(front: Front, config: ServerConfig) -> ASGIApp:
         ("POST", "/v1/adapters", adapters.create, auth.UPLOAD),
         ("GET", "/v1/adapters", adapters.list, auth.INFER_OR_UPLOAD),
         ("GET", "/v1/adapters/{name}", adapters.show, auth.INFER_OR_UPLOAD),
+        ("GET", "/v1/adapters/{name}/versions", adapters.versions, auth.INFER_OR_UPLOAD),
         ("DELETE", "/v1/adapters/{name}", adapters.delete, auth.UPLOAD),
+        ("PUT", "/v1/adapters/{name}/ttl", adapters.set_ttl, auth.UPLOAD),
         ("PUT", "/v1/adapters/{name}/pin", adapters.pin, auth.UPLOAD),
         ("DELETE", "/v1/adapters/{name}/pin", adapters.unpin, auth.UPLOAD),
+        ("GET", "/v1/aliases", aliases.list, auth.INFER_OR_UPLOAD),
+        ("GET", "/v1/aliases/{alias}", aliases.show, auth.INFER_OR_UPLOAD),
+        ("PUT", "/v1/aliases/{alias}", aliases.put, auth.UPLOAD),
+        ("DELETE", "/v1/aliases/{alias}", aliases.delete, auth.UPLOAD),
         ("GET", "/v1/capacity", adapters.capacity, auth.INFER_OR_UPLOAD),
         ("HEAD", "/v1/blobs/{digest:path}", blobs.head, auth.UPLOAD),
         ("PUT", "/v1/blobs/{digest:path}", blobs.put, auth.UPLOAD),
@@ -211,6 +235,9 @@ def _describe(app: FastAPI) -> None:
                 if model := _JSON_BODIES.get(path):
                     reference = {"$ref": f"#/components/schemas/{model.__name__}"}
                     operations["post"]["requestBody"] = _content("application/json", reference)
+            for path, fields in _JSON_PUTS.items():
+                if operations := schema["paths"].get(path):
+                    operations["put"]["requestBody"] = _content("application/json", fields)
             if path := schema["paths"].get("/v1/adapters"):
                 path["post"]["requestBody"] = body = _content("multipart/form-data", _UPLOAD)
                 body["content"].update(_content("application/json", _REGISTRATION)["content"])

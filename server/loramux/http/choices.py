@@ -40,39 +40,42 @@ def resolve(front: Front, body: Sampling, tenant: str) -> Served:
     Raises InvalidRequest for what can be no name or does not go together, else what
     AdapterService.resolve raises.
     """
-    served = named(front, "model", body.model, tenant)
+    served = named(front, "model", body.model, tenant, body.user)
     if body.adapters is not None:
-        return _several(front, served, body.adapters, tenant)
+        return _several(front, served, body, body.adapters, tenant)
     if body.adapter_id is not None:
         if body.model not in (front.base_name, body.adapter_id):
             raise InvalidRequest(
                 "adapter_id: give it beside the base model's name only", param="adapter_id"
             )
-        served = named(front, "adapter_id", body.adapter_id, tenant)
+        served = named(front, "adapter_id", body.adapter_id, tenant, body.user)
     if body.scale is None:
         return served
-    if not served.adapters:
+    if served.name == front.base_name:
         raise InvalidRequest("scale: the base model has no adapter to scale", param="scale")
     return replace(served, adapters=_scaled(served, body.scale))
 
 
-def named(front: Front, param: str, name: str, tenant: str) -> Served:
+def named(front: Front, param: str, name: str, tenant: str, user: str | None = None) -> Served:
     """What one name means; ``param`` is the field that holds it."""
     if name != front.base_name and not _MODEL.fullmatch(name):
         raise InvalidRequest(f"{param}: not a valid model name", param=param)
-    return front.adapters.resolve(name, tenant=tenant)
+    return front.adapters.resolve(name, tenant=tenant, user=user)
 
 
-def _several(front: Front, base: Served, choices: Sequence[AdapterChoice], tenant: str) -> Served:
+def _several(
+    front: Front, base: Served, body: Sampling, choices: Sequence[AdapterChoice], tenant: str
+) -> Served:
     """All of ``choices`` at once, beside the base's name."""
-    if base.adapters:
+    if base.name != front.base_name:
         raise InvalidRequest("adapters: give them beside the base model's name only", param="model")
     adapters: Adapters = ()
     profiles: tuple[str, ...] = ()
+    versions: tuple[str, ...] = ()
     for index, choice in enumerate(choices):
         param = f"adapters[{index}].id"
-        served = named(front, param, choice.id, tenant)
-        if not served.adapters:
+        served = named(front, param, choice.id, tenant, body.user)
+        if served.name == front.base_name:
             raise InvalidRequest(f"{param}: the base model is no adapter", param=param)
         if len(choices) > 1 and not served.combines:
             raise InvalidRequest(
@@ -80,13 +83,15 @@ def _several(front: Front, base: Served, choices: Sequence[AdapterChoice], tenan
             )
         adapters += _scaled(served, choice.scale)
         profiles += served.profiles
-    return replace(base, adapters=adapters, profiles=profiles)
+        versions += served.versions
+    return replace(base, adapters=adapters, profiles=profiles, versions=versions)
 
 
 def _scaled(served: Served, scale: float) -> Adapters:
-    # The kernels' scale: what equals it there is the same list, and shares its prefix cache.
-    (ref,) = served.adapters
-    return (AdapterRef(ref.digest, struct.unpack("f", struct.pack("f", scale))[0]),)
+    # The kernels' scale: what equals it there is the same list, and shares its prefix cache. An
+    # alias may stand for the base: no adapter, nothing to scale.
+    kernels = struct.unpack("f", struct.pack("f", scale))[0]
+    return tuple(AdapterRef(ref.digest, kernels) for ref in served.adapters)
 
 
 def speaking(body: Body, voice: Voice) -> Body:
@@ -207,8 +212,12 @@ class Choices:
             raise
 
     def headers(self) -> dict[str, str]:
-        """``x-loramux-adapter``: what answers, see Served.label."""
-        return {"x-loramux-adapter": self._served.label}
+        """``x-loramux-adapter`` and ``x-loramux-model``: what answers, see Served.label and
+        Served.version."""
+        return {
+            "x-loramux-adapter": self._served.label,
+            "x-loramux-model": self._served.version,
+        }
 
     def cancel(self) -> None:
         """Nobody wants the rest. Harmless at the end."""

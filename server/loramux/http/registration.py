@@ -21,7 +21,8 @@ from loramux.http.recipes import parse_blend
 
 FIELDS = ("name", "config", "weights")
 BLEND_FIELDS = ("name", "blend")
-OPTIONAL = ("profile", "expected_generation")
+OPTIONAL = ("profile", "expected_generation", "ttl_s")
+MAX_TTL_S = 10 * 366 * 86400
 
 
 def is_json(request: Request) -> bool:
@@ -31,8 +32,9 @@ def is_json(request: Request) -> bool:
 
 
 class Registration:
-    """``{"name", "config", "weights", "profile"?, "expected_generation"?}``, used like ``Upload``;
-    or with ``blend`` (see ``recipes``) in place of the files, which are made while it is read.
+    """``{"name", "config", "weights", "profile"?, "expected_generation"?, "ttl_s"?}``, used like
+    ``Upload``; or with ``blend`` (see ``recipes``) in place of the files, which are made while it
+    is read.
 
     ``config`` is a digest or the adapter_config.json itself; of the latter the file that is stored
     is the object with sorted keys and no spaces, so equal configs are one file. ``profile`` is a
@@ -44,6 +46,7 @@ class Registration:
     profile: bytes
     weights_digest: str
     expected_generation: int | None
+    ttl_s: int | None
     blend: Mapping[str, Any] | None = None
 
     def __init__(self, adapters: AdapterService, config: ServerConfig) -> None:
@@ -73,6 +76,7 @@ class Registration:
         self.name = name
         self.expected_generation = _generation(body.get("expected_generation"))
         self.profile = await self._spoken(tenant, body.get("profile"))
+        self.ttl_s = seconds(body.get("ttl_s"))
         if "blend" in body:
             await self._make(tenant, body["blend"])
             return
@@ -124,3 +128,10 @@ def _generation(value: Any) -> int | None:
     if value is None or (type(value) is int and 0 <= value <= 2**31):
         return value
     raise InvalidRequest("expected_generation: must be an integer", param="expected_generation")
+
+
+def seconds(value: Any) -> int | None:
+    """A ``ttl_s``: None is for ever. Raises InvalidRequest."""
+    if value is None or (type(value) is int and 1 <= value <= MAX_TTL_S):
+        return value
+    raise InvalidRequest(f"ttl_s: must be an integer from 1 to {MAX_TTL_S}", param="ttl_s")

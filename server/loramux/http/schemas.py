@@ -37,9 +37,7 @@ MAX_TOKENS = 2**31 - 1
 MAX_ADAPTERS = 8
 MAX_ADAPTER_SCALE = 100.0
 
-LABELS = frozenset(
-    {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
-)
+LABELS = frozenset({"metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
 
 _REFUSED_EVERYWHERE: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
@@ -222,6 +220,8 @@ class Sampling(Strict):
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     stream: Flag = None
     stream_options: StreamOptions | None = None
+    user: str | None = None
+    """Whose request it is: of an alias with shares, one user always gets the same."""
 
     @field_validator("logit_bias")
     @classmethod

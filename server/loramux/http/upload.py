@@ -33,6 +33,7 @@ class Upload:
     profile: bytes = b""
     weights_digest: str
     expected_generation: int | None = None
+    ttl_s: int | None = None
     blend: None = None
 
     def __init__(self, adapters: AdapterService, config: ServerConfig) -> None:
