@@ -19,7 +19,9 @@ class Bench:
         self.wanted, self.held = set(wanted), set[str]()
         self.full: set[str] = set()
         self.up = True
-        self.pins = Pins(cast(Catalog, SimpleNamespace(rows=self.rows)), self.ask)
+        self.pins = Pins(
+            cast(Catalog, SimpleNamespace(rows=self.rows, is_over=lambda _: False)), self.ask
+        )
 
     def rows(self) -> list[Any]:
         return [SimpleNamespace(digest=d, pinned=True, status="ready") for d in self.wanted]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,10 +63,12 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def test_push_over_a_line_that_breaks(
     real: Running, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def sleep(_: float) -> None:
-        pass
+    async def sleep(seconds: float) -> None:
+        await asyncio.sleep(min(seconds, 0.02))
 
-    monkeypatch.setattr(_client, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(
+        _client, "time", SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, 0.02)))
+    )
     monkeypatch.setattr(_client, "asyncio", SimpleNamespace(sleep=sleep))
     monkeypatch.setattr(_sending, "WHOLE_BYTES", 1000)
     monkeypatch.setattr(_sending, "PART_BYTES", 1_000_000)
