@@ -59,13 +59,14 @@ def counting() -> Iterator[Counter[str]]:
 
 @dataclass(frozen=True)
 class Weights:
-    """One adapter as matrices: A [rank, in] and B [rank, out] by (layer, module index). And its
-    vectors, by (layer, module index, kind)."""
+    """One adapter as matrices: A [rank, in] and B [rank, out] by (layer, module index). And the
+    middles [rank, rank] of some, and its vectors, by (layer, module index, kind)."""
 
     matrices: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]
     scale: float
     dtype: torch.dtype
     vectors: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
+    middles: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
 
 def random_weights(
@@ -77,20 +78,25 @@ def random_weights(
     generator: torch.Generator,
     scale: float = 0.5,
     integers: bool = True,
+    middles: bool = False,
 ) -> Weights:
-    """An adapter of rank ``ranks(layer, module)``, of small whole numbers or of normal ones."""
-    matrices = {}
+    """An adapter of rank ``ranks(layer, module)``, of small whole numbers or of normal ones; with
+    ``middles`` every pair has one."""
+    matrices, between = {}, {}
     for layer in range(num_layers):
         for module, name in enumerate(MODULES):
-            shapes = [(ranks(layer, module), width) for width in widths[name]]
-            a, b = (
+            rank = ranks(layer, module)
+            shapes = [(rank, width) for width in (*widths[name], *([rank] if middles else []))]
+            a, b, *r = (
                 integer_tensor(*shape, generator=generator)
                 if integers
                 else torch.randn(shape, generator=generator) / 8
                 for shape in shapes
             )
             matrices[layer, module] = a.to(dtype), b.to(dtype)
-    return Weights(matrices, scale, dtype)
+            if middles and rank:
+                between[layer, module] = r[0].to(dtype)
+    return Weights(matrices, scale, dtype, middles=between)
 
 
 def make_resident(
@@ -130,6 +136,7 @@ def make_resident(
                 rank=rank,
                 scale=np.full(rank.shape, adapter.scale, dtype=np.float32),
                 dtype=adapter.dtype,
+                middle_offset=offsets[2],
                 vector_offset=vector_offset,
             )
         )
@@ -139,8 +146,9 @@ def make_resident(
 def _pack(
     adapter: Weights, num_layers: int, chunk: int
 ) -> tuple[torch.Tensor, npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The stream, ranks, offsets of A and of B, offsets of vectors."""
-    offsets = np.zeros((2, num_layers, len(TABLE_MODULES)), dtype=np.int64)
+    """The stream, ranks, offsets of A, of B and of middles, offsets of vectors."""
+    offsets = np.zeros((3, num_layers, len(TABLE_MODULES)), dtype=np.int64)
+    offsets[2] = -1
     rank = np.zeros((num_layers, len(TABLE_MODULES)), dtype=np.int32)
     vector_offset = np.full((num_layers, len(TABLE_MODULES), len(VECTORS)), -1, np.int64)
     pieces: list[torch.Tensor] = []
@@ -157,6 +165,8 @@ def _pack(
         rank[layer, module] = len(pair[0])
         for side, matrix in enumerate(pair):
             offsets[side, layer, module] = put(matrix)
+    for (layer, module), matrix in adapter.middles.items():
+        offsets[2, layer, module] = put(matrix)
     for place, vector in adapter.vectors.items():
         vector_offset[place] = put(vector)
     return torch.cat(pieces), rank, offsets, vector_offset
@@ -174,8 +184,15 @@ def dense_lora(
         return y
     columns = []
     for module in SITES[site]:
-        matrices = [w.matrices[layer, module] for w, _ in entries]
         scales = [c * w.scale for w, c in entries]
-        parts = [(x @ a.float().T) @ b.float() for a, b in matrices]
+        parts = [_dense(x, w, (layer, module)) for w, _ in entries]
         columns.append(torch.stack([s * p for s, p in zip(scales, parts, strict=True)]).sum(0))
     return y + torch.cat(columns, dim=1)
+
+
+def _dense(x: torch.Tensor, weights: Weights, at: tuple[int, int]) -> torch.Tensor:
+    a, b = weights.matrices[at]
+    h = x @ a.float().T
+    if at in weights.middles:
+        h = h @ weights.middles[at].float().T
+    return h @ b.float()

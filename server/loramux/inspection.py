@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loramux.adapters import pack
+from loramux.adapters.basis import basis_of
 from loramux.adapters.formats import MAX_CONFIG_BYTES
 from loramux.adapters.formats.upload import Upload
 from loramux.adapters.problems import Problems
@@ -59,7 +60,8 @@ def inspect(folder: Path, config: ServerConfig) -> dict[str, Any]:
             found["tensors"] = [_tensor(t, read.upload) for t in read.upload.tensors.values()]
             adapter = read.canonical()
             check_size(adapter, base)
-            found["report"] = report_of(adapter, pack.lay_out(adapter, base), base, read)
+            layout, basis = pack.lay_out(adapter, base), basis_of(adapter)
+            found["report"] = report_of(adapter, layout, basis, base, read)
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror}") from error
     except AdapterInvalid as error:

@@ -149,12 +149,18 @@ def test_where_each_layer_ends_in_the_stream() -> None:
             end += 96
         ends.append(end)
     scale = rank.astype(np.float32)
-    layout = Layout("float32", 16, end, a_offset, b_offset, rank, scale, *nothing_else(5))
+    none = np.full_like(a_offset, -1)
+    layout = Layout("float32", 16, end, a_offset, b_offset, none, rank, scale, *nothing_else(5))
+    assert layout.layer_ends().tolist() == ends
+    # With a basis only the middles are the stream's own.
+    middles = np.where(rank > 0, a_offset, -1)
+    zeros = np.zeros_like(a_offset)
+    layout = Layout("float32", 16, end, zeros, zeros, middles, rank, scale, *nothing_else(5))
     assert layout.layer_ends().tolist() == ends
 
 
 TABLE_FIELDS = (
-    *("a_offset", "b_offset", "rank", "scale", "vector_offset"),
+    *("a_offset", "b_offset", "middle_offset", "rank", "scale", "vector_offset"),
     *("token_ids_offset", "token_rows_offset", "num_token_rows"),
 )
 FRAME = FrameShape(num_slices=4, slice_bytes=64)
@@ -168,9 +174,12 @@ def packed(name: str) -> Any:
     a_offset = np.zeros((4, len(TABLE_MODULES)), np.int64)
     a_offset[:, 0] = np.cumsum([0, *sizes[:-1]])
     scale = rank.astype(np.float32)
-    layout = Layout("float32", 16, 256, a_offset, a_offset, rank, scale, *nothing_else(4))
+    none = np.full_like(a_offset, -1)
+    layout = Layout("float32", 16, 256, a_offset, a_offset, none, rank, scale, *nothing_else(4))
     return SimpleNamespace(
         digest=name,
+        basis="basis" if name.startswith("of basis") else None,
+        after=lambda basis, num_bytes: layout,
         num_bytes=layout.num_bytes,
         num_elems=256,
         dtype="float32",
@@ -273,6 +282,73 @@ def test_each_layer_finds_its_weights_however_late_they_come(
     bench.residency.release("x")
     bench.check()
     assert bench.residency.evict("x")
+    bench.residency.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_each_layer_finds_its_basis_too_however_late_it_comes(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Both arrive: nobody asks the adapter's own blocks to come after those of its basis."""
+    bench = Bench(monkeypatch, seed)
+    name = "of basis"
+    for digest in ("basis", name):
+        assert bench.residency.load(digest)
+        bench.settle()
+        bench.residency.prioritize([])
+    assert bench.residency.evict("basis") and not bench.residency.resident()
+    bench.arena.data.fill_(0xFF)
+    bench.device.gate.clear()
+    monkeypatch.setattr(bench.residency, "_most_loading", 16)
+    assert bench.residency.load(name) and bench.residency.num_loading == 2, "at once"
+    bench.residency.prioritize([])
+    bench.check()
+    assert bench.pool.num_available == 16 - bench.residency.num_leased_frames() == 8
+    bench.residency.lease(name)
+    frames = {digest: r.frames for digest, r in bench.residency._adapters.items()}
+    seen: list[dict[str, bytes]] = []
+    before_layer = bench.residency.before_layer([name])
+    for layer in range(LAYERS):
+        before_layer(layer)
+        bench.device.computing._do(
+            lambda: seen.append({d: landed(bench.arena.data, frames[d]) for d in frames})
+        )
+    bench.device.work_until(lambda: len(seen) == LAYERS)
+    for end, there in zip(packed(name).layer_ends() * 4, seen, strict=True):
+        for digest in ("basis", name):
+            assert there[digest][:end] == content(digest)[:end], digest
+    assert bench.files.num_reads == 2
+    bench.device.gate.set()
+    bench.settle()
+    bench.residency.release(name)
+    bench.check()
+    assert bench.pool.num_available == 16
+    bench.residency.close()
+
+
+def test_rows_join_when_the_basis_keeps_ahead_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch)
+    name = "of basis"
+    for digest in ("basis", name):
+        assert bench.residency.load(digest)
+        bench.settle()
+        bench.residency.prioritize([])
+    assert bench.residency.is_resident(name)
+    assert bench.residency.evict("basis")
+    bench.device.gate.clear()
+    bench.residency.pace.took(0.0)
+    bench.store.link.s_per_byte = 3600 / 1024
+    assert bench.residency.load("basis")
+    bench.store.link.s_per_byte = bench.store.link._free_at = 0.0
+    monkeypatch.setattr(bench.residency, "_most_loading", 16)
+    assert bench.residency.load(name) and bench.residency.num_loading == 2
+    bench.residency.prioritize([name])
+    assert bench.residency._adapters[name].arrival is not None
+    assert not bench.residency.is_resident(name), "the basis takes an hour"
+    bench.residency.pace._lead_s = 1e6
+    assert bench.residency.is_resident(name)
+    bench.device.gate.set()
+    bench.settle()
     bench.residency.close()
 
 

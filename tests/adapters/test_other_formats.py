@@ -53,7 +53,7 @@ def do_import(
         config = json.loads(json.dumps(config))
         adapter = import_adapter(config, read_tensors(file), base, Biases())
         changes = {}
-        for pair in adapter.pairs:
+        for pair in (pair.folded() for pair in adapter.pairs):
             a, b = (widen(m.read(), m.dtype).astype(np.float64) for m in (pair.a, pair.b))
             assert a.shape == pair.a.shape and b.shape == pair.b.shape
             changes[pair.layer, pair.module] = pair.scale * b @ a

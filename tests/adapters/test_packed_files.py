@@ -43,6 +43,7 @@ class Bench:
             num_elems=num_bytes // 4,
             a_offset=empty,
             b_offset=empty,
+            middle_offset=empty - 1,
             rank=empty.astype(np.int32),
             scale=empty.astype(np.float32),
             vector_offset=np.full((1, len(TABLE_MODULES), 3), -1, np.int64),
@@ -53,6 +54,7 @@ class Bench:
             digest=DIGEST,
             fingerprint="f",
             importer_version=1,
+            basis=None,
             payload_sum=payload_sum.hexdigest(),
             payload_offset=140,
         )

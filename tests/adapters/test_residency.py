@@ -27,7 +27,9 @@ FRAME = FrameShape(num_slices=2, slice_bytes=8)
 class FakePacked:
     digest: str
     num_bytes: int
+    basis: str | None = None
     dtype: str = "float32"
+    middle_offset: Any = None
     a_offset: Any = None
     b_offset: Any = None
     rank: Any = None

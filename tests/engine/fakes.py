@@ -27,7 +27,10 @@ class FakeAdapters:
         self.loads: list[str] = []
         self.wanted: list[str] = []
 
-    def num_frames(self, digest: str) -> int:
+    def num_frames(self, *digests: str) -> int:
+        return sum(self.sizes[digest] for digest in set(digests))
+
+    def num_frames_to_load(self, digest: str) -> int:
         return self.sizes[digest]
 
     def is_resident(self, digest: str) -> bool:

@@ -16,7 +16,7 @@ from tests.harness import Harness, install_adapter
 
 from loramux.adapters.base_weights import Float32
 from loramux.adapters.canonical import Computed
-from loramux.adapters.formats import lora_xs, residual, s2ft
+from loramux.adapters.formats import residual, s2ft
 from loramux.adapters.formats.upload import Module, Upload, values_of
 from loramux.wire import MODULES
 
@@ -97,7 +97,7 @@ Change = Callable[..., Any]
 
 
 def scale_dropped(add: Change) -> Change:
-    return lambda self, at, scale, a, b: add(self, at, 1.0, a, b)
+    return lambda self, at, scale, *rest: add(self, at, 1.0, *rest)
 
 
 def one_layer_skipped(add: Change) -> Change:
@@ -137,12 +137,15 @@ def scaled_when_taken_out(factors: Change) -> Change:
     return lambda upload, at, init, scale, a, b: factors(upload, at, "pissa", scale, a, b)
 
 
-def r_dropped(product: Change) -> Change:
-    return lambda b, r: b
+def r_dropped(add: Change) -> Change:
+    return lambda self, at, scale, a, b, r: add(self, at, scale, a, b)
 
 
-def r_transposed(product: Change) -> Change:
-    return lambda b, r: Computed(b.shape, lambda: values_of(b) @ values_of(r).T)
+def r_transposed(add: Change) -> Change:
+    def broken(self: Upload, at: Module, scale: float, a: Any, b: Any, r: Any) -> None:
+        add(self, at, scale, a, b, Computed(r.shape, lambda: values_of(r).T))
+
+    return broken
 
 
 def next_channel(one_hot: Change) -> Change:
@@ -152,7 +155,7 @@ def next_channel(one_hot: Change) -> Change:
 def sides_swapped(add: Change) -> Change:
     """Where the weight is square; elsewhere the shapes would tell."""
 
-    def broken(self: Upload, at: Module, scale: float, a: Any, b: Any) -> None:
+    def broken(self: Upload, at: Module, scale: float, a: Any, b: Any, _: None = None) -> None:
         if a.shape[1] != b.shape[0]:
             return add(self, at, scale, a, b)
         turned = [Computed(m.shape[::-1], lambda m=m: values_of(m).T) for m in (b, a)]
@@ -176,8 +179,8 @@ FAULTS: list[tuple[Any, str, Callable[[Change], Change], list[str]]] = [
     (residual, "factors", base_taken_as_it_is, [*PISSA, *OLORA]),
     (residual, "factors", taken_out_unscaled, PISSA),
     (residual, "factors", scaled_when_taken_out, OLORA),
-    (lora_xs, "product", r_dropped, XS),
-    (lora_xs, "product", r_transposed, XS),
+    (Upload, "add_pair", r_dropped, XS),
+    (Upload, "add_pair", r_transposed, XS),
     (s2ft, "_one_hot", next_channel, ["s2ft"]),
     (Upload, "add_pair", sides_swapped, ["s2ft"]),
 ]

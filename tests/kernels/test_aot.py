@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from loramux_kernels.attention import gpu as attention
 from loramux_kernels.attention import pages
-from loramux_kernels.lora import SITES, one_row, tiles
+from loramux_kernels.lora import SITES, middle, one_row, tiles
 from loramux_kernels.lora.runs import ROW_BLOCK
 from loramux_kernels.lora.table import GAIN, INPUT_GAIN, SHIFT, TABLE_MODULES, VECTORS
 from loramux_kernels.lora.work import RANK_TILE
@@ -69,9 +69,9 @@ which sm_80 has no registers for (584 bytes spilled). Decodes are not concerned.
 
 TABLES = {
     **dict.fromkeys(("slices", "list_start", "a_offset", "b_offset", "h_start"), "*i64"),
-    "vector_offset": "*i64",
+    **dict.fromkeys(("middle_offset", "vector_offset"), "*i64"),
     **dict.fromkeys(("pages", "page_start", "layer_start", "positions"), "*i64"),
-    **dict.fromkeys(("h", "parts", "cos", "sin", "request_scale"), "*fp32"),
+    **dict.fromkeys(("h", "m", "parts", "cos", "sin", "request_scale"), "*fp32"),
     **dict.fromkeys(("eps", "scale"), "fp32"),
     **dict.fromkeys(("layer", "pages_per_layer", "window", "width", "stride", "late"), "i32"),
     "arena": "*u8",
@@ -179,6 +179,11 @@ def lora_kernels(shape: Shape, tuned: Table, capability: int, site: str) -> Iter
         tiles.expand_tiles_kernel, capability, shape.dtype, launch,
         ROWS=ROW_BLOCK, **columns, **common,
     )  # fmt: skip
+    for index, ranks in enumerate((tuned.lone_ranks, RANK_TILE)):
+        yield compile_for(
+            middle.middle_kernel, capability, shape.dtype, middle.LAUNCH,
+            LIST=index, RANKS=ranks, **common,
+        )  # fmt: skip
 
 
 def attention_kernels(shape: Shape, tuned: Table, capability: int, rows: int) -> Iterator[Built]:

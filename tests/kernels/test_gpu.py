@@ -60,6 +60,11 @@ def resident(slice_bytes: int = 256):  # type: ignore[no-untyped-def]
         random_weights(WIDTHS, rank, num_layers=2, dtype=dtype, generator=rng)
         for dtype, rank in ranks
     ]
+    # and with middles; their widths are padded, and one is more than a chunk and a tile
+    weights += [
+        random_weights(WIDTHS, rank, num_layers=2, dtype=dtype, generator=rng, middles=True)
+        for dtype, rank in ranks
+    ]
     return make_resident(
         weights, WIDTHS, num_layers=2, slice_bytes=slice_bytes, chunk=16, device=DEVICE
     )
@@ -69,6 +74,7 @@ BATCHES = [
     ([1], [[(2, 2.0)]]),
     ([2, 0, 1, 3], [[(0, 1.0)], [(1, 1.0)], [], [(2, 0.5), (0, 1.0), (1, -1.0)]]),
     ([19, 1, 1], [[(0, 1.0)], [(1, 1.0)], [(2, 1.0)]]),
+    ([2, 1, 18, 1], [[(5, 1.0), (0, 1.0)], [(3, 2.0)], [(2, 1.0), (4, -0.5)], [(2, 1.0)]]),
 ]
 
 
@@ -89,6 +95,7 @@ def test_lora_equals_the_reference_exactly(batch: int, site: str) -> None:
         add_lora(y, x, **args)
     assert_same(y, expected)
     assert set(calls.values()) == {1}
+    assert any("middle" in name for name in calls) == (batch == 3)
 
 
 @pytest.mark.parametrize("slice_bytes", [64, 320])
@@ -105,7 +112,8 @@ def test_a_lone_row_keeps_its_bits_whoever_wears_its_adapter() -> None:
     alone = np.array([True, True, False, False, False, True])
 
     def run(rows: slice, alone: np.ndarray) -> torch.Tensor:
-        runs = Runs.build([rows.stop - rows.start], [[(slots[0], 2.0), (slots[2], 0.5)]])
+        adapters = [(slots[0], 2.0), (slots[5], 0.5)]
+        runs = Runs.build([rows.stop - rows.start], [adapters])
         work = lora_work(runs, table, lone_rows=4, lone_ranks=2, alone=alone)
         runs.bind(work, mirror(work.arrays, torch.device(DEVICE)))
         mine = y[rows].clone()

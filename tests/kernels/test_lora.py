@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import tracemalloc
+from dataclasses import replace
 
 import numba
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from loramux_kernels import dispatch
 from loramux_kernels.lora import MODULES, SITES, AdapterTable, Runs, add_lora
@@ -40,7 +42,8 @@ WIDE |= {"gate_proj": (600, 104), "up_proj": (600, 104)}
 
 
 def adapters(widths: dict[str, tuple[int, int]], *, integers: bool = True) -> list[Weights]:
-    """Every dtype; odd ranks, absent modules, an empty layer, and a rank above one tile."""
+    """Every dtype; odd ranks, absent modules, an empty layer, and a rank above one tile. Then the
+    same with middles."""
     generator = torch.Generator().manual_seed(7)
     ranks = [
         (torch.bfloat16, lambda layer, module: (1, 3, 5, 0, 2, 4, 7)[module]),
@@ -50,8 +53,15 @@ def adapters(widths: dict[str, tuple[int, int]], *, integers: bool = True) -> li
     ]
     return [
         random_weights(
-            widths, rank, num_layers=LAYERS, dtype=dtype, generator=generator, integers=integers
+            widths,
+            rank,
+            num_layers=LAYERS,
+            dtype=dtype,
+            generator=generator,
+            integers=integers,
+            middles=middles,
         )
+        for middles in (False, True)
         for dtype, rank in ranks
     ]
 
@@ -96,6 +106,9 @@ BATCHES = {
     "the same adapter twice in a list": ([2], [[(1, 1.0), (1, 0.25)]]),
     "runs longer than a block": ([37, 1, 18], [[(0, 1.0)], [(1, 1.0)], [(2, 1.0), (1, 4.0)]]),
     "base rows only": ([4], [[]]),
+    "one row with a middle": ([1], [[(7, 1.0)]]),
+    "middles in every dtype": ([2, 1, 18], [[(4, 1.0)], [(5, 2.0)], [(6, 1.0), (7, 0.5)]]),
+    "middles beside none": ([3, 5, 17], [[(4, 1.0), (0, 1.0)], [(3, 1.0)], [(1, 1.0), (7, 1.0)]]),
 }
 
 
@@ -109,6 +122,7 @@ def test_equals_dense_matmuls_exactly(batch: str, backend: dispatch.Backend) -> 
 def test_vectors_that_cross_slices(slice_bytes: int) -> None:
     check(WIDE, slice_bytes, "cpu", *BATCHES["runs longer than a block"])
     check(WIDE, slice_bytes, "cpu", *BATCHES["several entries in one run"])
+    check(WIDE, slice_bytes, "cpu", *BATCHES["middles beside none"])
 
 
 def test_empty_batch() -> None:
@@ -149,8 +163,8 @@ def test_a_rows_bits_do_not_depend_on_the_batch() -> None:
     )
     generator = torch.Generator().manual_seed(3)
     random = np.random.default_rng(3)
-    mine = [(slots[0], 1.0), (slots[2], 0.7)]
-    others = [[], [(slots[1], 1.0)], [(slots[3], 0.2), (slots[0], 1.0)], [(slots[2], 1.0)]]
+    mine = [(slots[0], 1.0), (slots[2], 0.7), (slots[7], 0.3)]
+    others = [[], [(slots[1], 1.0)], [(slots[3], 0.2), (slots[0], 1.0)], [(slots[7], 1.0)]]
     row = {site: torch.randn(1, table.site_widths[site][0], generator=generator) for site in SITES}
 
     def bits(site: str, before: int, beside: int, after: int) -> torch.Tensor:
@@ -185,6 +199,61 @@ def test_a_rows_bits_do_not_depend_on_where_its_adapter_lies() -> None:
         add_lora(y, x, arena=arena, table=table, runs=runs, layer=0, site="qkv")
         seen.append(y)
     assert all(torch.equal(y, seen[0]) for y in seen)
+
+
+def test_a_middle_beside_it_shows_in_no_row_without_one() -> None:
+    weights = adapters(WIDE, integers=False)
+    arena, table, slots = make_resident(
+        weights, WIDE, num_layers=LAYERS, slice_bytes=1024, chunk=16
+    )
+    x = torch.randn(6, 600, generator=torch.Generator().manual_seed(5))
+    seen = []
+    for beside in ([], [(slots[2], 1.0)], [(slots[6], 1.0)]):
+        y = torch.zeros(6, 744)
+        runs = Runs.build([4, 2], [[(slots[0], 1.0), (slots[3], 0.5)], beside])
+        add_lora(y, x, arena=arena, table=table, runs=runs, layer=1, site="qkv")
+        seen.append(y)
+    assert all(torch.equal(y[:4], seen[0][:4]) for y in seen)
+    assert not torch.equal(seen[1], seen[2])
+
+
+def test_adapters_over_the_same_slices_share_a_and_b() -> None:
+    """Two lists that begin with the slices of one basis; behind them what is each one's own."""
+    generator = torch.Generator().manual_seed(9)
+    basis = random_weights(
+        WIDTHS, lambda *_: 5, num_layers=1, dtype=torch.float32, generator=generator
+    )
+    arena, table, (slot,) = make_resident([basis], WIDTHS, num_layers=1, slice_bytes=256, chunk=16)
+    count = len(arena) // 256 - 4
+    start = int(table.list_start[slot])
+    shared = table.slices[start : start + count].copy()
+    middles = [integer_tensor(5, 5, generator=generator) for _ in range(2)]
+    own = torch.full((2, 512), float("nan"))
+    own[:, : 5 * 16] = torch.stack([pad(middle, (0, 11)).reshape(-1) for middle in middles])
+    arena = torch.cat([arena, own.view(torch.uint8).reshape(-1)])
+    size = len(arena) - own.nbytes
+    places = [
+        table.add(
+            slices=np.append(shared, size + 2048 * index + 256 * np.arange(8)),
+            a_offset=table.a_offset[slot].copy(),
+            b_offset=table.b_offset[slot].copy(),
+            middle_offset=np.where(table.rank[slot] > 0, count * 64, -1),
+            rank=table.rank[slot].copy(),
+            scale=table.scale[slot].copy(),
+            dtype=torch.float32,
+        )
+        for index in range(2)
+    ]
+    x = integer_tensor(5, 24, generator=generator)
+    y = torch.zeros(5, 40)
+    runs = Runs.build([2, 3], [[(place, 1.0)] for place in places])
+    add_lora(y, x, arena=arena, table=table, runs=runs, layer=0, site="qkv")
+    everywhere = [dict.fromkeys(basis.matrices, middle) for middle in middles]
+    expected = [
+        dense_lora(torch.zeros(len(rows), 40), rows, [(replace(basis, middles=m), 1.0)], 0, "qkv")
+        for rows, m in zip((x[:2], x[2:]), everywhere, strict=True)
+    ]
+    assert_same(y, torch.cat(expected))
 
 
 def test_nan_stays_in_its_row() -> None:
@@ -325,6 +394,20 @@ class TestAdapterTable:
     def test_matrix_outside_the_stream(self) -> None:
         with pytest.raises(ValueError, match="a_offset of layer 0 q_proj lies outside"):
             self.add(self.table(), 1, rank=3)
+
+    @pytest.mark.parametrize(("offset", "rank"), [(64, 1), (8, 1), (-16, 1), (0, 0)])
+    def test_middle_outside_the_stream(self, offset: int, rank: int) -> None:
+        table = self.table()
+        with pytest.raises(ValueError, match="middle_offset of layer 0 q_proj lies outside"):
+            table.add(
+                slices=np.zeros(1, np.int64),
+                a_offset=np.zeros(SHAPE, np.int64),
+                b_offset=np.zeros(SHAPE, np.int64),
+                middle_offset=np.full(SHAPE, offset),
+                rank=np.full(SHAPE, rank, np.int32),
+                scale=np.ones(SHAPE, np.float32),
+                dtype=torch.float32,
+            )
 
     def test_offset_inside_a_chunk(self) -> None:
         with pytest.raises(ValueError, match="off a chunk of 16"):

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from loramux.model.graphs import BUCKETS, DeviceForward
 from loramux.model.inputs import StepArrays
+from loramux_kernels.lora import Runs
 from loramux_kernels.mirror import StandingMirror
 from tests import interpreter
 from tests.model.paged import CPU, Paged, Request
@@ -46,6 +48,29 @@ def test_the_smallest_graph_that_holds_a_decode_runs_it(checkpoint: Callable[...
     assert forward.bucket(unscored) is None
     eager = DeviceForward(paged.decoder, paged.page_tokens, None)
     assert eager.bucket(step_of(paged, [1])) is None
+
+
+def test_no_graph_holds_what_stands_between_a_and_b(checkpoint: Callable[..., Path]) -> None:
+    paged = Paged.load(checkpoint("llama"), max_tokens=50)
+    forward = DeviceForward(paged.decoder, paged.page_tokens, lambda launch: launch)
+    for middle, plain in ((-1, True), (0, False)):
+        shape = paged.table.rank.shape[1:]
+        only = np.zeros(shape, np.int32)
+        only[0, 0] = 1
+        slot = paged.table.add(
+            slices=np.arange(20) * paged.slice_bytes,
+            a_offset=np.zeros(shape, np.int64),
+            b_offset=np.zeros(shape, np.int64),
+            middle_offset=np.where(only, middle, -1),
+            rank=only,
+            scale=only.astype(np.float32),
+            dtype=torch.float32,
+        )
+        runs = Runs.build([1], [[(slot, 1.0)]])
+        step = dataclasses.replace(step_of(paged, [1]), runs=runs)
+        assert runs.has_middle(paged.table, 0, "qkv") != plain
+        assert not runs.has_middle(paged.table, 0, "o")
+        assert (forward.bucket(step) is not None) == plain
 
 
 class TestStandingMirror:

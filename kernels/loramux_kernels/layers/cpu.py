@@ -98,6 +98,7 @@ def run_layers(
         table.dtype,
         table.a_offset,
         table.b_offset,
+        table.middle_offset,
         table.rank,
         table.scale,
         table.vector_offset,
@@ -114,6 +115,7 @@ def run_layers(
         runs.run_block,
         runs.run_block_row,
         runs.top_ranks(table),
+        runs.middles(table),
         runs.modulated(table),
         numba.get_num_threads(),
     )
@@ -176,6 +178,7 @@ def _site(
     runs: Any,
     vector_offset: Any,
     top_ranks: Any,
+    middles: Any,
     modulated: Any,
     threads: int,
 ) -> None:
@@ -199,6 +202,7 @@ def _site(
             *widths,
             *runs,
             top_ranks[layer, site],
+            middles[layer, site],
             threads,
         )
     _add_bias(out, vectors[layer, _BIASES + site])
@@ -213,10 +217,12 @@ def _site(
     " int64[:,:,::1], int32[::1], int32[::1], int32[::1], int32[::1], int32[::1],"
     " int64, int64, int64,"
     " int64[::1], int64, int64, int64[::1], int32[::1],"
-    " int64[:,:,::1], int64[:,:,::1], int32[:,:,::1], float32[:,:,::1], int64[:,:,:,::1],"
+    " int64[:,:,::1], int64[:,:,::1], int64[:,:,::1], int32[:,:,::1], float32[:,:,::1],"
+    " int64[:,:,:,::1],"
     " int64[::1], int64[::1],"
     " int32[::1], int32[::1], int32[::1], float32[::1], int32[::1], int32[::1],"
-    " int32[::1], int32[::1], int32[::1], int32[::1], int64[:,::1], boolean[:,:,::1], int64)"
+    " int32[::1], int32[::1], int32[::1], int32[::1], int64[:,::1], boolean[:,::1],"
+    " boolean[:,:,::1], int64)"
 )
 def _run_layers(
     residual: Any,
@@ -254,6 +260,7 @@ def _run_layers(
     adapter_dtype: Any,
     a_offset: Any,
     b_offset: Any,
+    middle_offset: Any,
     rank: Any,
     adapter_scale: Any,
     vector_offset: Any,
@@ -270,6 +277,7 @@ def _run_layers(
     run_block: Any,
     run_block_row: Any,
     top_ranks: Any,
+    middles: Any,
     modulated: Any,
     threads: int,
 ) -> None:
@@ -282,6 +290,7 @@ def _run_layers(
         adapter_dtype,
         a_offset,
         b_offset,
+        middle_offset,
         rank,
         adapter_scale,
     )
@@ -298,7 +307,7 @@ def _run_layers(
         run_block,
         run_block_row,
     )
-    adapters = (arena, table, widths, runs, vector_offset, top_ranks, modulated, threads)
+    adapters = (arena, table, widths, runs, vector_offset, top_ranks, middles, modulated, threads)
     rest = (matrices, scales, dtypes, vectors, *adapters)
     beside = (arena, table, vector_offset, runs, threads)
     for layer in range(len(windows)):

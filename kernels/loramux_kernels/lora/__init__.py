@@ -1,4 +1,5 @@
-"""Segmented LoRA over paged weights: ``y += sum_k c_k * s_k * B_k (A_k x)``, row by row."""
+"""Segmented LoRA over paged weights: ``y += sum_k c_k * s_k * B_k (R_k (A_k x))``, row by row; most
+adapters have no R between A and B."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Segmented LoRA on the CPU: two parallel loops in one call, weights widened in registers.
+"""Segmented LoRA on the CPU: two parallel loops in one call, weights widened in registers; a third
+between them, for middles, only where an adapter of the batch has one.
 
 A work item is a block of rows of one entry, so that many rows read a weight once from memory,
 times a tile of ranks (shrink) or of columns (expand), so that one large run fills all threads.
@@ -49,6 +50,7 @@ def add_lora(
         table.dtype,
         table.a_offset,
         table.b_offset,
+        table.middle_offset,
         table.rank,
         table.scale,
         layer,
@@ -67,6 +69,7 @@ def add_lora(
         runs.run_block,
         runs.run_block_row,
         runs.top_rank(table, layer, site),
+        runs.has_middle(table, layer, site),
         numba.get_num_threads(),
     )
 
@@ -132,11 +135,88 @@ def _shrink_items(
             x,
             row * in_width,
             in_width,
+            in_width,
             rows,
             h,
             (pair * modules + which) * pitch + first,
             modules * pitch,
             request_scale[entry] * scale[adapter, layer, module],
+        )
+        if dtype[adapter] == 0:
+            _shrink_f32(f32, slice_bytes // 4, *args)
+        elif dtype[adapter] == 1:
+            _shrink_f16(u16, slice_bytes // 2, *args)
+        else:
+            _shrink_bf16(u16, slice_bytes // 2, *args)
+
+
+@inner
+def _middle_items(
+    thread: int,
+    threads: int,
+    f32: Any,
+    u16: Any,
+    slices: Any,
+    slice_bytes: int,
+    chunk: int,
+    list_start: Any,
+    dtype: Any,
+    middle_offset: Any,
+    rank: Any,
+    layer: int,
+    first_module: int,
+    modules: int,
+    row_start: Any,
+    slot: Any,
+    run_of_entry: Any,
+    pair_start: Any,
+    entry_block: Any,
+    entry_block_row: Any,
+    rank_tiles: int,
+    h: Any,
+    m: Any,
+) -> None:
+    """Items as those of the shrink, whose ``h`` it reads: ``m = R h``, or ``h`` again where an
+    entry has no middle."""
+    pitch = rank_tiles * RANK_TILE
+    blocks = len(entry_block)
+    for item in range(thread, blocks * modules * rank_tiles, threads):
+        block = item % blocks
+        which = item // blocks % modules
+        module = first_module + which
+        first = item // (blocks * modules) * RANK_TILE
+        entry = entry_block[block]
+        adapter = slot[entry]
+        width = rank[adapter, layer, module]
+        vectors = min(RANK_TILE, width - first)
+        if vectors <= 0:
+            continue
+        run = run_of_entry[entry]
+        row = entry_block_row[block]
+        rows = min(ROW_BLOCK, row_start[run + 1] - row)
+        at = ((pair_start[entry] + row - row_start[run]) * modules + which) * pitch
+        stride = modules * pitch
+        if middle_offset[adapter, layer, module] < 0:
+            for start in range(at + first, at + first + rows * stride, stride):
+                for j in range(start, start + vectors):
+                    m[j] = h[j]
+            continue
+        padded = (width + chunk - 1) // chunk * chunk
+        args = (
+            slices,
+            list_start[adapter],
+            middle_offset[adapter, layer, module] + first * padded,
+            padded,
+            vectors,
+            h,
+            at,
+            stride,
+            width,
+            rows,
+            m,
+            at + first,
+            stride,
+            np.float32(1),
         )
         if dtype[adapter] == 0:
             _shrink_f32(f32, slice_bytes // 4, *args)
@@ -228,10 +308,10 @@ def _expand_items(
 @parallel(
     "void(float32[:,::1], float32[:,::1], uint8[::1],"
     " int64[::1], int64, int64, int64[::1], int32[::1],"
-    " int64[:,:,::1], int64[:,:,::1], int32[:,:,::1], float32[:,:,::1],"
+    " int64[:,:,::1], int64[:,:,::1], int64[:,:,::1], int32[:,:,::1], float32[:,:,::1],"
     " int64, int64, int64, int64[::1], int64[::1],"
     " int32[::1], int32[::1], int32[::1], float32[::1], int32[::1], int32[::1],"
-    " int32[::1], int32[::1], int32[::1], int32[::1], int64, int64)"
+    " int32[::1], int32[::1], int32[::1], int32[::1], int64, boolean, int64)"
 )
 def add_lora_at(
     y: Any,
@@ -244,6 +324,7 @@ def add_lora_at(
     dtype: Any,
     a_offset: Any,
     b_offset: Any,
+    middle_offset: Any,
     rank: Any,
     scale: Any,
     layer: int,
@@ -262,6 +343,7 @@ def add_lora_at(
     run_block: Any,
     run_block_row: Any,
     top_rank: int,
+    middles: bool,
     threads: int,
 ) -> None:
     f32, u16 = arena.view(np.float32), arena.view(np.uint16)
@@ -299,6 +381,35 @@ def add_lora_at(
             x,
             h,
         )
+    m = h
+    if middles:
+        m = np.empty_like(h)
+        for thread in prange(threads):
+            _middle_items(
+                thread,
+                threads,
+                f32,
+                u16,
+                slices,
+                slice_bytes,
+                chunk,
+                list_start,
+                dtype,
+                middle_offset,
+                rank,
+                layer,
+                first_module,
+                modules,
+                row_start,
+                slot,
+                run_of_entry,
+                pair_start,
+                entry_block,
+                entry_block_row,
+                rank_tiles,
+                h,
+                m,
+            )
     for thread in prange(threads):
         _expand_items(
             thread,
@@ -325,5 +436,5 @@ def add_lora_at(
             rank_tiles,
             y,
             row_width,
-            h,
+            m,
         )

@@ -8,6 +8,9 @@ enough work for a lone row, and nothing has to be added up across programs.
 
 Everything is widened to fp32 on load and narrowed on store. Half-precision values fit TF32's
 mantissa, so the tensor cores multiply them exactly; anything wider takes three TF32 products.
+
+Where an adapter of the batch has a middle, a launch between the two applies it; a recorded graph
+has none.
 """
 
 from __future__ import annotations
@@ -17,10 +20,10 @@ from typing import Any
 import torch
 
 from loramux_kernels import dispatch
-from loramux_kernels.lora import one_row, tiles
+from loramux_kernels.lora import middle, one_row, tiles
 from loramux_kernels.lora.runs import ROW_BLOCK, Runs
 from loramux_kernels.lora.table import TABLE_MODULES, TABLE_SITES, AdapterTable
-from loramux_kernels.lora.work import RANK_TILE, LoraWork, lora_work
+from loramux_kernels.lora.work import COUNTED, RANK_TILE, LoraWork, lora_work
 from loramux_kernels.mirror import mirror, scratch
 from loramux_kernels.tuning import Launch, num_programs, table_of
 
@@ -36,10 +39,12 @@ def add_lora(
 ) -> None:
     """See :func:`loramux_kernels.lora.add_lora`."""
     work, step = on_device(runs, table, y.device)
-    h = scratch("lora_h", y.device, work.h_elements)
+    h = m = scratch("lora_h", y.device, work.h_elements)
+    if runs.has_middle(table, layer, site):
+        m = torch.empty(work.h_elements, dtype=torch.float32, device=y.device)
     where, modules = table.tensors, TABLE_SITES[site]
     in_width, row_width = table.site_widths[site]
-    widths = [int(table.out_width[m]) for m in modules] + [0, 0]
+    widths = [int(table.out_width[module]) for module in modules] + [0, 0]
     weights = (arena, where["slices"], where["list_start"], where["dtype"])
     entries = (step["lora_slot"], step["lora_first_row"], step["lora_pitch"], step["lora_h_start"])
     shape = {
@@ -62,11 +67,21 @@ def add_lora(
             WIDTH=in_width, **shape, **constants,
             **launch.options,
         )  # fmt: skip
+        if m is not h:
+            between(name, constants["RANKS"])
+
+    def between(name: str, ranks: int) -> None:
+        dispatch.calls[f"gpu:middle_of_{name}"] += 1
+        middle.middle_kernel[(num_programs(middle.LAUNCH, y.device),)](
+            m, h, *weights, where["middle_offset"], where["rank"], *entries,
+            step[name], step["lora_counts"], layer,
+            LIST=COUNTED.index(name), RANKS=ranks, **shape, **middle.LAUNCH.options,
+        )  # fmt: skip
 
     def expand(kernel: Any, name: str, launch: Launch, **constants: Any) -> None:
         dispatch.calls[f"gpu:{name}"] += 1
         kernel[(num_programs(launch, y.device),)](
-            y, h, *weights, where["b_offset"], where["rank"], *entries,
+            y, m, *weights, where["b_offset"], where["rank"], *entries,
             step["lora_entry_start"], step[name], step["lora_counts"], layer,
             **columns, **shape, RANKS=RANK_TILE, **constants,
             **launch.options,

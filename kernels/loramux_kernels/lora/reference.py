@@ -30,7 +30,10 @@ def add_lora(
                 slot = int(runs.slot[entry])
                 a, b = matrices(arena, table, slot, layer, module)
                 scale = float(runs.scale[entry]) * float(table.scale[slot, layer, module])
-                delta += scale * ((x[rows].float() @ a.T) @ b)
+                h = x[rows].float() @ a.T
+                if table.middle_offset[slot, layer, module] >= 0:
+                    h = h @ middle(arena, table, slot, layer, module).T
+                delta += scale * (h @ b)
             columns = slice(column, column + out)
             y[rows, columns] = (y[rows, columns].float() + delta).to(y.dtype)
             column += out
@@ -41,18 +44,29 @@ def matrices(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A [rank, in] and B [rank, out] of one module as fp32 copies."""
     rank = int(table.rank[slot, layer, module])
-
-    def read(offset: int, width: int) -> torch.Tensor:
-        padded = -(-width // table.chunk) * table.chunk
-        return stream_of(arena, table, slot, offset, rank * padded).view(rank, padded)[:, :width]
-
     in_width, out_width = int(table.in_width[module]), int(table.out_width[module])
     if rank == 0:
         return arena.new_zeros(0, in_width).float(), arena.new_zeros(0, out_width).float()
     return (
-        read(int(table.a_offset[slot, layer, module]), in_width),
-        read(int(table.b_offset[slot, layer, module]), out_width),
+        _vectors(arena, table, slot, int(table.a_offset[slot, layer, module]), rank, in_width),
+        _vectors(arena, table, slot, int(table.b_offset[slot, layer, module]), rank, out_width),
     )
+
+
+def middle(
+    arena: torch.Tensor, table: AdapterTable, slot: int, layer: int, module: int
+) -> torch.Tensor:
+    """R [rank, rank] of a module that has a middle, as an fp32 copy."""
+    rank = int(table.rank[slot, layer, module])
+    offset = int(table.middle_offset[slot, layer, module])
+    return _vectors(arena, table, slot, offset, rank, rank)
+
+
+def _vectors(
+    arena: torch.Tensor, table: AdapterTable, slot: int, offset: int, count: int, width: int
+) -> torch.Tensor:
+    padded = -(-width // table.chunk) * table.chunk
+    return stream_of(arena, table, slot, offset, count * padded).view(count, padded)[:, :width]
 
 
 def stream_of(

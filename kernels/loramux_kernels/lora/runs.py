@@ -44,6 +44,7 @@ class Runs:
     run_block: npt.NDArray[np.int32] = field(init=False)
     run_block_row: npt.NDArray[np.int32] = field(init=False)
     _top_ranks: list[npt.NDArray[np.int64]] = field(default_factory=list, init=False, repr=False)
+    _middles: list[npt.NDArray[np.bool_]] = field(default_factory=list, init=False, repr=False)
     _modulated: list[npt.NDArray[np.bool_]] = field(default_factory=list, init=False, repr=False)
     _on_device: list[tuple[LoraWork, dict[str, torch.Tensor]]] = field(
         default_factory=list, init=False, repr=False
@@ -89,6 +90,15 @@ class Runs:
         recorded = self._on_device and not self._on_device[0][0].arrays
         return bool(recorded) or self.top_rank(table, layer, site) > 0
 
+    def middles(self, table: AdapterTable) -> npt.NDArray[np.bool_]:
+        """``[layers, sites]``: whether any entry has a middle at a layer's site."""
+        if not self._middles:
+            self._middles.append(table.site_middles[self.slot].max(axis=0, initial=False))
+        return self._middles[0]
+
+    def has_middle(self, table: AdapterTable, layer: int, site: str) -> bool:
+        return bool(self.middles(table)[layer, list(TABLE_SITES).index(site)])
+
     def modulated(self, table: AdapterTable) -> npt.NDArray[np.bool_]:
         """``[layers, sites, 2]``: whether any entry has vectors on the outputs (0), on the inputs
         (1) of a layer's site."""
@@ -113,10 +123,11 @@ class Runs:
         return bool(table.num_token_rows[self.slot, where].any())
 
     def is_plain(self, table: AdapterTable) -> bool:
-        """Whether all entries are pairs at the modules of layers and nothing else."""
+        """Whether all entries are pairs at the modules of layers, A and B and nothing else."""
         elsewhere = self.top_ranks(table)[:, len(SITES) :]
         tokens = table.num_token_rows[self.slot]
-        return not (self.modulated(table).any() or elsewhere.any() or tokens.any())
+        beside = self.modulated(table).any() or self.middles(table).any()
+        return not (beside or elsewhere.any() or tokens.any())
 
     def bind(self, work: LoraWork, tensors: dict[str, torch.Tensor]) -> None:
         """``tensors`` are the arrays of ``work``, this step's, as a device sees them."""

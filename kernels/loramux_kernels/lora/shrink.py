@@ -59,12 +59,20 @@ def shrink_with(load: Any, itemsize: int) -> Any:
 
     @inlined
     def four_rows(
-        w: Any, per_slice: int, slices: Any, place: int, within: int, x: Any, x0: int, width: int
+        w: Any,
+        per_slice: int,
+        slices: Any,
+        place: int,
+        within: int,
+        x: Any,
+        x0: int,
+        x_stride: int,
+        width: int,
     ) -> Any:
         """One vector with four rows, lanes not yet folded: they share each widened weight."""
         zero = simd.splat(np.float32(0))
         s0 = s1 = s2 = s3 = (zero, zero, zero, zero)
-        x1, x2, x3 = x0 + width, x0 + 2 * width, x0 + 3 * width
+        x1, x2, x3 = x0 + x_stride, x0 + 2 * x_stride, x0 + 3 * x_stride
         done = 0
         while done < width:
             length = min(width - done, per_slice - within)
@@ -114,6 +122,7 @@ def shrink_with(load: Any, itemsize: int) -> Any:
         vectors: int,
         x: Any,
         x_at: int,
+        x_stride: int,
         width: int,
         rows: int,
         h: Any,
@@ -140,11 +149,11 @@ def shrink_with(load: Any, itemsize: int) -> Any:
             if left < 2:
                 p1, w1 = place, within
             for row in range(0, shared, 4):
-                at = x_at + row * width
-                s = four_rows(w, per_slice, slices, p0, w0, x, at, width)
-                t = four_rows(w, per_slice, slices, p1, w1, x, at, width)
-                u = four_rows(w, per_slice, slices, p2, w2, x, at, width)
-                v = four_rows(w, per_slice, slices, p3, w3, x, at, width)
+                at = x_at + row * x_stride
+                s = four_rows(w, per_slice, slices, p0, w0, x, at, x_stride, width)
+                t = four_rows(w, per_slice, slices, p1, w1, x, at, x_stride, width)
+                u = four_rows(w, per_slice, slices, p2, w2, x, at, x_stride, width)
+                v = four_rows(w, per_slice, slices, p3, w3, x, at, x_stride, width)
                 low = simd.folded((s[0], t[0], u[0], v[0], s[1], t[1], u[1], v[1]))
                 high = simd.folded((s[2], t[2], u[2], v[2], s[3], t[3], u[3], v[3]))
                 dots = simd.mul(scales, simd.joined(low, high))
@@ -154,7 +163,7 @@ def shrink_with(load: Any, itemsize: int) -> Any:
                     simd.store_between(h, to + i * (h_stride - 4), dots, 4 * i, 4 * i + left)
             for i in range(left):
                 for row in range(shared, rows):
-                    at, to = x_at + row * width, h_at + row * h_stride + j + i
+                    at, to = x_at + row * x_stride, h_at + row * h_stride + j + i
                     h[to] = scale * one_row(w, per_slice, slices, place, within, x, at, width)
                 place, within = moved(place, within, padded, per_slice)
 

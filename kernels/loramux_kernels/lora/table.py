@@ -41,6 +41,7 @@ EMBEDDING, HEAD = VOCABULARIES = range(2)
 _ROWS: dict[str, type[np.generic]] = {
     "a_offset": np.int64,
     "b_offset": np.int64,
+    "middle_offset": np.int64,
     "rank": np.int32,
     "scale": np.float32,
     "vector_offset": np.int64,
@@ -57,20 +58,24 @@ class AdapterTable:
     element e is at byte ``slices[e // n] + (e % n) * itemsize``, ``n = slice_bytes // itemsize``.
     ``a_offset`` and ``b_offset`` count elements of the stream. A is ``rank`` vectors of the
     module's in width, B ``rank`` vectors of its out width, each padded with zeros to a multiple
-    of ``chunk``. Rank 0 means there is no pair. An fp32 adapter may have vectors, padded alike:
-    ``vector_offset`` says where the GAIN and the SHIFT (of the out width) and the INPUT_GAIN (of
-    the in width) begin, -1 where there is none. And rows for single tokens: ``num_token_rows``
-    increasing int32 ids, and as many rows of the hidden width, padded alike.
+    of ``chunk``. Rank 0 means there is no pair. Between them may stand a middle, R [rank, rank] as
+    so many vectors padded alike: ``middle_offset`` says where it begins, -1 where there is none.
+    Then A and B may be other adapters' too: the lists of all of them begin with the same slices.
+    An fp32 adapter may have vectors, padded alike: ``vector_offset`` says where the GAIN and the
+    SHIFT (of the out width) and the INPUT_GAIN (of the in width) begin, -1 where there is none. And
+    rows for single tokens: ``num_token_rows`` increasing int32 ids, and as many rows of the hidden
+    width, padded alike.
 
-    Arrays, indexed by slot: ``a_offset``, ``b_offset``, ``rank``, ``scale`` [slots, layers, M],
-    M being the TABLE_MODULES, ``vector_offset`` [slots, layers, M, 3], ``token_ids_offset``,
-    ``token_rows_offset`` and ``num_token_rows`` [slots, 2], ``dtype`` (index into DTYPES) and
-    ``list_start`` [slots]; the slice list of a slot begins at ``slices[list_start[slot]]``.
-    ``tensors`` holds the same arrays on ``device``.
+    Arrays, indexed by slot: ``a_offset``, ``b_offset``, ``middle_offset``, ``rank``, ``scale``
+    [slots, layers, M], M being the TABLE_MODULES, ``vector_offset`` [slots, layers, M, 3],
+    ``token_ids_offset``, ``token_rows_offset`` and ``num_token_rows`` [slots, 2], ``dtype`` (index
+    into DTYPES) and ``list_start`` [slots]; the slice list of a slot begins at
+    ``slices[list_start[slot]]``. ``tensors`` holds the same arrays on ``device``.
 
     For the host, which asks every step: ``site_rank`` [slots, layers, sites], the largest rank at
-    each of the TABLE_SITES, and ``site_vectors`` [slots, layers, sites, 2], whether there are
-    vectors on the outputs, on the inputs.
+    each of the TABLE_SITES, ``site_middles`` [slots, layers, sites], whether there are middles, and
+    ``site_vectors`` [slots, layers, sites, 2], whether there are vectors on the outputs, on the
+    inputs.
     """
 
     def __init__(
@@ -112,6 +117,9 @@ class AdapterTable:
         self.b_offset: npt.NDArray[np.int64] = np.zeros(
             (0, num_layers, len(TABLE_MODULES)), dtype=np.int64
         )
+        self.middle_offset: npt.NDArray[np.int64] = np.zeros(
+            (0, num_layers, len(TABLE_MODULES)), dtype=np.int64
+        )
         self.rank: npt.NDArray[np.int32] = np.zeros(
             (0, num_layers, len(TABLE_MODULES)), dtype=np.int32
         )
@@ -126,6 +134,7 @@ class AdapterTable:
         self.num_token_rows: npt.NDArray[np.int32] = np.zeros((0, 2), dtype=np.int32)
         sites = (0, num_layers, len(TABLE_SITES))
         self.site_rank: npt.NDArray[np.int64] = np.zeros(sites, dtype=np.int64)
+        self.site_middles: npt.NDArray[np.bool_] = np.zeros(sites, dtype=np.bool_)
         self.site_vectors: npt.NDArray[np.bool_] = np.zeros((*sites, 2), dtype=np.bool_)
         self.tensors: dict[str, torch.Tensor] = {
             "out_width": torch.from_numpy(self.out_width).to(self.device)
@@ -142,6 +151,7 @@ class AdapterTable:
         rank: npt.NDArray[np.int32],
         scale: npt.NDArray[np.float32],
         dtype: torch.dtype,
+        middle_offset: npt.NDArray[np.int64] | None = None,
         vector_offset: npt.NDArray[np.int64] | None = None,
         token_ids_offset: npt.NDArray[np.int64] | None = None,
         token_rows_offset: npt.NDArray[np.int64] | None = None,
@@ -150,11 +160,14 @@ class AdapterTable:
         """Make an adapter known and return its slot. ``slices`` are byte offsets into the arena;
         the other arrays are [layers, M], ``vector_offset`` [layers, M, 3]. ValueError when an array
         is off or a matrix or vector would lie outside the stream."""
+        if middle_offset is None:
+            middle_offset = np.full(rank.shape, -1, np.int64)
         if vector_offset is None:
             vector_offset = np.full((*rank.shape, len(VECTORS)), -1, np.int64)
         row: dict[str, npt.NDArray[Any]] = {
             "a_offset": a_offset,
             "b_offset": b_offset,
+            "middle_offset": middle_offset,
             "rank": rank,
             "scale": scale,
             "vector_offset": vector_offset,
@@ -183,8 +196,10 @@ class AdapterTable:
         present = self.vector_offset[slot] >= 0
         outputs = present[..., GAIN] | present[..., SHIFT]
         vectors = np.stack([outputs, present[..., INPUT_GAIN]], axis=-1)
+        middles = self.middle_offset[slot] >= 0
         for site, modules in enumerate(TABLE_SITES.values()):
             self.site_rank[slot, :, site] = self.rank[slot][:, list(modules)].max(axis=1)
+            self.site_middles[slot, :, site] = middles[:, list(modules)].any(axis=1)
             self.site_vectors[slot, :, site] = vectors[:, list(modules)].any(axis=1)
 
     def reserve(self, slots: int, slices: int) -> None:
@@ -226,12 +241,16 @@ class AdapterTable:
             raise ValueError("AdapterTable.add: rank must not be negative")
         elements = len(slices) * (self.slice_bytes // dtype.itemsize)
         present = row["rank"] > 0
-        for name, width in (("a_offset", self.in_width), ("b_offset", self.out_width)):
+        for name, width, there in (
+            ("a_offset", self.in_width, present),
+            ("b_offset", self.out_width, present),
+            ("middle_offset", row["rank"].astype(np.int64), row["middle_offset"] != -1),
+        ):
             padded = -(-width // self.chunk) * self.chunk
             end = row[name] + row["rank"] * padded
-            bad = (row[name] < 0) | (row[name] % self.chunk != 0) | (end > elements)
-            if (bad & present).any():
-                layer, module = (int(i[0]) for i in np.nonzero(bad & present))
+            bad = (row[name] < 0) | (row[name] % self.chunk != 0) | (end > elements) | ~present
+            if (bad & there).any():
+                layer, module = (int(i[0]) for i in np.nonzero(bad & there))
                 raise ValueError(
                     f"AdapterTable.add: {name} of layer {layer} {TABLE_MODULES[module]} lies "
                     f"outside the stream of {elements} elements or off a chunk of {self.chunk}"
@@ -290,7 +309,7 @@ class AdapterTable:
     def _grow_slots(self) -> None:
         before = len(self.list_start)
         after = max(8, 2 * before)
-        for name in ("list_start", "dtype", "site_rank", "site_vectors", *_ROWS):
+        for name in ("list_start", "dtype", "site_rank", "site_middles", "site_vectors", *_ROWS):
             old = getattr(self, name)
             new = np.zeros((after, *old.shape[1:]), dtype=old.dtype)
             new[:before] = old

@@ -22,6 +22,8 @@ from loramux_kernels.mirror import Arrays
 RANK_TILE = 16
 MOST_MODULES = 3
 """Modules of the widest site (q, k, v): what a (row, entry) pair has room for in the scratch."""
+COUNTED = ("shrink_rows", "shrink_tiles", "expand_rows", "expand_tiles")
+"""The lists of items, as ``lora_counts`` counts them."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class LoraWork:
     ``h[row of the run, module, rank]`` of the entry begins; ``lora_entry_start`` is [runs + 1].
 
     Items are [n, 4]: ``shrink_*`` (entry, first row, rows, tile of ranks), ``expand_*`` (run, first
-    row, rows, 0); ``lora_counts`` counts shrink_rows, shrink_tiles, expand_rows, expand_tiles.
+    row, rows, 0); ``lora_counts`` [4]: see COUNTED.
     """
 
     arrays: Arrays
@@ -76,9 +78,8 @@ def lora_work(
         "shrink_tiles": shrink_tiles,
         "shrink_rows": shrink_rows,
     }
-    counted = ("shrink_rows", "shrink_tiles", "expand_rows", "expand_tiles")
     arrays = {
-        "lora_counts": np.array([len(lists[name]) for name in counted], np.int32),
+        "lora_counts": np.array([len(lists[name]) for name in COUNTED], np.int32),
         "lora_slot": runs.slot,
         "lora_scale": runs.scale,
         "lora_first_row": runs.row_start[run_of_entry],

@@ -141,7 +141,7 @@ class Blend:
     def _by_module(self) -> dict[Module, list[Term]]:
         found: dict[Module, list[Term]] = {}
         for number, source in enumerate(self.sources):
-            for pair in source.adapter.pairs:
+            for pair in (pair.folded() for pair in source.adapter.pairs):
                 at = pair.layer, pair.module
                 weight = source.weight * self._layer_scale(*at)
                 found.setdefault(at, []).append(Term(number, pair, weight))

@@ -1,8 +1,10 @@
 """What an adapter is once its file format is forgotten.
 
-Low-rank pairs, ``y += scale * B (A x)``, at most one per (layer, module), and vectors beside them:
+Low-rank pairs, ``y += scale * B (A x)``, at most one per (layer, module), and vectors beside them.
+Between A and B may stand an R that is the adapter's alone, A and B being those of a *basis* that
+many adapters share (see ``basis``):
 
-    x' = (1 + input_gain) * x        y = (1 + gain) * (W x') + shift + b_base + scale * B (A x')
+    x' = (1 + input_gain) * x    y = (1 + gain) * (W x') + shift + b_base + scale * B (R (A x'))
 
 A norm's gain is its new weight over the base's. Rows of embed_tokens and lm_head may change singly.
 
@@ -12,7 +14,7 @@ Matrices of the uploaded file are read when they are packed, others are computed
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -60,7 +62,7 @@ class Matrix(Protocol):
 class LoraPair:
     """``y += scale * B (A x)`` in one module of one layer. ``a``: [rank, in]; ``b``: [out, rank].
 
-    ``scale`` is exactly a float32.
+    ``scale`` is exactly a float32. With a ``middle`` R [rank, rank] it is ``scale * B (R (A x))``.
     """
 
     layer: int
@@ -69,6 +71,21 @@ class LoraPair:
     scale: float
     a: Matrix
     b: Matrix
+    middle: Matrix | None = None
+
+    def folded(self) -> LoraPair:
+        """The same change without a middle: B R is its B."""
+        if self.middle is None:
+            return self
+        b, middle = self.b, self.middle
+        product = Computed(b.shape, lambda: read_as(b, "float32") @ read_as(middle, "float32"))
+        return replace(self, b=product, middle=None)
+
+
+def read_as(matrix: Matrix, dtype: Dtype) -> Array:
+    """All of a matrix in ``STORAGE[dtype]``: its own dtype or float32."""
+    values = matrix.read()
+    return values if matrix.dtype == dtype else widen(values, matrix.dtype)
 
 
 @dataclass(frozen=True, slots=True)

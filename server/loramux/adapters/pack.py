@@ -9,12 +9,17 @@
     payload   ``num_elems`` elements of the adapter's dtype, little-endian
 
 Matrices are rank-major: A is r vectors of ``in`` elements (as in the file), B is r vectors of
-``out`` (transposed from the file's [out, r]). A vector takes its width rounded up to whole chunks,
-the rest being zero; vectors follow each other without gaps. Layers come in order, and within one
-the order of use: what changes embeddings (with the first layer), the input norm; input gains, A,
-gains, shifts and B of q, k, v, then those of o; the second norm; gate and up, down; the final norm
-and lm_head (with the last). So a layer can run once the slices up to its end are there. What
-several modules share (one Matrix object: VeRA's A) is there once, where it is first used.
+``out`` (transposed from the file's [out, r]), R between them r vectors of r. A vector takes its
+width rounded up to whole chunks, the rest being zero; vectors follow each other without gaps.
+Layers come in order, and within one the order of use: what changes embeddings (with the first
+layer), the input norm; input gains, A, R, gains, shifts and B of q, k, v, then those of o; the
+second norm; gate and up, down; the final norm and lm_head (with the last). So a layer can run once
+the slices up to its end are there. What several modules share (one Matrix object: VeRA's A) is
+there once, where it is first used.
+
+A pair with an R has its A and B in the stream of a basis: a packed file of its own, under a digest
+of its own, which ``basis`` names. In the pool an adapter's slices follow those of its basis, as one
+stream (``Layout.after``).
 
 The packed form is derived: (digest, base, importer version) name it, and it is made again when it
 is missing. It depends on the widths of the base but not on the size of a slice: when one chunk
@@ -31,7 +36,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -54,12 +59,13 @@ from loramux.adapters.canonical import (
     Dtype,
     Matrix,
     VectorKind,
-    widen,
+    read_as,
 )
+from loramux.adapters.payload_sum import PayloadSum
 from loramux.errors import AdapterInvalid, ConfigError
 from loramux.wire import TABLE_MODULES, BaseDescription
 
-IMPORTER_VERSION = 5
+IMPORTER_VERSION = 6
 """Raise it whenever import or packing would turn the same upload into other bytes."""
 MIN_CHUNK, MAX_CHUNK = 16, 128
 _ORDER = (
@@ -76,10 +82,9 @@ _ORDER = (
 """Modules that read the same input, in the order they run."""
 
 _MAGIC = b"loramux\x00"
-_FORMAT_VERSION = 4
+_FORMAT_VERSION = 5
 _PREFIX = struct.Struct("<8sII32s")
 _ALIGN = 4096
-_SECTOR = 4096
 _MAX_HEADER_BYTES = 1 << 24
 _FINGERPRINT = re.compile(r"[0-9A-Za-z_-]+")
 
@@ -94,7 +99,8 @@ class Layout:
     and ``vector_offset`` has an axis more: VECTOR_KINDS. Those of token rows are [2]: embed_tokens,
     lm_head.
 
-    A module without a pair has rank 0, scale 0 and offsets 0; a vector that is not there has -1.
+    A module without a pair has rank 0, scale 0 and offsets 0; a vector or a middle that is not
+    there has -1. Where there is a middle, A and B are not in this stream and have offsets 0.
     """
 
     dtype: Dtype
@@ -102,6 +108,7 @@ class Layout:
     num_elems: int
     a_offset: Int64
     b_offset: Int64
+    middle_offset: Int64
     rank: Int32
     scale: Float32
     vector_offset: Int64
@@ -127,8 +134,10 @@ class Layout:
     def layer_ends(self) -> Int64:
         """So many elements from the stream's beginning do layers 0 to l need: [num_layers]."""
         # A layer begins with the first thing no layer before has: that ends all before it.
-        halves = [np.where(self.rank > 0, half, -1) for half in (self.a_offset, self.b_offset)]
-        has = np.concatenate([*halves, self.vector_offset.reshape(self.num_layers, -1)], axis=1)
+        own = (self.rank > 0) & (self.middle_offset < 0)
+        halves = [np.where(own, half, -1) for half in (self.a_offset, self.b_offset)]
+        vectors = self.vector_offset.reshape(self.num_layers, -1)
+        has = np.concatenate([*halves, self.middle_offset, vectors], axis=1)
         before = np.append(-1, np.maximum.accumulate(has.max(axis=1))[:-1])
         starts = np.where(has > before[:, None], has, self.num_elems).min(axis=1)
         later = np.append(starts[1:], self.num_elems)
@@ -152,68 +161,54 @@ class PackedAdapter(Layout):
     digest: str
     fingerprint: str
     importer_version: int
+    basis: str | None
     payload_sum: str
     payload_offset: int
 
+    def after(self, basis: Layout, num_bytes: int) -> Layout:
+        """Where everything is when the stream of its ``basis`` comes first and takes up
+        ``num_bytes``, this one's follows, and both are one stream."""
+        first = num_bytes // ITEMSIZE[self.dtype]
+        shared = self.middle_offset >= 0
+        return replace(
+            self,
+            num_elems=first + self.num_elems,
+            a_offset=np.where(shared, basis.a_offset, first + self.a_offset),
+            b_offset=np.where(shared, basis.b_offset, first + self.b_offset),
+            middle_offset=np.where(shared, first + self.middle_offset, -1),
+            vector_offset=np.where(self.vector_offset >= 0, first + self.vector_offset, -1),
+            token_ids_offset=first + self.token_ids_offset,
+            token_rows_offset=first + self.token_rows_offset,
+        )
+
 
 class _Header(msgspec.Struct, frozen=True, kw_only=True):
-    """Tables are their little-endian bytes, row by row."""
+    """Tables are those of a layout: their shape, and their little-endian bytes row by row."""
 
     digest: str
     fingerprint: str
     importer_version: int
+    basis: str | None
     dtype: Dtype
     chunk: int
     num_elems: int
     num_layers: int
-    a_offset: bytes
-    b_offset: bytes
-    rank: bytes
-    scale: bytes
-    vector_offset: bytes
-    token_ids_offset: bytes
-    token_rows_offset: bytes
-    num_token_rows: bytes
+    tables: dict[str, tuple[list[int], bytes]]
     payload_sum: str
 
 
-class PayloadSum:
-    """The payload's checksum: SHA-256 over the 64-bit sums of its sectors of 4096 bytes.
-
-    It finds what disks do: flipped bits, and sectors that are lost, stale or in the wrong place.
-    Against a forger it is worth nothing, nor would any sum be that lies beside the data. A load
-    waits for it, so it has to keep up with a copy from the page cache (several GB/s a core), which
-    SHA-256 of every byte does not do by an order of magnitude on many machines.
-    """
-
-    def __init__(self) -> None:
-        self._sums = hashlib.sha256()
-        self._rest = b""
-
-    def update(self, data: memoryview) -> None:
-        """The next bytes of the payload, as few or many as are at hand."""
-        if self._rest:
-            missing = _SECTOR - len(self._rest)
-            self._rest += data[:missing]
-            data = data[missing:]
-            if len(self._rest) < _SECTOR:
-                return
-            self._sums.update(_sector_sums(self._rest))
-        whole = len(data) - len(data) % _SECTOR
-        self._sums.update(_sector_sums(data[:whole]))
-        self._rest = bytes(data[whole:])
-
-    def hexdigest(self) -> str:
-        """The sum of everything up to here, and the end: 64 hexadecimal digits."""
-        whole = self._sums.copy()
-        whole.update(_sector_sums(self._rest.ljust(_SECTOR, b"\x00")))
-        return whole.hexdigest()
-
-
-def _sector_sums(sectors: bytes | memoryview) -> bytes:
-    words = np.frombuffer(sectors, "<u8").reshape(-1, _SECTOR // 8)
-    sums: npt.NDArray[np.uint64] = np.add.reduce(words, axis=1, dtype=np.uint64).astype("<u8")
-    return sums.tobytes()
+_TABLES = {
+    "a_offset": "<i8",
+    "b_offset": "<i8",
+    "middle_offset": "<i8",
+    "rank": "<i4",
+    "scale": "<f4",
+    "vector_offset": "<i8",
+    "token_ids_offset": "<i8",
+    "token_rows_offset": "<i8",
+    "num_token_rows": "<i4",
+}
+"""Those of a layout, as the header has them."""
 
 
 def packed_path(data_dir: Path, digest: str, fingerprint: str) -> Path:
@@ -253,6 +248,7 @@ def lay_out(adapter: CanonicalAdapter, base: BaseDescription) -> Layout:
         num_elems=0,
         a_offset=np.zeros(shape, np.int64),
         b_offset=np.zeros(shape, np.int64),
+        middle_offset=np.full(shape, -1, np.int64),
         rank=np.zeros(shape, np.int32),
         scale=np.zeros(shape, np.float32),
         vector_offset=np.full((*shape, len(VECTOR_KINDS)), -1, np.int64),
@@ -273,6 +269,8 @@ def lay_out(adapter: CanonicalAdapter, base: BaseDescription) -> Layout:
             layout.a_offset[at] = start
         elif part == "B":
             layout.b_offset[at] = start
+        elif part == "R":
+            layout.middle_offset[at] = start
         elif part == "ids":
             layout.token_ids_offset[TOKEN_MODULES.index(module)] = start
         elif part == "rows":
@@ -286,28 +284,31 @@ def lay_out(adapter: CanonicalAdapter, base: BaseDescription) -> Layout:
     return replace(layout, num_elems=end)
 
 
-def pack(adapter: CanonicalAdapter, base: BaseDescription, digest: str, path: Path) -> Layout:
+def pack(
+    adapter: CanonicalAdapter,
+    base: BaseDescription,
+    digest: str,
+    path: Path,
+    *,
+    basis: str | None = None,
+) -> Layout:
     """Write the packed file, whole or not at all; where everything is in it.
 
+    ``basis`` is the digest of the basis if pairs have middles: its own file has to be there first.
     Memory is bounded by one matrix. Raises StorageFull.
     """
     layout = lay_out(adapter, base)
+    tables = {name: getattr(layout, name).astype(kind) for name, kind in _TABLES.items()}
     header = _Header(
         digest=digest,
         fingerprint=base.fingerprint,
         importer_version=IMPORTER_VERSION,
+        basis=basis,
         dtype=layout.dtype,
         chunk=layout.chunk,
         num_elems=layout.num_elems,
         num_layers=layout.num_layers,
-        a_offset=layout.a_offset.astype("<i8").tobytes(),
-        b_offset=layout.b_offset.astype("<i8").tobytes(),
-        rank=layout.rank.astype("<i4").tobytes(),
-        scale=layout.scale.astype("<f4").tobytes(),
-        vector_offset=layout.vector_offset.astype("<i8").tobytes(),
-        token_ids_offset=layout.token_ids_offset.astype("<i8").tobytes(),
-        token_rows_offset=layout.token_rows_offset.astype("<i8").tobytes(),
-        num_token_rows=layout.num_token_rows.astype("<i4").tobytes(),
+        tables={name: (list(table.shape), table.tobytes()) for name, table in tables.items()},
         payload_sum=PayloadSum().hexdigest(),
     )
     temporary = path.with_name(f"{secrets.token_hex(16)}.tmp")
@@ -352,23 +353,20 @@ def read_header(path: Path) -> PackedAdapter:
             raise _invalid("its header is damaged")
         file_bytes = os.fstat(file.fileno()).st_size
     header = msgspec.msgpack.decode(encoded, type=_Header)
-    shape = (header.num_layers, len(TABLE_MODULES))
+    tables: dict[str, Any] = {
+        name: np.frombuffer(data, _TABLES[name]).reshape(shape)
+        for name, (shape, data) in header.tables.items()
+    }
     packed = PackedAdapter(
         dtype=header.dtype,
         chunk=header.chunk,
         num_elems=header.num_elems,
-        a_offset=np.frombuffer(header.a_offset, "<i8").reshape(shape),
-        b_offset=np.frombuffer(header.b_offset, "<i8").reshape(shape),
-        rank=np.frombuffer(header.rank, "<i4").reshape(shape),
-        scale=np.frombuffer(header.scale, "<f4").reshape(shape),
-        vector_offset=np.frombuffer(header.vector_offset, "<i8").reshape(*shape, -1),
-        token_ids_offset=np.frombuffer(header.token_ids_offset, "<i8"),
-        token_rows_offset=np.frombuffer(header.token_rows_offset, "<i8"),
-        num_token_rows=np.frombuffer(header.num_token_rows, "<i4"),
+        **tables,
         path=path,
         digest=header.digest,
         fingerprint=header.fingerprint,
         importer_version=header.importer_version,
+        basis=header.basis,
         payload_sum=header.payload_sum,
         payload_offset=_payload_offset(encoded),
     )
@@ -408,8 +406,8 @@ def sweep(data_dir: Path) -> int:
     return len(leftovers)
 
 
-Part = VectorKind | Literal["A", "B", "ids", "rows"]
-_PARTS: tuple[Part, ...] = ("input_gain", "A", "gain", "shift", "B", "ids", "rows")
+Part = VectorKind | Literal["A", "R", "B", "ids", "rows"]
+_PARTS: tuple[Part, ...] = ("input_gain", "A", "R", "gain", "shift", "B", "ids", "rows")
 Piece = tuple[int, str, Part]
 Source = Matrix | Array
 
@@ -418,6 +416,9 @@ def _pieces(adapter: CanonicalAdapter, base: BaseDescription) -> dict[Piece, Sou
     """All that the adapter has, (layer, module, part), in stream order."""
     found: dict[Piece, Source] = {}
     for pair in adapter.pairs:
+        if pair.middle is not None:
+            found[pair.layer, pair.module, "R"] = pair.middle
+            continue
         found[pair.layer, pair.module, "A"] = pair.a
         found[pair.layer, pair.module, "B"] = pair.b
     for vector in adapter.vectors:
@@ -438,7 +439,7 @@ def _pieces(adapter: CanonicalAdapter, base: BaseDescription) -> dict[Piece, Sou
 
 def _shape(part: Part, source: Source) -> tuple[int, int]:
     """How many vectors a piece is, and how wide they are."""
-    if part in ("A", "rows"):
+    if part in ("A", "R", "rows"):
         return source.shape[0], source.shape[1]
     if part == "B":
         return source.shape[1], source.shape[0]
@@ -453,17 +454,12 @@ def _stream(adapter: CanonicalAdapter, base: BaseDescription, chunk: int) -> Ite
             continue
         written.add((part, id(source)))
         count, width = _shape(part, source)
-        values = source if isinstance(source, np.ndarray) else _read(source, adapter.dtype)
+        values = source if isinstance(source, np.ndarray) else read_as(source, adapter.dtype)
         if part == "ids":  # integers among floats: their bits
             values = values.astype("<i4").view("<f4")
         padded = np.zeros((count, _padded(width, chunk)), STORAGE[adapter.dtype])
         padded[:, :width] = values.T if part == "B" else values
         yield padded
-
-
-def _read(matrix: Matrix, dtype: Dtype) -> Array:
-    values = matrix.read()
-    return values if matrix.dtype == dtype else widen(values, matrix.dtype)
 
 
 def _padded(width: int, chunk: int) -> int:

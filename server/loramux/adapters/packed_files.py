@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 from loramux.adapters.arrivals import Arrival, Mark
-from loramux.adapters.pack import PackedAdapter, PayloadSum, packed_path, read_header
+from loramux.adapters.pack import PackedAdapter, packed_path, read_header
+from loramux.adapters.payload_sum import PayloadSum
 from loramux.errors import AdapterLoadFailed
 from loramux.memory.arena import Arena
 

@@ -340,6 +340,12 @@ class Registry:
             query = "SELECT 1 FROM adapters WHERE digest = ? LIMIT 1"
             return db.execute(query, (check_digest(digest),)).fetchone() is not None
 
+    def uses_basis(self, digest: str) -> bool:
+        """Whether any row, of any tenant, was found to share this basis."""
+        with self._reading() as db:
+            query = "SELECT 1 FROM adapters WHERE json_extract(report, '$.basis.digest') = ?"
+            return db.execute(query, (check_digest(digest),)).fetchone() is not None
+
     def _visible(self, db: sqlite3.Connection, tenant: str, name: str) -> Rows:
         rows = [r for r in self._rows(db, tenant, name) if r.status != "deleting"]
         if not rows:

@@ -8,6 +8,10 @@ Threads bring the packed form into the frames; the step loop never waits for the
 memory beside a GPU an adapter is loaded so fast that rows may run on it while its later layers are
 still arriving. All methods are called by the engine's own thread, and none that a step calls goes
 through all adapters.
+
+An adapter with a basis (see ``basis``) is loaded after it and uses its frames. The basis is in the
+pool under its own digest, as an adapter that no row names. Whatever keeps an adapter from being
+evicted keeps its basis too; when a basis goes, those that are idle beside it go with it.
 """
 
 from __future__ import annotations
@@ -15,17 +19,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
-from loramux.adapters.arrivals import Arrival, Pace
+from loramux.adapters.arrivals import Pace
 from loramux.adapters.loader import Load, Loader
 from loramux.adapters.pack import PackedAdapter
 from loramux.adapters.packed_files import Store
+from loramux.adapters.resident import Resident, Table
 from loramux.errors import AdapterLoadFailed, LoramuxError
 from loramux.memory.eviction import Frequency
 from loramux.memory.formats import AdapterFormat
@@ -45,36 +44,6 @@ PINNED_SHARE = 0.5
 """Of the pool, at most so much may be pinned: the rest stays for everybody."""
 
 
-class Table(Protocol):
-    """The kernels' view of resident adapters (``loramux_kernels.lora.AdapterTable``)."""
-
-    def add(
-        self,
-        *,
-        slices: npt.NDArray[np.int64],
-        a_offset: npt.NDArray[np.int64],
-        b_offset: npt.NDArray[np.int64],
-        rank: npt.NDArray[np.int32],
-        scale: npt.NDArray[np.float32],
-        dtype: torch.dtype,
-        vector_offset: npt.NDArray[np.int64],
-        token_ids_offset: npt.NDArray[np.int64],
-        token_rows_offset: npt.NDArray[np.int64],
-        num_token_rows: npt.NDArray[np.int32],
-    ) -> int: ...
-    def remove(self, slot: int) -> None: ...
-
-
-@dataclass(slots=True)
-class _Resident:
-    packed: PackedAdapter
-    frames: list[int]
-    slot: int | None = None
-    leases: int = 0
-    pinned: bool = False
-    arrival: Arrival | None = None
-
-
 class Residency:
     """Adapters in the pool by digest.
 
@@ -92,7 +61,7 @@ class Residency:
         self._layout = layout
         self._store = store
         self._table = table
-        self._adapters: dict[str, _Resident] = {}
+        self._adapters: dict[str, Resident] = {}
         self._frequency = Frequency()
         self._pins: dict[str, int] = {}
         self._pinned: list[str] = []
@@ -104,6 +73,10 @@ class Residency:
         self._num_arriving_frames = 0
         self._most_loading = LOADING_SHARE * pool.frames.num_frames
         self._deferred = False
+        self._bases: set[str] = set()
+        self._asked: dict[str, str] = {}  # of this step's loads: the basis each waits for
+        self._kept: list[str] = []  # bases that are held until the end of this step
+        self._pins_waiting: dict[str, str] = {}  # pins to be loaded, and the basis each waits for
         self.num_loading = 0
         self.version = 0
         self.finished_loads: list[AdapterLoad] = []
@@ -119,8 +92,24 @@ class Residency:
 
     # -- asked by the scheduler ------------------------------------------------------------------
 
-    def num_frames(self, digest: str) -> int:
-        """Frames the adapter needs. Raises LoramuxError if it cannot be served at all."""
+    def num_frames(self, *digests: str) -> int:
+        """Frames that these adapters need, a basis being needed once. Raises LoramuxError if one of
+        them cannot be served at all."""
+        needed = {digest: None for name in digests for digest in (self._basis_of(name), name)}
+        return sum(self._frames_of(digest) for digest in needed if digest is not None)
+
+    def num_frames_to_load(self, digest: str) -> int:
+        """Frames that are to be had before rows can run on it; raises as ``num_frames``."""
+        wanted = (self._basis_of(digest), digest)
+        return sum(self._frames_of(d) for d in wanted if d is not None and d not in self._adapters)
+
+    def _basis_of(self, digest: str) -> str | None:
+        basis = self._store.header(digest).basis
+        if basis is not None:
+            self._bases.add(basis)
+        return basis
+
+    def _frames_of(self, digest: str) -> int:
         return self._layout.num_frames(self._store.header(digest).num_bytes)
 
     def is_resident(self, digest: str) -> bool:
@@ -128,7 +117,15 @@ class Residency:
         resident = self._adapters.get(digest)
         if resident is None or resident.slot is None:
             return False
+        basis = resident.packed.basis
+        if basis is not None and not self.is_resident(basis):
+            return False
         return resident.arrival is None or resident.arrival.keeps_ahead(self.pace)
+
+    def _is_here(self, digest: str) -> bool:
+        """Whether it has its frames for good, though some of it may still arrive."""
+        resident = self._adapters.get(digest)
+        return resident is not None and resident.slot is not None
 
     def is_loading(self, digest: str) -> bool:
         resident = self._adapters.get(digest)
@@ -139,19 +136,33 @@ class Residency:
         be had for it now. ``ahead``: for a request that could not run yet anyway, so nothing is
         evicted that is worth more. When other loads have all they may take of the pool, neither
         this one nor those asked for after it begin before the next ``prioritize``, and the answer
-        is True: ask again. A failed load raises its reason, once; asking again tries again."""
+        is True: ask again. So it is while the basis is on its way, which is loaded first. A failed
+        load, the basis's too, raises its reason, once; asking again tries again."""
         if (error := self._errors.pop(digest, None)) is not None:
             raise error
-        if digest in self._adapters or self._deferred:
+        if digest in self._adapters:
+            return True
+        if (basis := self._basis_of(digest)) is not None:
+            self._asked[digest] = basis
+            if not self._is_here(basis) and not self.load(basis, ahead=ahead):
+                return False
+            if not self._is_here(basis):
+                return True
+            self.hold(basis)  # or another load of this step might take its frames
+            self._kept.append(basis)
+        if self._deferred:
             return True
         loading = self._pool.frames.count(Owner.LOADING) + self._num_arriving_frames
-        if loading and loading + self.num_frames(digest) > self._most_loading:
+        if loading and loading + self._frames_of(digest) > self._most_loading:
             self._deferred = True
             return True
         return self._begin(digest, ahead=ahead)
 
     def _begin(self, digest: str, *, ahead: bool = False) -> bool:
+        """Start the load of an adapter whose basis is here; False if there are no frames."""
         packed = self._store.header(digest)
+        if packed.basis is not None:
+            self.hold(packed.basis)
         num_frames = self._layout.num_frames(packed.num_bytes)
         below = math.inf
         if ahead:
@@ -160,11 +171,15 @@ class Residency:
             )
         frames = self._pool.obtain(num_frames, Owner.LOADING, below)
         if frames is None:
+            if packed.basis is not None:
+                self.release(packed.basis)
             return False
         after = self._store.given()
         arrival = self._store.begin(packed, frames, after)
-        resident = _Resident(packed, frames, pinned=digest in self._pins, arrival=arrival)
+        resident = Resident(packed, frames, pinned=digest in self._pins, arrival=arrival)
         self._adapters[digest] = resident
+        if packed.basis is not None:
+            self._adapters[packed.basis].dependents.add(digest)
         self.num_loading += 1
         if arrival is not None:
             self._num_arriving_frames += num_frames
@@ -177,14 +192,21 @@ class Residency:
         """Loads that have not begun go in this order; those for nobody in it are dropped, unless
         an operator wants them. To be called once a step, after the loads were asked for."""
         self._deferred = False
-        for load in self._loader.reorder(wanted, keep=self._pins):
-            del self._adapters[load.packed.digest]
+        order = [d for name in wanted for d in (self._asked.get(name), name) if d is not None]
+        keep = {*self._pins, *self._pins_waiting.values()} if self._pins_waiting else self._pins
+        for load in self._loader.reorder(order, keep=keep):
             self.num_loading -= 1
-            self._pool.frames.give_back(load.frames, Owner.LOADING)
+            self._drop(load)
+        self._asked.clear()
+        for basis in self._kept:
+            self.release(basis)
+        self._kept.clear()
 
     def lease(self, digest: str) -> int:
         """Hold the resident adapter for one row; its slot in the kernels' table."""
         self._frequency.use(digest)
+        if (basis := self._adapters[digest].packed.basis) is not None:
+            self._frequency.use(basis)
         return self.hold(digest)
 
     def hold(self, digest: str) -> int:
@@ -206,7 +228,10 @@ class Residency:
     def before_layer(self, digests: Iterable[str]) -> Callable[[int], None]:
         """To be called by a forward pass that uses ``digests`` before each of its layers, in
         order: the device waits there for what has not arrived."""
-        arrivals = [self._adapters[digest].arrival for digest in dict.fromkeys(digests)]
+        leased = [self._adapters[digest] for digest in dict.fromkeys(digests)]
+        bases = dict.fromkeys(r.packed.basis for r in leased if r.packed.basis is not None)
+        used = [*(self._adapters[basis] for basis in bases), *leased]
+        arrivals = [resident.arrival for resident in used]
         waits = [arrival.waits() for arrival in arrivals if arrival is not None]
 
         def wait(layer: int) -> None:
@@ -238,10 +263,19 @@ class Residency:
                 self._land(load)
             else:
                 self._give_up(load, load.error)
+        for digest, basis in list(self._pins_waiting.items()):
+            self._resume_pinned(digest, basis)
 
-    def _give_up(self, load: Load, error: Exception) -> None:
+    def _drop(self, load: Load) -> None:
+        """A load that came to nothing."""
         del self._adapters[load.packed.digest]
         self._pool.frames.give_back(load.frames, Owner.LOADING)
+        if (basis := load.packed.basis) is not None:
+            self._adapters[basis].dependents.remove(load.packed.digest)
+            self.release(basis)
+
+    def _give_up(self, load: Load, error: Exception) -> None:
+        self._drop(load)
         if not isinstance(error, LoramuxError):
             error = AdapterLoadFailed(f"the adapter's packed file could not be read: {error}")
         self._errors[load.packed.digest] = error
@@ -262,31 +296,22 @@ class Residency:
         if not resident.pinned:
             self._offer(packed.digest, resident)
 
-    def _enter(self, resident: _Resident) -> None:
+    def _enter(self, resident: Resident) -> None:
         """From now on the kernels know it, and nobody may evict it."""
-        packed = resident.packed
+        digest = resident.packed.basis
+        resident.enter(self._table, self._layout, self._adapters[digest] if digest else None)
         self._pool.frames.transfer(resident.frames, Owner.LOADING, Owner.ADAPTER)
-        resident.slot = self._table.add(
-            slices=self._layout.slices(resident.frames),
-            a_offset=packed.a_offset,
-            b_offset=packed.b_offset,
-            rank=packed.rank,
-            scale=packed.scale,
-            dtype=getattr(torch, packed.dtype),
-            vector_offset=packed.vector_offset,
-            token_ids_offset=packed.token_ids_offset,
-            token_rows_offset=packed.token_rows_offset,
-            num_token_rows=packed.num_token_rows,
-        )
         self.version += 1
         self._num_leased_frames += len(resident.frames)
 
-    def _withdraw(self, digest: str, resident: _Resident) -> None:
-        """It must not be evicted from now on."""
+    def _withdraw(self, digest: str, resident: Resident) -> None:
+        """It must not be evicted from now on, nor its basis."""
         self._num_leased_frames += len(resident.frames)
         self._pool.order.withdraw(digest)
+        if (basis := resident.packed.basis) is not None:
+            self.hold(basis)
 
-    def _offer(self, digest: str, resident: _Resident) -> None:
+    def _offer(self, digest: str, resident: Resident) -> None:
         """It may be evicted from now on."""
         self._num_leased_frames -= len(resident.frames)
         self._pool.order.offer(
@@ -296,6 +321,8 @@ class Residency:
             uses=self._uses(digest),
             evict=lambda: self._evict(digest),
         )
+        if (basis := resident.packed.basis) is not None:
+            self.release(basis)
 
     def _cost_s(self, packed: PackedAdapter) -> float:
         return packed.num_bytes * self._load_s_per_byte
@@ -307,6 +334,12 @@ class Residency:
     def _evict(self, digest: str) -> None:
         resident = self._adapters.pop(digest)
         assert resident.slot is not None and resident.leases == 0
+        for dependent in list(resident.dependents):  # all idle, or this one would be held
+            self._pool.order.withdraw(dependent)
+            self._evict(dependent)
+        basis = resident.packed.basis
+        if basis is not None and basis in self._adapters:
+            self._adapters[basis].dependents.remove(digest)
         self._table.remove(resident.slot)
         self._pool.frames.give_back(resident.frames, Owner.ADAPTER)
         self.num_evicted += 1
@@ -324,18 +357,48 @@ class Residency:
         num_frames = self.num_frames(digest)
         if sum(self._pins.values()) + num_frames > PINNED_SHARE * self._pool.frames.num_frames:
             return False
-        if digest not in self._adapters and not self._begin(digest):
+        if digest not in self._adapters and not self._begin_pinned(digest):
             return False
         self._pins[digest] = num_frames
         self._pinned = sorted(self._pins)
-        resident = self._adapters[digest]
+        resident = self._adapters.get(digest)
+        if resident is None:
+            return True  # it begins when its basis is here
         if resident.slot is not None and resident.leases == 0:
             self._withdraw(digest, resident)
         resident.pinned = True
         return True
 
+    def _begin_pinned(self, digest: str) -> bool:
+        """Begin the load that nobody will ask for again, or that of its basis; False if there is no
+        room for both."""
+        basis = self._basis_of(digest)
+        if basis is None or self._is_here(basis):
+            return self._begin(digest)
+        if self.num_frames_to_load(digest) > self._pool.num_available:
+            return False
+        if basis not in self._adapters and not self._begin(basis):
+            return False
+        self._pins_waiting[digest] = basis
+        return True
+
+    def _resume_pinned(self, digest: str, basis: str) -> None:
+        """Go on once the basis is here, or its load has failed."""
+        error = self._errors.pop(basis, None)
+        try:
+            if error is not None:
+                raise error
+            if digest not in self._adapters:
+                self._begin_pinned(digest)
+            if digest in self._adapters:
+                del self._pins_waiting[digest]
+        except LoramuxError as problem:
+            self._errors[digest] = problem
+            del self._pins_waiting[digest]
+
     def unpin(self, digest: str) -> None:
         """Let ``digest`` be evicted again."""
+        self._pins_waiting.pop(digest, None)
         if digest in self._pins:
             del self._pins[digest]
             self._pinned = sorted(self._pins)
@@ -358,7 +421,8 @@ class Residency:
 
     def resident(self) -> list[str]:
         """Digests rows may run on now."""
-        return [digest for digest, r in self._adapters.items() if r.slot is not None]
+        here = [digest for digest, r in self._adapters.items() if r.slot is not None]
+        return [digest for digest in here if digest not in self._bases]
 
     def pinned(self) -> list[str]:
         """Digests that stay in the pool; another list object after every change."""
@@ -387,5 +451,11 @@ class Residency:
         loading = sum(len(r.frames) for r in self._adapters.values() if r.slot is None)
         assert self._pool.frames.count(Owner.LOADING) == loading
         for digest, r in self._adapters.items():
-            idle = r.slot is not None and r.leases == 0 and not r.pinned
-            assert idle == (digest in self._pool.order), digest
+            assert r.is_idle == (digest in self._pool.order), digest
+            if r.packed.basis is not None:
+                assert self._is_here(r.packed.basis), digest
+                assert digest in self._adapters[r.packed.basis].dependents, digest
+            if digest in self._bases:
+                busy = sum(not self._adapters[d].is_idle for d in r.dependents)
+                comes = r.arrival is not None
+                assert r.leases == busy + self._kept.count(digest) + comes, digest

@@ -42,7 +42,8 @@ class Wait(Enum):
 class Adapters(Protocol):
     """What the scheduler needs of residency."""
 
-    def num_frames(self, digest: str) -> int: ...
+    def num_frames(self, *digests: str) -> int: ...
+    def num_frames_to_load(self, digest: str) -> int: ...
     def is_resident(self, digest: str) -> bool: ...
     def load(self, digest: str, *, ahead: bool = False) -> bool: ...
     def prioritize(self, wanted: Sequence[str]) -> None: ...
@@ -99,7 +100,7 @@ class Scheduler:
     def check_fits(self, request: Request) -> None:
         """Raises LoramuxError if ``request`` could never run: too large, or its adapter is bad."""
         frames = self._kv.num_pages(request.max_ids)
-        frames += sum(self._adapters.num_frames(ref.digest) for ref in request.adapters)
+        frames += self._adapters.num_frames(*(ref.digest for ref in request.adapters))
         if frames > self._pool.frames.num_frames:
             raise RequestTooLarge(
                 f"the request needs {frames} frames of the memory pool, which has "
@@ -211,7 +212,7 @@ class Scheduler:
                     held.append(ref.digest)
                     continue
                 try:
-                    need = self._adapters.num_frames(ref.digest) + len(self.running)
+                    need = self._adapters.num_frames_to_load(ref.digest) + len(self.running)
                     if need > self._pool.num_available:
                         return line[:index]
                     if not self._adapters.load(ref.digest, ahead=True):

@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from loramux.adapters import pack
 from loramux.adapters.blobs import READ_BYTES, BlobStore
 from loramux.adapters.profile import MAX_PROFILE_BYTES
 from loramux.adapters.registry import AdapterRow, Registry
@@ -28,6 +27,7 @@ from loramux.front.blobs import BlobService
 from loramux.front.catalog import SHARED, AdapterView, Catalog, Served, split
 from loramux.front.ingest_client import IngestClient
 from loramux.front.observations import Observations
+from loramux.front.packed import PackedFiles
 from loramux.front.pins import Ask, Pins
 from loramux.front.quotas import Quotas
 from loramux.front.resumable import ResumableUploads
@@ -64,6 +64,7 @@ class AdapterService:
         self._ask_engine = ask_engine
         self._base: BaseDescription | None = None
         self._registry = Registry(config.data_dir)
+        self.packed = PackedFiles(config.data_dir, self._registry)
         self._store = BlobStore(config.data_dir)
         self._store.sweep()  # now: uploads may begin before there is an engine
         self._references: Counter[str] = Counter()
@@ -77,6 +78,7 @@ class AdapterService:
             ingest,
             observations,
             self.background,
+            packed=self.packed,
             pins=self.pins,
             deleted=lambda row: self._forget_soon([row]),
             failed=self.blobs.collect_files,
@@ -324,23 +326,21 @@ class AdapterService:
                 self.background.spawn(self._forget(row))
 
     async def _forget(self, row: AdapterRow) -> None:
-        lives = await self.shelf.change(row.tenant, row.name, lambda: self._forget_row(row))
+        gone = await self.shelf.change(row.tenant, row.name, lambda: self._forget_row(row))
         if row.pinned:
             await self.pins.tell()  # its time was over: the engine would not evict it
-        if not lives:
+        for digest in gone:
             try:
-                await self._ask_engine("evict", row.digest)
+                await self._ask_engine("evict", digest)
             except LoramuxError as error:
-                log.warning("could not evict adapter %s: %s", row.digest[:12], error.message)
+                log.warning("could not evict adapter %s: %s", digest[:12], error.message)
 
-    def _forget_row(self, row: AdapterRow) -> bool:
-        """Remove the row, then the files nobody else needs; whether the version lives on."""
+    def _forget_row(self, row: AdapterRow) -> Sequence[str]:
+        """Remove the row, then the files nobody else needs; the digests that are no more."""
         self._registry.forget(row.id)
-        lives = self._registry.uses_adapter(row.digest)
-        if not lives:
-            pack.delete(self._config.data_dir, row.digest)
+        gone = self.packed.forget(row)
         self.blobs.collect_files(row)
-        return lives
+        return gone
 
     # Beginning and end.
 
@@ -354,7 +354,7 @@ class AdapterService:
     def collect_files(self) -> None:
         """Remove what an earlier run left behind. On the registry's thread."""
         self.blobs.collect_all()
-        pack.collect(self._config.data_dir, self._registry.uses_adapter)
+        self.packed.collect()
 
     def forget_deleted(self) -> None:
         """End the deletions that an earlier run did not come to."""

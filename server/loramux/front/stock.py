@@ -7,7 +7,6 @@ import logging
 import time
 from pathlib import Path
 
-from loramux.adapters.pack import packed_path
 from loramux.adapters.registry import AdapterRow
 from loramux.config import DEMO_DIR, ServerConfig
 from loramux.errors import LoramuxError
@@ -62,8 +61,7 @@ class Stock:
         for row in catalog.rows():
             if catalog.is_over(row):
                 continue
-            path = packed_path(self._config.data_dir, row.digest, base.fingerprint)
-            if row.status == "ready" and not path.exists():
+            if row.status == "ready" and self._adapters.packed.lacks(row, base.fingerprint):
                 self._pack_again(row, base)
             if row.status == "validating":
                 self._adapters.verdicts.begin(row, base)

@@ -7,12 +7,15 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from loramux.adapters.registry import AdapterRow
 from loramux.errors import AdapterInvalid, LoramuxError, NotFound, ServiceError, StorageFull
 from loramux.front.background import Background
 from loramux.front.catalog import AdapterView
 from loramux.front.ingest_client import INGEST_FAILED, IngestClient
 from loramux.front.observations import Observations
+from loramux.front.packed import PackedFiles
 from loramux.front.pins import Pins
 from loramux.front.shelf import Shelf
 from loramux.wire import BaseDescription, IngestDone
@@ -49,6 +52,7 @@ class Verdicts:
         observations: Observations,
         background: Background,
         *,
+        packed: PackedFiles,
         pins: Pins,
         deleted: Callable[[AdapterRow], None],
         failed: Callable[[AdapterRow], None],
@@ -57,6 +61,7 @@ class Verdicts:
         self._ingest = ingest
         self._observations = observations
         self._background = background
+        self._packed = packed
         self._pins = pins
         self._deleted = deleted
         self._failed = failed
@@ -94,34 +99,45 @@ class Verdicts:
             self.begin(now, base)
         self._deleted(now)
 
-    async def _examine(self, row: AdapterRow, base: BaseDescription) -> None:
+    async def _ask(self, row: AdapterRow, base: BaseDescription) -> IngestDone:
         files = row.config_digest, row.weights_digest, row.profile_digest
         try:
             done = await self._ingest.examine(*files, base, pack=True)
         except ServiceError as error:
-            done = IngestDone(job_id=0, problems=[error.message], code=error.code)
+            return IngestDone(job_id=0, problems=[error.message], code=error.code)
+        if not done.problems and done.digest != row.digest:
+            return IngestDone(job_id=0, problems=["its files changed on disk"], code="corrupt")
+        return done
+
+    async def _examine(self, row: AdapterRow, base: BaseDescription) -> None:
+        done = await self._ask(row, base)
         if row.status == "ready" and done.code in NOT_THE_ADAPTERS_FAULT and done.problems:
             log.error("could not pack %s again: %s", row.name, done.problems[0])
             return
-        if not done.problems and done.digest != row.digest:
-            done = IngestDone(job_id=0, problems=["its files changed on disk"], code="corrupt")
         try:
-            await self._background.on_disk(self._record, row, done, base.fingerprint)
+            while not await self._background.on_disk(self._record, row, done, base.fingerprint):
+                done = await self._ask(row, base)
         except NotFound:  # deleted meanwhile
             await self._shelf.refresh(row.tenant, row.name)
+            await self._background.on_disk(self._packed.forget, replace(row, report=done.report))
             return
         self._shelf.catalog.unpacked.discard(row.digest)
         await self._shelf.refresh(row.tenant, row.name)
         self._observations.uploaded(done.code if done.problems else "ready")
         await self._pins.tell()  # a pin moves on to a new generation
 
-    def _record(self, row: AdapterRow, done: IngestDone, fingerprint: str) -> None:
+    def _record(self, row: AdapterRow, done: IngestDone, fingerprint: str) -> bool:
+        """Write the verdict down; False if it is good and a file of it is gone again: its basis was
+        there, and went with the last adapter that was known to need it."""
         registry = self._shelf.registry
         if done.problems:
             registry.mark_failed(row.id, code=done.code, problems=done.problems)
             self._failed(row)
+        elif self._packed.lacks(replace(row, report=done.report), fingerprint):
+            return False
         else:
             registry.mark_ready(row.id, fingerprint=fingerprint, report=done.report)
+        return True
 
     async def preview(
         self,

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from loramux.adapters import basis as bases
 from loramux.adapters import blend, pack, portable
 from loramux.adapters.blobs import BlobStore, adapter_digest
 from loramux.adapters.canonical import CanonicalAdapter
@@ -69,12 +70,16 @@ def _run(job: IngestJob, data_dir: Path) -> IngestDone:
             _refuse([*(error.problems or [error.message]), *spoken])
         if spoken:
             _refuse(spoken)
+        basis = bases.basis_of(adapter)
         if job.pack:
+            if basis is not None:
+                bases.keep(basis, job.base, data_dir)
             path = pack.packed_path(data_dir, digest, job.base.fingerprint)
-            layout = pack.pack(adapter, job.base, digest, path)
+            shared = basis.digest if basis else None
+            layout = pack.pack(adapter, job.base, digest, path, basis=shared)
         else:
             layout = pack.lay_out(adapter, job.base)
-        report = report_of(adapter, layout, job.base, read)
+        report = report_of(adapter, layout, basis, job.base, read)
     return IngestDone(job_id=job.job_id, digest=digest, report=report)
 
 
@@ -114,9 +119,11 @@ def _run_blend(job: BlendJob, data_dir: Path) -> IngestDone:
 
 
 def check_size(adapter: CanonicalAdapter, base: BaseDescription) -> None:
-    """Before anything is packed: one adapter must not crowd out the others. Without a limit set,
-    whole embeddings may take a quarter of the pool. Raises AdapterInvalid (adapter_too_large)."""
-    size = pack.lay_out(adapter, base).num_bytes
+    """Before anything is packed: one adapter, with its basis, must not crowd out the others.
+    Without a limit set, whole embeddings may take a quarter of the pool. Raises AdapterInvalid
+    (adapter_too_large)."""
+    shared = bases.shared_of(adapter)
+    size = sum(pack.lay_out(part, base).num_bytes for part in (adapter, shared) if part)
     limit = base.max_adapter_bytes or (base.pool_bytes // 4 if adapter.tokens else 0)
     if limit and size > limit:
         text = (

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from loramux.adapters.base_weights import Float32
+from loramux.adapters.basis import Basis, facts
 from loramux.adapters.canonical import (
     TOKEN_MODULES,
     VECTOR_KINDS,
@@ -29,7 +30,11 @@ FLOAT16_MOST = float(np.finfo(np.float16).max)
 
 
 def report_of(
-    adapter: CanonicalAdapter, layout: Layout, base: BaseDescription, read: Read
+    adapter: CanonicalAdapter,
+    layout: Layout,
+    basis: Basis | None,
+    base: BaseDescription,
+    read: Read,
 ) -> dict[str, Any]:
     """Its facts, a line for each of TABLE_MODULES at most. Reads every pair once, a matrix at a
     time."""
@@ -37,7 +42,7 @@ def report_of(
     changed = {(pair.layer, pair.module) for pair in adapter.pairs}
     changed |= {(vector.layer, vector.module) for vector in adapter.vectors}
     used = {module for _, module in changed} | {tokens.module for tokens in adapter.tokens}
-    report = {
+    report: dict[str, Any] = {
         "rank": layout.max_rank,
         "num_bytes": layout.num_bytes,
         "num_frames": layout.num_frames(base.slice_bytes),
@@ -48,9 +53,13 @@ def report_of(
         "layers": sorted({layer for layer, module in changed if module not in TOKEN_MODULES}),
         "token_rows": {tokens.module: len(tokens.ids) for tokens in adapter.tokens},
         "by_module": _by_module(adapter, placed),
-        "cost": _cost(adapter, layout, base),
         "warnings": list(adapter.warnings),
     }
+    num_bytes = layout.num_bytes
+    if basis is not None:
+        report["basis"] = facts(basis, base)
+        num_bytes += report["basis"]["num_bytes"]
+    report["cost"] = _cost(adapter, num_bytes, base)
     return {**report, "compression": read.compression} if read.compression else report
 
 
@@ -59,7 +68,7 @@ def _by_module(
 ) -> dict[str, dict[str, Any]]:
     """By module, over all layers: ``tensors`` of the file applied to it; of its pairs the ``rank``,
     the ``scale`` and the ``norm`` (Frobenius, of scale B A), smallest, median and largest; the
-    ``largest`` value of A and B by magnitude and whether float16 holds it."""
+    ``largest`` value of A, B and R by magnitude and whether float16 holds it."""
     tensors = Counter(place[0][1] for place in placed.values() if place)
     lines: dict[str, dict[str, Any]] = {}
     for module in TABLE_MODULES:
@@ -85,9 +94,13 @@ def _spread(values: Sequence[float]) -> list[float]:
 
 
 def _measure(pair: LoraPair) -> tuple[float, float]:
-    """|s B A| and the largest value. |BA|² is the sum of AA' * B'B, element by element."""
+    """|s B A|, or |s B R A|, and the largest value. |BA|² is the sum of AA' * B'B, element by
+    element."""
     gram_a, largest_a = _gram(pair.a, transposed=False)
     gram_b, largest_b = _gram(pair.b, transposed=True)
+    if pair.middle is not None:
+        _, largest_r = _gram(pair.middle, transposed=False)
+        gram_b, largest_b = _gram(pair.folded().b, transposed=True)[0], max(largest_b, largest_r)
     square = float(np.vdot(gram_a.astype(np.float64), gram_b))
     return abs(pair.scale) * max(square, 0.0) ** 0.5, max(largest_a, largest_b)
 
@@ -98,12 +111,12 @@ def _gram(matrix: Matrix, *, transposed: bool) -> tuple[Float32, float]:
     return (values.T @ values if transposed else values @ values.T), largest
 
 
-def _cost(adapter: CanonicalAdapter, layout: Layout, base: BaseDescription) -> dict[str, Any]:
+def _cost(adapter: CanonicalAdapter, num_bytes: int, base: BaseDescription) -> dict[str, Any]:
     """``row_bytes``: read for a row that decodes a token; of changed embeddings it looks up one.
     ``percent_of_base``: what so many rows read, each with an adapter of this size to itself, in
     percent of what the base's matrices take once. Rows that share an adapter read it once."""
     looked_up = [t.rows for t in adapter.tokens if t.module == "embed_tokens"]
-    row_bytes = layout.num_bytes - sum(4 * r.shape[0] * r.shape[1] for r in looked_up)
+    row_bytes = num_bytes - sum(4 * r.shape[0] * r.shape[1] for r in looked_up)
     cost: dict[str, Any] = {"row_bytes": row_bytes}
     if base.step_bytes:
         percent = {str(n): round(100 * n * row_bytes / base.step_bytes, 2) for n in BATCHES}

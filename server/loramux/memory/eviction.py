@@ -54,7 +54,8 @@ class EvictionOrder:
         evict: Callable[[], None],
         uses: float = 1.0,
     ) -> None:
-        """``key`` became idle; ``evict()`` gives its ``num_frames`` frames back.
+        """``key`` became idle; ``evict()`` gives its ``num_frames`` frames back, and may withdraw
+        others that are no good without it.
 
         Of things offered with equal worth the earlier goes first, so a request offers its pages
         from the tail: a page never goes before the pages that only make sense after it.
@@ -93,6 +94,8 @@ class EvictionOrder:
             gained += idle.num_frames
         for worth, _, key in chosen:
             self._clock = worth
+            if key not in self._idle:
+                continue  # it went with one before it
             evict = self._idle[key].evict
             self.withdraw(key)
             evict()

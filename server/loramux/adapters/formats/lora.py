@@ -210,7 +210,7 @@ def _add(
     if "B bias" in given:
         upload.add_vector(at, "shift", np.float32(scale) * given["B bias"])
     if not (config.use_dora and "magnitude" in given):
-        upload.add_pair(at, scale, a, b)
+        upload.add_pair(at, scale, a, b, parts.get("R"))
         return
     if at[1] == "embed_tokens":
         upload.problems.add(f"{upload.name(at)}: DoRA on embeddings is not served")
@@ -231,8 +231,6 @@ def _halves(
 ) -> tuple[Matrix, Matrix] | None:
     """A and B as they act on the base's weight."""
     a, b = parts["A"], parts["B"]
-    if "R" in parts:
-        return a, lora_xs.product(b, parts["R"])
     if (init := config.takes_out(at)) is not None:
         return residual.factors(upload, at, init, scale, a, b)
     return a, b

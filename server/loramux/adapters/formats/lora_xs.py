@@ -1,4 +1,5 @@
-"""LoRA-XS (arXiv 2405.17604): ``B R A``, of which only R [r, r] was trained.
+"""LoRA-XS (arXiv 2405.17604): ``B R A``, of which only R [r, r] was trained. A and B are kept once
+for all adapters that have the same (``adapters.basis``).
 
 Its authors' code is PEFT's LoRA with one more tensor a module: a LoRA config, lora_A and lora_B
 that came from the SVD of the base's weight, and R, whose name an older PEFT runs into the module's
@@ -7,12 +8,7 @@ when it takes the adapter's name "default" out.
 
 from __future__ import annotations
 
-from functools import partial
-
-from loramux.adapters.base_weights import Float32
-from loramux.adapters.canonical import Computed, Matrix
-from loramux.adapters.formats.upload import Upload, values_of
-from loramux.adapters.safetensors_file import FileTensor
+from loramux.adapters.formats.upload import Upload
 
 PARTS = {
     "default_lora_latent_mapping.weight": "R",
@@ -41,12 +37,3 @@ def check(upload: Upload, *, plain: bool) -> None:
         if "R" not in upload.modules[at]:
             text = f"{upload.name(at)} has no lora_latent_mapping, and other modules have one"
             upload.problems.add(text)
-
-
-def product(b: Matrix, r: FileTensor) -> Matrix:
-    """B R, [out, r]."""
-    return Computed(b.shape, partial(_product, b, r))
-
-
-def _product(b: Matrix, r: FileTensor) -> Float32:
-    return values_of(b) @ values_of(r)

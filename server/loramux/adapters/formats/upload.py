@@ -190,13 +190,16 @@ class Upload:
             )
         return rank <= self.base.max_rank
 
-    def add_pair(self, at: Module, scale: float, a: Matrix, b: Matrix) -> None:
-        """``y += scale * B (A x)``; a scale no training gives is a problem."""
+    def add_pair(
+        self, at: Module, scale: float, a: Matrix, b: Matrix, middle: Matrix | None = None
+    ) -> None:
+        """``y += scale * B (A x)``, or ``scale * B (R (A x))`` with a ``middle``; a scale no
+        training gives is a problem."""
         if abs(scale) > MAX_SCALE or np.float32(scale) == 0:
             text = f"{self.name(at)}: its scale would be {scale:g}"
             self.problems.add(text, "out_of_range")
             return
-        self.pairs[at] = LoraPair(*at, a.shape[0], float(np.float32(scale)), a, b)
+        self.pairs[at] = LoraPair(*at, a.shape[0], float(np.float32(scale)), a, b, middle)
 
     def add_vector(self, at: Module, kind: VectorKind, values: Float32) -> None:
         """To be added to what the module has of that kind. All zeros change nothing."""
@@ -248,7 +251,8 @@ class Upload:
         """What was found, once there are no problems."""
         order = sorted(self.pairs, key=lambda at: (at[0], TABLE_MODULES.index(at[1])))
         pairs = [self.pairs[at] for at in order]
-        dtypes = {half.dtype for pair in pairs for half in (pair.a, pair.b)}
+        matrices = (part for pair in pairs for part in (pair.a, pair.b, pair.middle))
+        dtypes = {matrix.dtype for matrix in matrices if matrix is not None}
         more = self.vectors or self.tokens
         dtype = dtypes.pop() if len(dtypes) == 1 and not more else "float32"
         vectors = [ModuleVector(*at, kind, values) for (at, kind), values in self.vectors.items()]
