@@ -23,7 +23,7 @@ from loramux_kernels.attention import Pages
 class Scored:
     """The logits of one step: fp32 ``[S, vocab]``.
 
-    ``sampling[i]`` is the line of the i-th row that samples (in batch order). ``prompt[j]`` is
+    ``sampling`` are the lines that are drawn from, row after row. ``prompt[j]`` is
     (index of a row, its first line): the row's every token was scored, for prompt log-probs.
     """
 
@@ -132,11 +132,12 @@ def _ids(row: Row) -> npt.NDArray[np.int64]:
 def _scored(
     rows: list[Row], row_start: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[tuple[int, int]]]:
-    """Which token rows to score: the last of each row that samples, all of those whose prompt's
-    log-probabilities are wanted."""
+    """Which token rows to score: the last of each row that samples and those before it that guess,
+    all of those whose prompt's log-probabilities are wanted."""
     if not any(row.request.wants_prompt_logprobs for row in rows):
-        samples = np.fromiter((row.samples for row in rows), np.bool_, len(rows))
-        scored = row_start[1:][samples] - 1
+        counts = np.fromiter((row.num_samples for row in rows), np.int64, len(rows))
+        ends = np.cumsum(counts)
+        scored = np.arange(counts.sum()) + np.repeat(row_start[1:] - ends, counts)
         return scored, np.arange(len(scored)), []
     pieces: list[npt.NDArray[np.int64]] = []
     sampling: list[int] = []
@@ -148,9 +149,8 @@ def _scored(
             prompt.append((index, lines))
             piece = np.arange(stop - row.num_tokens, stop)
         else:
-            piece = np.arange(stop - 1, stop) if row.samples else np.arange(0)
+            piece = np.arange(stop - row.num_samples, stop)
         pieces.append(piece)
         lines += len(piece)
-        if row.samples:
-            sampling.append(lines - 1)
+        sampling += range(lines - row.num_samples, lines)
     return np.concatenate(pieces), np.asarray(sampling, np.int64), prompt

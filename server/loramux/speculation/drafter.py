@@ -1,0 +1,44 @@
+"""Who guesses ahead: one protocol, and the order in which a request's drafters are asked.
+
+A draft costs a row of the same forward pass and is never seen in the output, so a drafter may be
+wrong as often as it likes; it must only be quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from loramux.request import Request
+
+
+class Drafter(Protocol):
+    """Guesses how a request goes on."""
+
+    def propose(self, request: Request, most: int) -> Sequence[int]:
+        """Up to ``most`` ids that may follow ``request.ids[:request.num_ids]``; none is fine."""
+        ...
+
+
+class Draft(NamedTuple):
+    """What to verify, and whose it is."""
+
+    drafter: str
+    token_ids: Sequence[int]
+
+
+class Drafting:
+    """The ``drafters`` of an engine by name."""
+
+    def __init__(self, drafters: Mapping[str, Drafter]) -> None:
+        self.drafters = dict(drafters)
+
+    def propose(self, request: Request, room: int) -> Draft | None:
+        """The guess of the first of the request's drafters that has one."""
+        assert request.speculation is not None
+        most = min(room, request.speculation.max_draft_tokens)
+        if most > 0:
+            for name in request.speculation.drafters:
+                if token_ids := self.drafters[name].propose(request, most):
+                    return Draft(name, token_ids)
+        return None
