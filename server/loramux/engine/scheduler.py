@@ -325,13 +325,19 @@ class Scheduler:
         left = request.max_ids - request.num_ids - 1
         return max(0, min(left, self._limits.max_batch_tokens - batch.num_tokens))
 
-    def draft(self, row: Row, drafter: str, token_ids: Sequence[int]) -> None:
+    def draft(
+        self,
+        row: Row,
+        drafter: str,
+        token_ids: Sequence[int],
+        parents: Sequence[int] | None = None,
+    ) -> None:
         """Have ``row`` guess ahead, unless there are no frames for it: nobody is preempted for
         guesses."""
         request = row.request
         if self._obtain_pages(request, row.num_tokens + len(token_ids)):
             request.ids[request.num_ids : request.num_ids + len(token_ids)] = token_ids
-            row.drafts, row.drafter = token_ids, drafter
+            row.drafts, row.parents, row.drafter = token_ids, parents, drafter
             row.num_tokens += len(token_ids)
 
     # -- during and after the step ---------------------------------------------------------------
@@ -350,7 +356,8 @@ class Scheduler:
 
     def commit(self, batch: Batch, sampled: Sequence[Sequence[int]]) -> None:
         """The batch was computed; ``sampled[i]`` are row i's new tokens, of which all but the last
-        were guessed right: their KV is there. Requests that ended meanwhile are not touched."""
+        were guessed right: their KV is there, in order. Requests that ended meanwhile are not
+        touched."""
         for row, token_ids in zip(batch.rows, sampled, strict=True):
             request = row.request
             if request.status is Status.DONE:

@@ -46,7 +46,7 @@ class Report:
 class Flight:
     """A step that was launched: ``result`` waits for what its rows sampled."""
 
-    batch: Batch
+    plan: Plan
     result: Callable[[], SampleResult]
     began: float
 
@@ -82,7 +82,7 @@ class StepLoop:
         self._residency.poll()
         self._expire(report)
         if self._flight is not None and any(
-            row.request.speculation is not None for row in self._flight.batch.rows
+            row.request.speculation is not None for row in self._flight.plan.batch.rows
         ):
             self._land(report, timer)  # who guesses must know the last token
         batch = self._scheduler.schedule()
@@ -115,7 +115,7 @@ class StepLoop:
         result = self._sample(batch, scored)
         timer.done("sample")
         self._scheduler.launched(batch)
-        self._flight = Flight(batch, result, began)
+        self._flight = Flight(plan, result, began)
 
     def _draft(self, batch: Batch) -> None:
         """Have rows that decode guess ahead, for their one forward pass to verify."""
@@ -135,10 +135,11 @@ class StepLoop:
         guessed: dict[int, Sequence[int]] = {}
         for row in batch.rows:
             if row.samples:
-                for ahead in range(1, row.num_samples):
-                    guessed[len(rows) + ahead] = row.drafts[:ahead]
                 first = row.request.num_outputs
-                rows += [(row.request.id, first + ahead) for ahead in range(row.num_samples)]
+                rows.append((row.request.id, first))
+                for ahead in row.guessed() if row.drafts else ():
+                    guessed[len(rows)] = ahead
+                    rows.append((row.request.id, first + len(ahead)))
         logits = scored.logits[scored.sampling] if scored.prompt else scored.logits
         return self._sampler.start(logits, rows, guessed)
 
@@ -150,29 +151,37 @@ class StepLoop:
         result = flight.result()
         timer.done("sample")
         self._residency.pace.took(time.perf_counter() - flight.began)
-        self._commit(flight.batch, result, report)
+        self._commit(flight.plan, result, report)
         timer.done("commit")
 
-    def _commit(self, batch: Batch, result: SampleResult, report: Report) -> None:
+    def _commit(self, plan: Plan, result: SampleResult, report: Report) -> None:
         picks = zip(result.token_ids.tolist(), result.bad.tolist(), result.logprobs, strict=True)
         now = self._clock()
+        batch = plan.batch
         sampled: list[list[int]] = []
         broken: list[Request] = []
-        for row in batch.rows:
+        kept: dict[int, list[int]] = {}
+        for index, row in enumerate(batch.rows):
             request = row.request
             drawn, bad, logprobs = _take(picks, row.num_samples)
             if request.status is Status.DONE or not drawn:  # it may have ended on its way
                 sampled.append([])
                 continue
-            count = verified(row.drafts, drawn, request.sampling.stop_token_ids)
-            if bad[count - 1]:
+            nodes = verified(row.drafts, drawn, request.sampling.stop_token_ids, row.parents)
+            if bad[nodes[-1]]:
                 broken.append(request)
-                count -= 1
-            sampled.append(drawn[:count])
+                nodes.pop()
+            token_ids = [drawn[node] for node in nodes]
+            sampled.append(token_ids)
             if row.drafts:
-                report.stats.count_drafts(row.drafter, len(row.drafts), max(0, count - 1))
-            if count:
-                report.outputs.append(self._output(row, drawn[:count], logprobs[:count], now))
+                report.stats.count_drafts(row.drafter, len(row.drafts), max(0, len(nodes) - 1))
+            if row.parents is not None:
+                kept[index] = nodes
+            if nodes:
+                output = self._output(row, token_ids, [logprobs[node] for node in nodes], now)
+                report.outputs.append(output)
+        if kept:
+            self._runner.compact(plan, kept)
         report.stats.generation_tokens = sum(len(output.token_ids) for output in report.outputs)
         self._scheduler.commit(batch, sampled)
         for output in report.outputs:

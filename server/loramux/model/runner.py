@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from loramux.memory.formats import KvFormat
 from loramux.model.decoder import Decoder
 from loramux.model.graphs import DeviceForward, cuda_recorder
 from loramux.model.inputs import StepArrays
-from loramux_kernels.attention import Pages
+from loramux_kernels.attention import Pages, Paths, compact
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,15 @@ class ModelRunner:
         row_start = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(counts, out=row_start[1:])
         scored, sampling, prompt = _scored(rows, row_start)
+        paths = Paths.of([row.num_tokens for row in rows], [row.parents for row in rows])
+        positions = np.arange(row_start[-1]) + np.repeat(starts - row_start[:-1], counts)
+        if paths is not None:
+            nodes = np.repeat(starts, counts) + paths.lengths - 1
+            positions = np.where(paths.lengths > 0, nodes, positions)
         step = StepArrays(
             token_ids=np.empty(row_start[-1], np.int64),
-            positions=np.arange(row_start[-1]) + np.repeat(starts - row_start[:-1], counts),
-            pages=self._pages(rows, row_start, starts + counts),
+            positions=positions,
+            pages=self._pages(rows, row_start, starts + counts, paths),
             runs=build_runs(rows, self._adapters.slot),
             scored=scored,
             alone=np.repeat(counts == 1, counts),
@@ -98,8 +103,17 @@ class ModelRunner:
             logits = self._on_device.forward(step)
         return Scored(logits, plan.sampling, plan.prompt)
 
+    def compact(self, plan: Plan, kept: Mapping[int, Sequence[int]]) -> None:
+        """Of the trees of ``plan``, which was computed, keep the nodes ``kept[row]``: their KV lies
+        as a chain's afterwards."""
+        compact(self._decoder.arena, pages=plan.step.pages, kept=kept)
+
     def _pages(
-        self, rows: list[Row], row_start: npt.NDArray[np.int64], context: npt.NDArray[np.int64]
+        self,
+        rows: list[Row],
+        row_start: npt.NDArray[np.int64],
+        context: npt.NDArray[np.int64],
+        paths: Paths | None,
     ) -> Pages:
         widest = max(row.request.num_pages for row in rows)
         frames = np.zeros((len(rows), widest), np.int64)
@@ -121,6 +135,7 @@ class ModelRunner:
             head_dim=self._kv.head_dim,
             dtype=self._dtype,
             layer_start=layer_start,
+            paths=paths,
         )
 
 
