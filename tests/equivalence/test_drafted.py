@@ -12,9 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests import tiny
 from tests.harness import Harness
+from tests.trees import random_parents, way_to
 
 from loramux.engine import step
 from loramux.request import Request, Speculation
+from loramux.speculation.drafter import Tree
+from loramux_kernels.testing import counting
 
 SLACK = settings(
     max_examples=8,
@@ -60,6 +63,29 @@ class Scripted:
         for place in range(min(self._right(), length), length):
             future[place] = (future[place] + 1 + place % 2) % tiny.VOCAB_SIZE
         return future
+
+
+class ScriptedTrees:
+    """Knows how each request goes on: where a node of the trees it grows (their ``parents``, for so
+    many guesses at most) is ``right`` it has the token that comes at its depth, else another."""
+
+    def __init__(
+        self,
+        truth: dict[str, list[int]],
+        grow: Callable[[int], list[int]],
+        right: Callable[[int], bool],
+    ) -> None:
+        self._truth, self._grow, self._right = truth, grow, right
+
+    def propose(self, request: Request, most: int) -> Sequence[int] | Tree:
+        parents = self._grow(most)
+        future = [*self._truth[request.id][request.num_outputs :], *[3] * most]
+        token_ids = []
+        for node in range(1, len(parents) + 1):
+            token = future[len(way_to(parents, node)) - 2]
+            wrong = (token + 1 + node % 2) % tiny.VOCAB_SIZE
+            token_ids.append(token if self._right(node) else wrong)
+        return Tree(token_ids, parents)
 
 
 def served(
@@ -158,13 +184,62 @@ def test_any_guesses_across_preemptions_and_small_steps(
     harness.close()
 
 
+def test_a_right_branch_beside_a_wrong_one(
+    llama: Path, adapters: dict[str, Path], knobs: dict[str, Any], plain: Any
+) -> None:
+    """The first guess is wrong, the others are a line beside it: their KV must move up."""
+    drafter = ScriptedTrees(
+        truth(plain), lambda most: [0, 0, *range(2, most)][:most], lambda node: node != 1
+    )
+    with counting() as calls:
+        harness = served(llama, adapters, knobs, drafter)
+        harness.run()
+    assert told(harness) == plain
+    steps = sum(step.stats.get("batch_rows", 0) for step in harness.steps)
+    tokens = sum(len(ids) for ids in harness.outputs.values())
+    assert steps < tokens / 2, "what was guessed right was computed again"
+    moved = calls["cpu:compact"]
+    assert 0 < moved <= calls["cpu:run_layers"], "one call a step moves what all rows keep"
+    harness.close()
+
+
+@SLACK
+@given(data=st.data())
+def test_any_trees_across_preemptions_and_small_steps(
+    llama: Path, adapters: dict[str, Path], knobs: dict[str, Any], plain: Any, data: st.DataObject
+) -> None:
+    """Right nodes anywhere, all wrong, or all right: then siblings are equal."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    luck = data.draw(st.sampled_from([0.0, 0.5, 0.8, 1.0]))
+    drafter = ScriptedTrees(
+        truth(plain),
+        lambda most: random_parents(rng, int(rng.integers(0, most + 1))),
+        lambda node: rng.random() < luck,
+    )
+    overlap = data.draw(st.booleans())
+    harness = served(
+        llama, adapters, knobs, drafter, overlap=overlap, max_batch_tokens=int(rng.integers(16, 40))
+    )
+    while harness.engine.has_work:
+        harness.step()
+        running = harness.engine.scheduler.running
+        if running and rng.random() < 0.1 and not overlap:
+            harness.engine.scheduler._preempt(running[int(rng.integers(len(running)))])
+    assert told(harness) == plain
+    harness.close()
+
+
+@pytest.mark.parametrize("trees", [False, True])
 def test_the_cache_holds_what_a_fresh_prefill_computes(
-    llama: Path, adapters: dict[str, Path], plain: Any
+    llama: Path, adapters: dict[str, Path], plain: Any, trees: bool
 ) -> None:
     """Pages filled by guesses serve the next request; wrong ones never get into them."""
     rng = np.random.default_rng(1)
-    drafter = Scripted(truth(plain), lambda: int(rng.integers(0, MOST + 1)), lambda: MOST)
-    harness = served(llama, adapters, SAMPLINGS["greedy"], drafter)
+    chains = Scripted(truth(plain), lambda: int(rng.integers(0, MOST + 1)), lambda: MOST)
+    branched = ScriptedTrees(
+        truth(plain), lambda most: random_parents(rng, most), lambda node: rng.random() < 0.7
+    )
+    harness = served(llama, adapters, SAMPLINGS["greedy"], branched if trees else chains)
     names = list(harness.outputs)
     harness.run()
     prompt = list(range(60, 70))
@@ -177,14 +252,17 @@ def test_the_cache_holds_what_a_fresh_prefill_computes(
     harness.close()
 
 
+@pytest.mark.parametrize("trees", [False, True])
 def test_a_verifier_that_accepts_one_wrong_token_is_caught(
-    llama: Path, adapters: dict[str, Path], plain: Any, knobs: Any, monkeypatch: Any
+    llama: Path, adapters: dict[str, Path], plain: Any, knobs: Any, trees: bool, monkeypatch: Any
 ) -> None:
-    def lenient(drafts: Sequence[int], drawn: Sequence[int], stops: Any = ()) -> int:
-        return min(2, len(drawn))
+    def lenient(drafts: Sequence[int], drawn: Sequence[int], *rest: Any) -> list[int]:
+        return list(range(len(drawn)))[:2]
 
     monkeypatch.setattr(step, "verified", lenient)
-    drafter = Scripted(truth(plain), lambda: 0, lambda: 2)
+    drafter: Any = Scripted(truth(plain), lambda: 0, lambda: 2)
+    if trees:
+        drafter = ScriptedTrees(truth(plain), lambda most: [0] * most, lambda node: False)
     harness = served(llama, adapters, knobs, drafter)
     harness.run()
     assert told(harness) != plain
