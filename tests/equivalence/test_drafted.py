@@ -229,6 +229,28 @@ def test_any_trees_across_preemptions_and_small_steps(
     harness.close()
 
 
+@pytest.mark.parametrize("length", [1, 17])
+def test_the_prompts_log_probabilities_beside_a_tree(llama: Path, length: int) -> None:
+    """The prompt's last token is alone in its step, so it is the root of a tree already."""
+    prompt = list(range(60, 60 + length))
+    details = []
+    known: dict[str, list[int]] = {}
+    for drafter in (None, ScriptedTrees(known, lambda most: [0] * most, lambda node: node == 2)):
+        harness = Harness(llama, page_tokens=4, max_batch_tokens=16)
+        speculation = None
+        if drafter is not None:
+            harness.engine.drafting.drafters["scripted"] = drafter
+            speculation = Speculation(drafters=("scripted",), max_draft_tokens=3)
+        harness.submit(
+            prompt, name="a", prompt_logprobs=2, logprobs=1, speculation=speculation, max_tokens=6
+        )
+        harness.run()
+        known.update(harness.outputs)
+        details.append((told(harness), [o.prompt_logprobs for o in harness.details["a"]][:1]))
+        harness.close()
+    assert details[0] == details[1]
+
+
 @pytest.mark.parametrize("trees", [False, True])
 def test_the_cache_holds_what_a_fresh_prefill_computes(
     llama: Path, adapters: dict[str, Path], plain: Any, trees: bool

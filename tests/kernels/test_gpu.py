@@ -257,11 +257,10 @@ def test_splits_show_in_no_row() -> None:
 TREE = [0, 0, 1, 1, 2, 5]
 
 
-@pytest.mark.parametrize("window", [0, 6])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "window"), [(torch.float32, 6), (torch.bfloat16, 0)])
 def test_trees_agree_with_the_reference(dtype: torch.dtype, window: int) -> None:
     """Two trees and a chain between them."""
-    paged = Paged([5, 40, 13], [7, 9, 3], dtype=dtype, heads=4, kv_heads=2, dim=16)
+    paged = Paged([5, 20, 13], [7, 9, 3], dtype=dtype, heads=4, kv_heads=2, dim=8)
     paths = Paths.of([7, 9, 3], [TREE, None, [0, 0]])
     paged.pages = dataclasses.replace(paged.pages, paths=paths)
     out, _, arena = paged.run("gpu", window)
@@ -279,7 +278,7 @@ def test_trees_agree_with_the_reference(dtype: torch.dtype, window: int) -> None
     assert_close(out, expected_out, rtol=slack, atol=slack, because=because)
 
 
-@pytest.mark.parametrize(("split", "window"), [(512, 0), (32, 0), (32, 6)])
+@pytest.mark.parametrize(("split", "window"), [(512, 0), (32, 6)])
 def test_a_node_of_a_tree_has_the_bits_of_its_chain(
     split: int, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,7 +294,7 @@ def test_a_node_of_a_tree_has_the_bits_of_its_chain(
     paths = Paths.of([7, 3], [TREE, None])
     paged.pages = dataclasses.replace(paged.pages, paths=paths)
     out, _, _ = paged.run("gpu", window)
-    for node in (0, 3, 6):
+    for node in (3, 6):
         way = way_to(TREE, node)
         chain = grown([30], [len(way)])
         chain.qkv = paged.qkv[[*way, 0]]

@@ -22,7 +22,7 @@ Trees = Sequence[list[int] | None]
 
 def loaded(checkpoint: Callable[..., Path], arch: tiny.Arch, tmp_path: Path, page: int) -> Paged:
     directory = checkpoint(arch)
-    model = Paged.load(directory, page_tokens=page, num_slices=9000)
+    model = Paged.load(directory, page_tokens=page, num_slices=9000, max_tokens=160)
     for rank in (1, 3, 8):
         folder = tiny.write_adapter(tmp_path / f"{page}-{rank}", directory, r=rank, seed=rank)
         model.add_adapter(folder)
