@@ -278,11 +278,12 @@ def test_trees_agree_with_the_reference(dtype: torch.dtype, window: int) -> None
     assert_close(out, expected_out, rtol=slack, atol=slack, because=because)
 
 
-@pytest.mark.parametrize(("split", "window"), [(512, 0), (32, 6)])
+@pytest.mark.parametrize(("split", "window"), [(512, 0), (32, 0), (32, 3)])
 def test_a_node_of_a_tree_has_the_bits_of_its_chain(
     split: int, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside a chain and with the last split of the context in the middle of the tree."""
+    """Beside a chain, and with the last split of the context in the middle of the tree: there its
+    last node, of depth 3, and what the window leaves it stand on both sides."""
     monkeypatch.setattr(layout, "SPLIT", split)
 
     def grown(history: list[int], rows: list[int]) -> Paged:
