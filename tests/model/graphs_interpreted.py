@@ -161,9 +161,9 @@ def test_trees_of_guesses_go_without_graphs(make: Make, model: Path, adapters: l
 
     def submit(harness: Harness, speculation: Speculation | None) -> None:
         harness.submit(
-            [7, 8, 9], [(adapters[0], 1.0)], max_tokens=6, name="a", speculation=speculation
+            [7, 8, 9], [(adapters[0], 1.0)], max_tokens=5, name="a", speculation=speculation
         )
-        harness.submit([5, 4], max_tokens=4, name="b")
+        harness.submit([5, 4], max_tokens=3, name="b")
         harness.run()
 
     with dispatch.using("cpu"):
@@ -178,7 +178,7 @@ def test_trees_of_guesses_go_without_graphs(make: Make, model: Path, adapters: l
         submit(graphed, Speculation(drafters=("scripted",), max_draft_tokens=4))
     assert graphed.outputs == plain.outputs
     assert calls["gpu:compact"] and with_graphs.num_replays
-    assert sum(step.stats.get("batch_rows", 0) for step in graphed.steps) < 10
+    assert sum(step.stats.get("batch_rows", 0) for step in graphed.steps) == 6  # not 8
 
 
 def test_steps_run_without_graphs_when_recording_fails(make: Make) -> None:

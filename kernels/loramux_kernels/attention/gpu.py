@@ -313,9 +313,9 @@ def attention_kernel(
             held_key = (key < stop) & (key >= low)
             place = key
             if TREES:
-                along = held_key & (key >= before)
-                node = tl.load(path_nodes + path + key - before, mask=along, other=0)
-                place = tl.where(along, before + node, key)
+                after = key - before
+                along = held_key & (after >= 0)
+                place = before + tl.load(path_nodes + path + after, mask=along, other=after)
             page = tl.load(table + place // PAGE_TOKENS, mask=held_key, other=0) + below
             from_ = page // ITEMSIZE + (kv_head * PAGE_TOKENS + place % PAGE_TOKENS) * DIM
             mask = held_key[:, None] & wide[None, :]
