@@ -12,7 +12,7 @@ from loramux.adapters.blobs import BlobStore
 from loramux.config import ServerConfig
 from loramux.engine.assemble import assemble
 from loramux.ingest.job import run
-from loramux.request import AdapterRef, SamplingParams
+from loramux.request import AdapterRef, SamplingParams, Speculation
 from loramux.wire import BaseDescription, Failed, Finished, IngestJob, Output, StepDone, Submit
 
 
@@ -82,6 +82,7 @@ class Harness:
         cache_salt: str = "",
         output_ids: Sequence[int] = (),
         deadline_s: float | None = None,
+        speculation: Speculation | None = None,
         **sampling: Any,
     ) -> str:
         """Queue a request (greedy unless told otherwise); its id."""
@@ -104,6 +105,7 @@ class Harness:
                 output_ids=list(output_ids),
                 cache_salt=cache_salt,
                 deadline_s=deadline_s,
+                speculation=speculation,
                 sampling=SamplingParams(**params),
             )
         )

@@ -16,8 +16,9 @@ def spread(counts: npt.NDArray[Any]) -> tuple[Int32, npt.NDArray[np.int64]]:
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def row_blocks(rows: Int32, first_row: Int32, size: int) -> tuple[Int32, Int32]:
-    """Cut each owner's ``rows`` consecutive rows into blocks of at most ``size``: the owner and
-    the first row of every block."""
+def row_blocks(rows: Int32, first_row: Int32, size: int | Int32) -> tuple[Int32, Int32]:
+    """Cut each owner's ``rows`` consecutive rows into blocks of at most ``size``, one for all or
+    each owner's own: the owner and the first row of every block."""
     owner, within = spread(-(-rows // size))
-    return owner, (first_row[owner] + within * size).astype(np.int32)
+    step = size if isinstance(size, int) else size[owner]
+    return owner, (first_row[owner] + within * step).astype(np.int32)

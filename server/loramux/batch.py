@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from loramux.request import Adapters, Request
@@ -11,16 +11,38 @@ from loramux.request import Adapters, Request
 @dataclass(slots=True)
 class Row:
     """``num_tokens`` tokens of ``request``, beginning at its ``num_computed``-th. It ``samples``
-    when it reaches the request's last token, so that there is a next."""
+    when it reaches the request's last token, so that there is a next. The last tokens may be
+    ``drafts``, guesses of ``drafter`` at what comes after that; behind each it samples too.
+
+    Guesses may be a tree: then the row has one known token, its node 0, the guesses are nodes 1, 2,
+    ..., and ``parents[i]`` is the node that guess i would follow, an earlier one. None: a chain.
+    """
 
     request: Request
     num_tokens: int
     samples: bool = field(init=False)
+    drafts: Sequence[int] = ()
+    parents: Sequence[int] | None = None
+    drafter: str = ""
 
     def __post_init__(self) -> None:
         request = self.request
         reached = request.num_computed + self.num_tokens
         self.samples = reached == request.num_ids < request.max_ids
+
+    @property
+    def num_samples(self) -> int:
+        """Tokens that are drawn for this row."""
+        return self.samples + len(self.drafts)
+
+    def guessed(self) -> list[Sequence[int]]:
+        """For each token that is drawn behind a guess: the guesses that lead there, it included."""
+        if self.parents is None:
+            return [self.drafts[:ahead] for ahead in range(1, len(self.drafts) + 1)]
+        ways: list[Sequence[int]] = [()]
+        for token, parent in zip(self.drafts, self.parents, strict=True):
+            ways.append((*ways[parent], token))
+        return ways[1:]
 
 
 @dataclass(slots=True)

@@ -55,6 +55,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None
 
 
+class Speculation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Which drafters guess ahead for a request, the first that has something to say, and how many
+    tokens at most in a step. What is delivered does not depend on it."""
+
+    drafters: tuple[str, ...]
+    max_draft_tokens: int = 8
+
+
 class Status(IntEnum):
     """Where a request is: only forward, except that preemption sends it back to WAITING."""
 
@@ -85,6 +93,7 @@ class Request:
         model_id: int = BASE_MODEL_ID,
         tenant: str = "",
         cache_salt: str = "",
+        speculation: Speculation | None = None,
         deadline: float | None = None,
         arrival: float = 0.0,
     ) -> None:
@@ -94,6 +103,7 @@ class Request:
         self.adapters = adapters
         self.cache_salt = cache_salt
         self.sampling = sampling
+        self.speculation = speculation
         self.deadline = deadline
         self.arrival = arrival
         self.status = Status.WAITING
@@ -146,13 +156,11 @@ class Request:
         self.num_ids += 1
         self.expects = True
 
-    def receive(self, token_id: int | None) -> None:
-        """It is ``token_id``; None: there is none after all."""
+    def receive(self, token_ids: Sequence[int]) -> None:
+        """What came: one id, and one more for every guess that was right; or none after all."""
         self.expects = False
-        if token_id is None:
-            self.num_ids -= 1
-        else:
-            self.ids[self.num_ids - 1] = token_id
+        self.num_ids += len(token_ids) - 1
+        self.ids[self.num_ids - len(token_ids) : self.num_ids] = token_ids
 
     def add_frames(self, frames: Sequence[int]) -> None:
         """The next pages of KV live in ``frames``."""

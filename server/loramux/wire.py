@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from loramux.request import AdapterRef, FinishReason, SamplingParams
+from loramux.request import AdapterRef, FinishReason, SamplingParams, Speculation
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear modules of a decoder layer, in the order every table of loramux uses."""
@@ -101,7 +101,7 @@ class Submit(msgspec.Struct, tag=True, kw_only=True):
     output_ids: list[int] = []
     cache_salt: str = ""
     resume: bytes | None = None
-    speculation: bytes | None = None
+    speculation: Speculation | None = None
     deadline_s: float | None = None
 
 
@@ -135,9 +135,11 @@ class TokenLogprob(msgspec.Struct, array_like=True):
 class Output(msgspec.Struct, array_like=True):
     """New tokens of one request, ``start_index`` being the output position of the first.
 
-    ``prompt_logprobs`` comes once, complete, in the request's first Output when it was asked for:
-    one entry per prompt token, None for the first. ``started`` comes once, in the first Output:
-    Finished's (cached_tokens, queue_s, prefill_s), for requests the front ends (a stop string).
+    ``drafted`` is (the drafter's name, how many tokens it had guessed) when these tokens verified
+    guesses: all of them but the last were guessed right. ``prompt_logprobs`` comes once, complete,
+    in the request's first Output when it was asked for: one entry per prompt token, None for the
+    first. ``started`` comes once, in the first Output: Finished's (cached_tokens, queue_s,
+    prefill_s), for requests the front ends (a stop string).
     """
 
     request_id: str
@@ -147,6 +149,7 @@ class Output(msgspec.Struct, array_like=True):
     prompt_logprobs: list[TokenLogprob | None] | None = None
     resume: bytes | None = None
     started: tuple[int, float, float] | None = None
+    drafted: tuple[str, int] | None = None
 
 
 class Finished(msgspec.Struct, array_like=True):

@@ -120,7 +120,7 @@ class Bench:
             running = [row.request.status is Status.RUNNING for row in batch.rows]
             assert all(running), "a row of a request that gave up its pages"
             self.scheduler.launched(batch)
-            sampled = [7 if row.samples else None for row in batch.rows]
+            sampled = [[7] if row.samples else [] for row in batch.rows]
             self.scheduler.commit(batch, sampled)
             for row in batch.rows:
                 request = row.request

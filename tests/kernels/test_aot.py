@@ -3,6 +3,7 @@ one at hand. A budget is what lets at least two blocks live on a multiprocessor,
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -71,9 +72,12 @@ TABLES = {
     **dict.fromkeys(("slices", "list_start", "a_offset", "b_offset", "h_start"), "*i64"),
     **dict.fromkeys(("middle_offset", "vector_offset"), "*i64"),
     **dict.fromkeys(("pages", "page_start", "layer_start", "positions"), "*i64"),
+    **dict.fromkeys(("source", "target"), "*i64"),
     **dict.fromkeys(("h", "m", "parts", "cos", "sin", "request_scale"), "*fp32"),
     **dict.fromkeys(("eps", "scale"), "fp32"),
-    **dict.fromkeys(("layer", "pages_per_layer", "window", "width", "stride", "late"), "i32"),
+    **dict.fromkeys(
+        ("layer", "pages_per_layer", "per_layer", "window", "width", "stride", "late"), "i32"
+    ),
     "arena": "*u8",
 }
 ROWS = ("x", "y", "qkv", "out", "residual", "weight", "late_weight", "gate_up", "pool")
@@ -186,7 +190,9 @@ def lora_kernels(shape: Shape, tuned: Table, capability: int, site: str) -> Iter
         )  # fmt: skip
 
 
-def attention_kernels(shape: Shape, tuned: Table, capability: int, rows: int) -> Iterator[Built]:
+def attention_kernels(
+    shape: Shape, tuned: Table, capability: int, rows: int, *, trees: bool = False
+) -> Iterator[Built]:
     group = shape.heads // shape.kv_heads
     common = {"HEADS": shape.heads, "KV_HEADS": shape.kv_heads, "PAGE_TOKENS": 16}
     block_m = max(16, triton.next_power_of_2(rows * group))
@@ -203,6 +209,7 @@ def attention_kernels(shape: Shape, tuned: Table, capability: int, rows: int) ->
         BLOCK_M=block_m,
         KEYS=launch.block,
         SPLIT=pages.SPLIT,
+        TREES=trees,
         PRECISION="tf32x3" if shape.dtype == "fp32" else "tf32",
         **common,
     )
@@ -222,7 +229,13 @@ def attention_kernels(shape: Shape, tuned: Table, capability: int, rows: int) ->
         BLOCK_D=shape.dim,
         ROWS=rows,
         SPLIT=pages.SPLIT,
+        TREES=trees,
     )
+    if trees:
+        yield compile_for(
+            attention.compact_kernel, capability, shape.dtype, tuned.launch("rope_store"),
+            PLANE=16 * shape.dim, DIM=shape.dim, BLOCK=shape.dim,
+        )  # fmt: skip
 
 
 def norm_kernels(shape: Shape, tuned: Table, capability: int) -> Iterator[Built]:
@@ -298,8 +311,8 @@ def test_every_kernel_keeps_its_budget(shape: str, capability: int) -> None:
     tuned = table_named(f"sm_{capability}")
     for site in SITES:
         check(lora_kernels(SHAPES[shape], tuned, capability, site), capability)
-    for rows in (1, pages.ROW_BLOCK):
-        built = attention_kernels(SHAPES[shape], tuned, capability, rows)
+    for rows, trees in itertools.product((1, pages.ROW_BLOCK), (False, True)):
+        built = attention_kernels(SHAPES[shape], tuned, capability, rows, trees=trees)
         if (shape, capability, rows) in SPILLING:
             with pytest.raises(AssertionError, match="attention_kernel.*spills"):
                 check(built, capability)

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from tests.kernels import test_modulate
+from tests.trees import way_to
 
 from loramux_kernels import dispatch, norm
-from loramux_kernels.attention import Pages, paged_attention, rope_store
+from loramux_kernels.attention import Pages, Paths, compact, paged_attention, rope_store
+from loramux_kernels.attention import pages as layout
 from loramux_kernels.lora import MODULES, SITES, Runs, add_lora
 from loramux_kernels.lora.work import lora_work
 from loramux_kernels.mirror import mirror
@@ -240,8 +242,6 @@ def test_attention_agrees_with_the_reference(dtype: torch.dtype, case: int, wind
 
 def test_splits_show_in_no_row() -> None:
     """A long neighbour makes every row go through parts; the short row's bits stay."""
-    from loramux_kernels.attention import pages as layout
-
     paged = Paged([30, 70], [1, 1], dtype=torch.float32, heads=2, kv_heads=1, dim=8)
     before = layout.SPLIT
     try:
@@ -260,6 +260,81 @@ def test_splits_show_in_no_row() -> None:
     assert_close(parts, expected, rtol=1e-5, atol=1e-5, because=because)
     expected, _, _ = paged.run("reference", 5)
     assert_close(windowed, expected, rtol=1e-5, atol=1e-5, because=because)
+
+
+TREE = [0, 0, 1, 1, 2, 5]
+
+
+@pytest.mark.parametrize(("dtype", "window"), [(torch.float32, 6), (torch.bfloat16, 0)])
+def test_trees_agree_with_the_reference(dtype: torch.dtype, window: int) -> None:
+    """Two trees and a chain between them."""
+    paged = Paged([5, 20, 13], [7, 9, 3], dtype=dtype, heads=4, kv_heads=2, dim=8)
+    paths = Paths.of([7, 9, 3], [TREE, None, [0, 0]])
+    paged.pages = dataclasses.replace(paged.pages, paths=paths)
+    out, _, arena = paged.run("gpu", window)
+    expected_out, _, expected_arena = paged.run("reference", window)
+    eps = rounding(dtype)
+    because = "one rounding to the dtype of sums that differ in the last fp32 bits"
+    assert_close(
+        arena.view(dtype).nan_to_num(9),
+        expected_arena.view(dtype).nan_to_num(9),
+        rtol=2 * eps,
+        atol=eps,
+        because=because,
+    )
+    slack = max(4 * eps, 1e-5)
+    assert_close(out, expected_out, rtol=slack, atol=slack, because=because)
+
+
+@pytest.mark.parametrize(("split", "window"), [(512, 0), (32, 0), (32, 3)])
+def test_a_node_of_a_tree_has_the_bits_of_its_chain(
+    split: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a chain, and with the last split of the context in the middle of the tree: there its
+    last node, of depth 3, and what the window leaves it stand on both sides."""
+    monkeypatch.setattr(layout, "SPLIT", split)
+
+    def grown(history: list[int], rows: list[int]) -> Paged:
+        paged = Paged(history, rows, dtype=torch.float32, heads=4, kv_heads=2, dim=16)
+        paged.cos, paged.sin = torch.ones_like(paged.cos), torch.zeros_like(paged.sin)
+        return paged
+
+    paged = grown([30, 9], [7, 3])
+    paths = Paths.of([7, 3], [TREE, None])
+    paged.pages = dataclasses.replace(paged.pages, paths=paths)
+    out, _, _ = paged.run("gpu", window)
+    for node in (3, 6):
+        way = way_to(TREE, node)
+        chain = grown([30], [len(way)])
+        chain.qkv = paged.qkv[[*way, 0]]
+        expected, _, _ = chain.run("gpu", window)
+        assert_same(out[node], expected[len(way) - 1])
+
+
+@pytest.mark.parametrize("shared_table", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_kept_of_a_tree_is_copied_in_order(dtype: torch.dtype, shared_table: bool) -> None:
+    """A place that one token leaves is taken by the next; each layer has a table of its own, or one
+    table stands for all."""
+    paged = Paged([5, 40, 13], [7, 9, 4], dtype=dtype, heads=4, kv_heads=2, dim=10)
+    pages = paged.pages
+    arena = torch.randint(256, (2 * len(paged.arena),), dtype=torch.uint8, generator=generator())
+    one = pages.offsets[:1]
+    if shared_table:
+        start = np.array([0, len(paged.arena)])
+        pages = dataclasses.replace(pages, offsets=np.concatenate((one, one + start[1])))
+    expected, got = arena.clone(), arena.clone().to(DEVICE)
+    kept = {0: [0, 2, 3, 4, 6], 1: [0, 1, 2], 2: [0, 3]}
+    with dispatch.using("reference"):
+        compact(expected, pages=pages, kept=kept)
+    if shared_table:
+        pages = dataclasses.replace(pages, offsets=one, layer_start=start)
+    with dispatch.using("gpu"):
+        compact(got, pages=pages, kept=kept)
+    assert_same(got.cpu(), expected)
+    changed = (expected != arena).sum()
+    size = 5 * 2 * 2 * 2 * 10 * dtype.itemsize  # moves, layers, k and v, heads
+    assert 0.9 * size < changed <= size
 
 
 def test_blocks_of_keys_start_at_absolute_offsets() -> None:

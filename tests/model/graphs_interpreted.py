@@ -15,10 +15,13 @@ import torch
 from loramux.model import graphs
 from loramux.model.graphs import DeviceForward, Launch, Recorder
 from loramux.model.inputs import StepArrays
+from loramux.request import Speculation
 from loramux_kernels import dispatch
 from loramux_kernels.linear import Matrix, gpu
 from loramux_kernels.mirror import scratch
+from loramux_kernels.testing import counting
 from tests import tiny
+from tests.equivalence.test_drafted import ScriptedTrees
 from tests.harness import Harness
 
 pytestmark = [
@@ -151,6 +154,31 @@ def test_graphs_are_recorded_again_when_arrays_move(
     graphed.submit([9, 8], max_tokens=2)
     graphed.run()
     assert with_graphs.num_recorded == prepared + 2
+
+
+def test_trees_of_guesses_go_without_graphs(make: Make, model: Path, adapters: list[Path]) -> None:
+    """Beside a row that guesses nothing, on what is planned ahead as on a device."""
+
+    def submit(harness: Harness, speculation: Speculation | None) -> None:
+        harness.submit(
+            [7, 8, 9], [(adapters[0], 1.0)], max_tokens=5, name="a", speculation=speculation
+        )
+        harness.submit([5, 4], max_tokens=3, name="b")
+        harness.run()
+
+    with dispatch.using("cpu"):
+        plain = Harness(model, page_tokens=4, max_batch_tokens=24)
+        submit(plain, None)
+        plain.close()
+    graphed, with_graphs = make(same)
+    graphed.engine.drafting.drafters["scripted"] = ScriptedTrees(
+        plain.outputs, lambda most: [0, 0, 2, 3][:most], lambda node: node != 1
+    )
+    with counting() as calls:
+        submit(graphed, Speculation(drafters=("scripted",), max_draft_tokens=4))
+    assert graphed.outputs == plain.outputs
+    assert calls["gpu:compact"] and with_graphs.num_replays
+    assert sum(step.stats.get("batch_rows", 0) for step in graphed.steps) == 6  # not 8
 
 
 def test_steps_run_without_graphs_when_recording_fails(make: Make) -> None:

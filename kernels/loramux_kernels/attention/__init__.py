@@ -1,13 +1,18 @@
-"""Attention over paged KV: ``out = softmax(scale * q K^T, causal, windowed) V``, ragged rows."""
+"""Attention over paged KV: ``out = softmax(scale * q K^T, causal, windowed) V``, ragged rows, of
+chains and of trees."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
+from loramux_kernels.attention.moves import Moves
 from loramux_kernels.attention.pages import Pages
+from loramux_kernels.attention.paths import Paths
 from loramux_kernels.dispatch import implementation
 
-__all__ = ["Pages", "paged_attention", "rope_store"]
+__all__ = ["Pages", "Paths", "compact", "paged_attention", "rope_store"]
 
 
 def rope_store(
@@ -60,7 +65,8 @@ def paged_attention(
     [T, H * D]. The step's own k and v must be stored already. ``window`` w > 0 keeps the keys
     with position > query position - w; 0 keeps all. The softmax is computed online in one pass
     (FlashAttention, arXiv 2205.14135) in blocks that start at absolute offsets of the row's own
-    context, so a row's bits do not depend on its neighbours. Padding rows of ``out`` stay.
+    context, so a row's bits do not depend on its neighbours: a row of a tree has those that it has
+    at the end of the chain of its ancestors. Padding rows of ``out`` stay.
     """
     _check(qkv, arena, pages, num_heads)
     if out.shape != (qkv.shape[0], num_heads * pages.head_dim) or not out.is_contiguous():
@@ -73,6 +79,18 @@ def paged_attention(
     implementation(__name__, out).paged_attention(
         out, qkv, arena, pages, layer, num_heads, scale, window
     )
+
+
+def compact(arena: torch.Tensor, *, pages: Pages, kept: Mapping[int, Sequence[int]]) -> None:
+    """Bring the keys and values of the nodes ``kept[r]`` behind each other, in all layers.
+
+    ``pages`` are those of the step that stored them; ``kept[r]`` are rows of its request r, from 0
+    and ascending: afterwards the i-th lies where row i of a chain does, and what lay there and
+    between is lost. Nodes that are in place are not touched, and without others nothing runs.
+    """
+    moves = Moves.of(pages, kept)
+    if moves is not None:
+        implementation(__name__, arena.view(pages.dtype)).compact(arena, pages, moves)
 
 
 def _check(qkv: torch.Tensor, arena: torch.Tensor, pages: Pages, num_heads: int) -> None:

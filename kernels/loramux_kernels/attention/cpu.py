@@ -16,6 +16,7 @@ from numba import prange
 
 from loramux_kernels import dispatch, simd
 from loramux_kernels.attention import queries
+from loramux_kernels.attention.moves import Moves
 from loramux_kernels.attention.pages import ROW_BLOCK, Pages
 from loramux_kernels.jit import inlined, inner, parallel
 
@@ -76,6 +77,8 @@ def paged_attention(
         pages.block_row,
         pages.row_start,
         pages.context,
+        pages.path_start,
+        pages.path_nodes,
         pages.page_tokens,
         pages.num_kv_heads,
         pages.head_dim,
@@ -83,6 +86,21 @@ def paged_attention(
         scale,
         window,
         numba.get_num_threads(),
+    )
+
+
+def compact(arena: torch.Tensor, pages: Pages, moves: Moves) -> None:
+    """See :func:`loramux_kernels.attention.compact`."""
+    dispatch.calls["cpu:compact"] += 1
+    _require_fp32(pages)
+    compact_tokens(
+        arena.numpy(),
+        moves.source,
+        moves.target,
+        moves.start,
+        pages.page_tokens,
+        pages.num_kv_heads,
+        pages.head_dim,
     )
 
 
@@ -161,17 +179,26 @@ def _find_keys(
     kv_head: int,
     kv_heads: int,
     dim: int,
+    path: Any,
+    path_at: int,
+    held: int,
 ) -> None:
     """Where the keys and values of tokens ``base`` onwards lie, and ask for them. Lanes before
-    ``start`` and from ``count`` on point at a key that is there; nobody uses what they give."""
+    ``start`` and from ``count`` on point at a key that is there; nobody uses what they give. Tokens
+    from ``held`` on are the nodes ``path[path_at:]``."""
     first = max(0, start - base)
     i = first
     while i < count:
-        page = (base + i) // page_tokens
-        within = base + i - page * page_tokens
+        place, run = base + i, count - i
+        if place >= held:
+            place, run = held + path[path_at + place - held], 1
+        else:
+            run = min(run, held - place)
+        page = place // page_tokens
+        within = place - page * page_tokens
         key = offsets[layer, request, page] // 4 + (kv_head * page_tokens + within) * dim
         value = key + kv_heads * page_tokens * dim
-        here = min(count - i, page_tokens - within)
+        here = min(run, page_tokens - within)
         for j in range(here):
             keys[i + j] = key + j * dim
             values[i + j] = value + j * dim
@@ -264,6 +291,8 @@ def _attend_items(
     block_row: Any,
     row_start: Any,
     context: Any,
+    path_start: Any,
+    path_nodes: Any,
     page_tokens: int,
     kv_heads: int,
     dim: int,
@@ -291,6 +320,13 @@ def _attend_items(
         rows = min(ROW_BLOCK, row_start[request + 1] - row)
         # The token that the block's first row is, in its request.
         token = context[request] - (row_start[request + 1] - row)
+        # No token of a chain is found along a path.
+        path_at, held = 0, context[request]
+        if len(path_nodes) > 0 and path_start[row] < path_start[row + 1]:
+            rows = 1
+            path_at = path_start[row]
+            held = context[request] - (row_start[request + 1] - row_start[request])
+            token = held + path_start[row + 1] - path_at - 1
         num = rows * part
         for n in range(num):
             places[n] = (row + n // part) * columns + (first_head + n % part) * dim
@@ -301,7 +337,7 @@ def _attend_items(
         mass[: num + 1] = 0
         start = max(0, token + 1 - window) if window > 0 else 0
         begin, end = start // KEY_BLOCK * KEY_BLOCK, token + rows
-        where = (page_tokens, kv_head, kv_heads, dim)
+        where = (page_tokens, kv_head, kv_heads, dim, path_nodes, path_at, held)
         some = min(KEY_BLOCK, end - begin)
         _find_keys(
             next_keys, next_values, pool, offsets, layer, request, begin, start, some, *where
@@ -353,7 +389,8 @@ def _attend_items(
 
 @parallel(
     "void(float32[:,::1], float32[:,::1], uint8[::1], int64[:,:,::1], int64, int32[::1],"
-    " int32[::1], int32[::1], int32[::1], int64, int64, int64, int64, float64, int64, int64)"
+    " int32[::1], int32[::1], int32[::1], int32[::1], int32[::1],"
+    " int64, int64, int64, int64, float64, int64, int64)"
 )
 def paged_attention_rows(
     out: Any,
@@ -365,6 +402,8 @@ def paged_attention_rows(
     block_row: Any,
     row_start: Any,
     context: Any,
+    path_start: Any,
+    path_nodes: Any,
     page_tokens: int,
     kv_heads: int,
     dim: int,
@@ -403,6 +442,8 @@ def paged_attention_rows(
             block_row,
             row_start,
             context,
+            path_start,
+            path_nodes,
             page_tokens,
             kv_heads,
             dim,
@@ -413,3 +454,19 @@ def paged_attention_rows(
             (acc, top, mass, weights),
             (places, tokens, keys, next_keys, values, next_values),
         )
+
+
+@parallel("void(uint8[::1], int64[:,::1], int64[:,::1], int32[::1], int64, int64, int64)")
+def compact_tokens(
+    arena: Any, source: Any, target: Any, start: Any, page_tokens: int, kv_heads: int, dim: int
+) -> None:
+    pool = arena.view(np.float32)
+    requests = len(start) - 1
+    for item in prange(len(source) * requests):
+        layer, request = item // requests, item % requests
+        for move in range(start[request], start[request + 1]):
+            for head in range(2 * kv_heads):
+                ahead = head * page_tokens * dim
+                from_, to = source[layer, move] // 4 + ahead, target[layer, move] // 4 + ahead
+                for d in range(dim):
+                    pool[to + d] = pool[from_ + d]

@@ -12,14 +12,19 @@ device (``Pages.arrays``), so that a CUDA graph replays with any contexts.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 
 from loramux_kernels import dispatch
 from loramux_kernels.attention import pages as layout
+from loramux_kernels.attention.moves import Moves
 from loramux_kernels.attention.pages import ROW_BLOCK, Pages
-from loramux_kernels.mirror import scratch
+from loramux_kernels.mirror import mirror, scratch
 from loramux_kernels.tuning import num_programs, table_of
 
 
@@ -98,6 +103,8 @@ def paged_attention(
         step["attention_items"],
         step["row_start"],
         step["context"],
+        step["path_start"],
+        step["path_nodes"],
         step["attention_counts"],
         layer,
         pages.pages_per_layer,
@@ -113,6 +120,7 @@ def paged_attention(
         BLOCK_M=block_m,
         KEYS=launch.block,
         SPLIT=layout.SPLIT,
+        TREES=pages.paths is not None,
         PRECISION="tf32" if qkv.dtype != torch.float32 else "tf32x3",
         **launch.options,
     )
@@ -127,6 +135,7 @@ def paged_attention(
         step["fold_rows"],
         step["row_start"],
         step["context"],
+        step["path_start"],
         step["attention_counts"],
         window,
         HEADS=num_heads,
@@ -134,6 +143,38 @@ def paged_attention(
         BLOCK_D=triton.next_power_of_2(pages.head_dim),
         ROWS=rows,
         SPLIT=layout.SPLIT,
+        TREES=pages.paths is not None,
+        **launch.options,
+    )
+
+
+def compact(arena: torch.Tensor, pages: Pages, moves: Moves) -> None:
+    """See :func:`loramux_kernels.attention.compact`."""
+    dispatch.calls["gpu:compact"] += 1
+    layers, num_moves = moves.source.shape
+    layer_start = pages.layer_start
+    if layer_start is None:
+        layer_start, per_layer = np.zeros(layers, np.int64), num_moves
+    else:
+        layers, per_layer = len(layer_start), 0
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "source": moves.source,
+        "target": moves.target,
+        "start": moves.start,
+        "layer_start": layer_start,
+    }
+    there = mirror(arrays, arena.device)
+    launch = table_of(arena.device).launch("rope_store")
+    compact_kernel[(layers, len(moves.start) - 1, 2 * pages.num_kv_heads)](
+        arena.view(pages.dtype),
+        there["source"],
+        there["target"],
+        there["start"],
+        there["layer_start"],
+        per_layer,
+        PLANE=pages.page_tokens * pages.head_dim,
+        DIM=pages.head_dim,
+        BLOCK=triton.next_power_of_2(pages.head_dim),
         **launch.options,
     )
 
@@ -205,6 +246,8 @@ def attention_kernel(
     items,
     row_start,
     context,
+    path_start,
+    path_nodes,
     counts,
     layer,
     pages_per_layer,
@@ -220,6 +263,7 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
+    TREES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """An item is (block of a request's rows, split of the context), taken once per KV head."""
@@ -238,9 +282,17 @@ def attention_kernel(
         split = tl.load(item + 2)
         part = tl.load(item + 3)
         last_row = tl.load(row_start + request + 1)
+        held = tl.load(context + request)
+        if TREES:
+            path = tl.load(path_start + first_row)
+            length = tl.load(path_start + first_row + 1) - path
+            # To a row of a tree its request ends with it; from here on keys lie along its path.
+            before = held - (last_row - tl.load(row_start + request))
+            last_row = tl.where(length > 0, first_row + 1, last_row)
+            before = tl.where(length > 0, before, held)
+            held = tl.where(length > 0, before + length, held)
         row = first_row + m // GROUP
         real = (m < ROWS * GROUP) & (row < last_row)
-        held = tl.load(context + request)
         token = held - (last_row - row)
         first_token = held - (last_row - first_row)
         end = tl.minimum(first_token + ROWS, held)
@@ -259,8 +311,13 @@ def attention_kernel(
         for base in range(start, stop, KEYS):
             key = base + tl.arange(0, KEYS)
             held_key = (key < stop) & (key >= low)
-            page = tl.load(table + key // PAGE_TOKENS, mask=held_key, other=0) + below
-            from_ = page // ITEMSIZE + (kv_head * PAGE_TOKENS + key % PAGE_TOKENS) * DIM
+            place = key
+            if TREES:
+                after = key - before
+                along = held_key & (after >= 0)
+                place = before + tl.load(path_nodes + path + after, mask=along, other=after)
+            page = tl.load(table + place // PAGE_TOKENS, mask=held_key, other=0) + below
+            from_ = page // ITEMSIZE + (kv_head * PAGE_TOKENS + place % PAGE_TOKENS) * DIM
             mask = held_key[:, None] & wide[None, :]
             k = tl.load(pool + from_[:, None] + dims[None, :], mask=mask, other=0).to(tl.float32)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
@@ -298,6 +355,7 @@ def fold_kernel(
     rows,
     row_start,
     context,
+    path_start,
     counts,
     window,
     HEADS: tl.constexpr,
@@ -305,6 +363,7 @@ def fold_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
+    TREES: tl.constexpr,
 ):
     """An item is a row in parts, taken once per head: its own splits in order."""
     dims = tl.arange(0, BLOCK_D)
@@ -315,6 +374,10 @@ def fold_kernel(
         row = tl.load(item)
         request = tl.load(request_of_row + row)
         token = tl.load(context + request) - (tl.load(row_start + request + 1) - row)
+        if TREES:
+            length = tl.load(path_start + row + 1) - tl.load(path_start + row)
+            shallower = row - tl.load(row_start + request) + 1 - length
+            token = tl.where(length > 0, token - shallower, token)
         low = tl.where(window > 0, tl.maximum(token + 1 - window, 0), 0)
         # Part p of the block holds row r of it at p * ROWS + r.
         within = row - tl.load(item + 1)
@@ -335,3 +398,35 @@ def fold_kernel(
             top = above
         to = out + (row.to(tl.int64) * HEADS + head) * DIM + dims
         tl.store(to, (acc / mass).to(out.dtype.element_ty), mask=wide)
+
+
+@triton.jit(do_not_specialize=["per_layer"])
+def compact_kernel(
+    pool,
+    source,
+    target,
+    start,
+    layer_start,
+    per_layer,
+    PLANE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program per (layer, request, head of k or v) makes the request's moves one by one: what one
+    takes another may have to overwrite."""
+    layer = tl.program_id(0)
+    head = tl.program_id(2)
+    ITEMSIZE: tl.constexpr = pool.dtype.element_ty.primitive_bitwidth // 8
+    below = tl.load(layer_start + layer)
+    lanes = tl.arange(0, BLOCK)
+    inside = lanes < DIM
+    first = tl.load(start + tl.program_id(1))
+    last = tl.load(start + tl.program_id(1) + 1)
+    for move in range(first, last):
+        index = layer.to(tl.int64) * per_layer + move
+        from_ = (tl.load(source + index) + below) // ITEMSIZE + head * PLANE + lanes
+        to = (tl.load(target + index) + below) // ITEMSIZE + head * PLANE + lanes
+        moved = tl.load(pool + from_, mask=inside, other=0)
+        tl.debug_barrier()
+        tl.store(pool + to, moved, mask=inside)
+        tl.debug_barrier()

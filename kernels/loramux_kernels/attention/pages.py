@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from loramux_kernels.attention.paths import Paths
 from loramux_kernels.blocks import row_blocks, spread
 from loramux_kernels.mirror import mirror
 
@@ -17,6 +18,8 @@ ROW_BLOCK = 8
 
 SPLIT = 512
 """Keys that one program of a GPU walks; a longer context is folded from parts of so many."""
+
+_NOTHING = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,12 @@ class Pages:
     Request r owns token rows ``row_start[r]:row_start[r+1]`` and holds ``context[r]`` tokens
     after this step, so row t is token ``context[r] - (row_start[r+1] - t)`` of its request.
 
+    Where ``paths`` are given, rows of a tree are other tokens than that, see :class:`Paths`; their
+    keys and values lie where those of a chain would.
+
     Derived, once a step: ``request_of_row`` [rows], and the blocks of at most ROW_BLOCK rows of
-    every request, ``block_request`` and ``block_row`` (its first row).
+    every request, ``block_request`` and ``block_row`` (its first row); a row of a tree is a block
+    of its own, since its neighbours see other keys.
 
     ``layer_start`` [layers], where given, is added to ``offsets``, which then has one layer that
     stands for all: what a GPU takes, so that a step need not write out the table of every layer.
@@ -44,6 +51,7 @@ class Pages:
     head_dim: int
     dtype: torch.dtype
     layer_start: npt.NDArray[np.int64] | None = None
+    paths: Paths | None = None
     request_of_row: npt.NDArray[np.int32] = field(init=False)
     block_request: npt.NDArray[np.int32] = field(init=False)
     block_row: npt.NDArray[np.int32] = field(init=False)
@@ -72,7 +80,12 @@ class Pages:
         rows = np.diff(self.row_start)
         owners = np.repeat(np.arange(requests, dtype=np.int32), rows)
         object.__setattr__(self, "request_of_row", owners)
-        block_request, block_row = row_blocks(rows, self.row_start[:-1], ROW_BLOCK)
+        size: int | npt.NDArray[np.int32] = ROW_BLOCK
+        if self.paths is not None:
+            if self.paths.num_rows != self.num_rows:
+                raise ValueError(f"Pages: {self.num_rows} rows, paths of {self.paths.num_rows}")
+            size = np.where(self._in_tree(self.row_start[:-1]), 1, ROW_BLOCK).astype(np.int32)
+        block_request, block_row = row_blocks(rows, self.row_start[:-1], size)
         object.__setattr__(self, "block_request", block_request)
         object.__setattr__(self, "block_row", block_row)
 
@@ -90,6 +103,12 @@ class Pages:
         end = self.row_start[1:][self.block_request]
         last = np.minimum(self.block_row + (1 if self.alone else ROW_BLOCK), end)
         held = self.context[self.block_request] - (end - last)
+        if self.paths is not None:
+            tree = self._in_tree(self.block_row)
+            last = np.where(tree, self.block_row + 1, last)
+            before = self.context - np.diff(self.row_start)
+            reached = before[self.block_request] + self.paths.lengths[self.block_row]
+            held = np.where(tree, reached, held)
         splits = -(-held // SPLIT)
         parts = np.where(splits > 1, splits, 0)
         first_part = np.cumsum(parts) - parts
@@ -107,6 +126,8 @@ class Pages:
             "row_start": self.row_start,
             "context": self.context,
             "request_of_row": self.request_of_row,
+            "path_start": self.path_start,
+            "path_nodes": self.path_nodes,
             "fold_rows": np.stack(fold, axis=1).astype(np.int32),
             "attention_items": np.stack(item, axis=1).astype(np.int32),
             "pages": np.ascontiguousarray(self.offsets[:, inside]),
@@ -124,9 +145,24 @@ class Pages:
             self.bind(mirror(arrays, device), num_parts)
         return self._on_device[0]
 
+    def _in_tree(self, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+        """Which of these rows are of trees; one past the last is of none."""
+        assert self.paths is not None
+        return np.append(self.paths.lengths, 0)[rows] > 0
+
+    @property
+    def path_start(self) -> npt.NDArray[np.int32]:
+        """``paths.start``; empty when no row is of a tree."""
+        return _NOTHING if self.paths is None else self.paths.start
+
+    @property
+    def path_nodes(self) -> npt.NDArray[np.int32]:
+        """``paths.nodes``; empty when no row is of a tree."""
+        return _NOTHING if self.paths is None else self.paths.nodes
+
     @property
     def alone(self) -> bool:
-        """True when no request has two rows."""
+        """True when no block has two rows."""
         return self.num_rows == len(self.block_row)
 
     @property

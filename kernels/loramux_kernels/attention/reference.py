@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from loramux_kernels import dispatch
+from loramux_kernels.attention.moves import Moves
 from loramux_kernels.attention.pages import Pages
 
 
@@ -57,14 +58,38 @@ def paged_attention(
         kv = torch.cat([page(arena, pages, layer, request, p) for p in range(num_pages)], dim=2)
         k, v = kv[:, :, :context].float().repeat_interleave(num_heads // kv_heads, dim=1)
         q = qkv[begin:end, : num_heads * dim].view(-1, num_heads, dim).transpose(0, 1).float()
-        query = torch.arange(context - (end - begin), context, device=out.device).unsqueeze(1)
-        key = torch.arange(context, device=out.device)
-        seen = key <= query
-        if window:
-            seen &= key > query - window
+        seen = _seen(pages, request, window).to(out.device)
         scores = (scale * (q @ k.transpose(1, 2))).masked_fill(~seen, float("-inf"))
         rows = torch.softmax(scores, dim=2) @ v
         out[begin:end] = rows.transpose(0, 1).reshape(end - begin, -1).to(out.dtype)
+
+
+def _seen(pages: Pages, request: int, window: int) -> torch.Tensor:
+    """Which of the keys, where they lie, each of the request's rows sees: bool [rows, context]."""
+    begin, end = (int(i) for i in pages.row_start[request : request + 2])
+    context = int(pages.context[request])
+    held = context - (end - begin)
+    seen = torch.zeros(end - begin, context, dtype=torch.bool)
+    for row in range(end - begin):
+        places = torch.arange(held + row + 1)
+        if pages.paths is not None:
+            first, last = (int(i) for i in pages.paths.start[begin + row : begin + row + 2])
+            if first < last:
+                path = torch.from_numpy(pages.paths.nodes[first:last])
+                places = torch.cat((torch.arange(held), held + path))
+        seen[row, places[-window if window else 0 :]] = True
+    return seen
+
+
+def compact(arena: torch.Tensor, pages: Pages, moves: Moves) -> None:
+    """See :func:`loramux_kernels.attention.compact`."""
+    dispatch.calls["reference:compact"] += 1
+    size = pages.head_dim * pages.dtype.itemsize
+    planes = torch.arange(2 * pages.num_kv_heads, device=arena.device).unsqueeze(1)
+    token = planes * pages.page_tokens * size + torch.arange(size, device=arena.device)
+    for layer in range(len(moves.source)):
+        for source, target in zip(moves.source[layer], moves.target[layer], strict=True):
+            arena[token + int(target)] = arena[token + int(source)]
 
 
 def page(arena: torch.Tensor, pages: Pages, layer: int, request: int, index: int) -> torch.Tensor:

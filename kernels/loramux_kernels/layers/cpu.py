@@ -88,6 +88,8 @@ def run_layers(
         pages.block_row,
         pages.row_start,
         pages.context,
+        pages.path_start,
+        pages.path_nodes,
         pages.page_tokens,
         pages.num_kv_heads,
         pages.head_dim,
@@ -215,7 +217,7 @@ def _site(
     " float64, float64, int64,"
     " float32[:,::1], float32[:,::1], int64[::1], uint8[::1],"
     " int64[:,:,::1], int32[::1], int32[::1], int32[::1], int32[::1], int32[::1],"
-    " int64, int64, int64,"
+    " int32[::1], int32[::1], int64, int64, int64,"
     " int64[::1], int64, int64, int64[::1], int32[::1],"
     " int64[:,:,::1], int64[:,:,::1], int64[:,:,::1], int32[:,:,::1], float32[:,:,::1],"
     " int64[:,:,:,::1],"
@@ -250,6 +252,8 @@ def _run_layers(
     block_row: Any,
     page_row_start: Any,
     context: Any,
+    path_start: Any,
+    path_nodes: Any,
     page_tokens: int,
     kv_heads: int,
     dim: int,
@@ -347,6 +351,8 @@ def _run_layers(
             block_row,
             page_row_start,
             context,
+            path_start,
+            path_nodes,
             page_tokens,
             kv_heads,
             dim,

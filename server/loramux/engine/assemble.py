@@ -30,6 +30,8 @@ from loramux.model.loader import Progress, Weights, load_weights
 from loramux.model.runner import ModelRunner
 from loramux.request import BASE_MODEL_ID
 from loramux.sampling.sampler import Sampler
+from loramux.speculation.drafter import Drafter, Drafting
+from loramux.speculation.lookup import COPYSPEC_MATCH, Lookup
 from loramux.wire import Ready, table_widths
 from loramux_kernels.attention import Pages
 from loramux_kernels.jit import keep_compiled_in, set_num_threads
@@ -195,9 +197,18 @@ def _connect(
         scheduler=scheduler,
         runner=ModelRunner(decoder, kv, residency),
         sampler=sampler,
+        drafting=Drafting(drafters()),
         epoch=epoch,
         overlap=arena.data.is_cuda if overlap is None else overlap,
     )
+
+
+def drafters() -> dict[str, Drafter]:
+    """Those that need nothing but the request."""
+    return {
+        "lookup": Lookup(),
+        "copyspec": Lookup(shortest=COPYSPEC_MATCH, longest=COPYSPEC_MATCH, first=True),
+    }
 
 
 def _store(config: ServerConfig, files: PackedFiles, arena: Arena) -> Store:

@@ -21,6 +21,7 @@ from loramux.metrics.stats import PoolStats, StepStats
 from loramux.model.runner import ModelRunner
 from loramux.request import Request
 from loramux.sampling.sampler import Sampler
+from loramux.speculation.drafter import Drafting
 from loramux.wire import Command, Failed, StepDone, Submit
 
 STATS_EVERY_S = 1.0
@@ -40,14 +41,18 @@ class Engine:
         residency: Residency,
         runner: ModelRunner,
         sampler: Sampler,
+        drafting: Drafting,
         epoch: int = 0,
         clock: Callable[[], float] = time.monotonic,
         overlap: bool = False,
     ) -> None:
         self.pool = pool
         self.residency = residency
+        self.drafting = drafting
         self.scheduler = scheduler
-        self._loop = StepLoop(scheduler, residency, runner, sampler, clock, overlap=overlap)
+        self._loop = StepLoop(
+            scheduler, residency, runner, sampler, drafting, clock, overlap=overlap
+        )
         self._sampler = sampler
         self._epoch = epoch
         self._clock = clock
@@ -75,6 +80,7 @@ class Engine:
             model_id=message.model_id,
             tenant=message.tenant,
             cache_salt=message.cache_salt,
+            speculation=message.speculation,
             arrival=self._clock(),
             deadline=None if message.deadline_s is None else self._clock() + message.deadline_s,
         )

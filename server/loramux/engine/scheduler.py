@@ -320,6 +320,27 @@ class Scheduler:
         newest = next(r for r in reversed(self.running) if r.fair_key == richest.fair_key)
         self._preempt(newest)
 
+    def room_for_drafts(self, row: Row, batch: Batch) -> int:
+        """How far ahead ``row`` may guess: a step's tokens, and what could still be delivered."""
+        request = row.request
+        left = request.max_ids - request.num_ids - 1
+        return max(0, min(left, self._limits.max_batch_tokens - batch.num_tokens))
+
+    def draft(
+        self,
+        row: Row,
+        drafter: str,
+        token_ids: Sequence[int],
+        parents: Sequence[int] | None = None,
+    ) -> None:
+        """Have ``row`` guess ahead, unless there are no frames for it: nobody is preempted for
+        guesses."""
+        request = row.request
+        if self._obtain_pages(request, row.num_tokens + len(token_ids)):
+            request.ids[request.num_ids : request.num_ids + len(token_ids)] = token_ids
+            row.drafts, row.parents, row.drafter = token_ids, parents, drafter
+            row.num_tokens += len(token_ids)
+
     # -- during and after the step ---------------------------------------------------------------
 
     def launched(self, batch: Batch) -> None:
@@ -330,19 +351,23 @@ class Scheduler:
             self.waiting.charge(
                 request, inputs=min(prompt_left, row.num_tokens), outputs=row.samples
             )
-            request.num_computed += row.num_tokens
+            request.num_computed += row.num_tokens - len(row.drafts)
             if row.samples:
                 request.expect()
 
-    def commit(self, batch: Batch, sampled: Sequence[int | None]) -> None:
-        """The batch was computed; ``sampled[i]`` is row i's new token, None if it has none.
-        Requests that ended meanwhile are not touched."""
-        for row, token_id in zip(batch.rows, sampled, strict=True):
+    def commit(self, batch: Batch, sampled: Sequence[Sequence[int]]) -> None:
+        """The batch was computed; ``sampled[i]`` are row i's new tokens, of which all but the last
+        were guessed right: their KV is there, in order. Requests that ended meanwhile are not
+        touched."""
+        for row, token_ids in zip(batch.rows, sampled, strict=True):
             request = row.request
             if request.status is Status.DONE:
                 continue
             if row.samples:
-                request.receive(token_id)
+                request.receive(token_ids)
+            if guessed := len(token_ids[1:]):
+                request.num_computed += guessed
+                self.waiting.charge(request, inputs=0, outputs=guessed)
             if self._limits.prefix_caching:
                 self._cache_full_pages(request)
 

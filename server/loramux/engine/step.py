@@ -1,4 +1,4 @@
-"""One step: schedule -> forward -> sample -> commit. Everything else is a detail of one of them.
+"""One step: schedule -> draft -> forward -> sample -> commit. All else is a detail of one of them.
 
 Where a device computes by itself, a step stays on its way until the next one is planned:
 
@@ -12,8 +12,9 @@ taken out of the plan again before that is launched, so nothing is ever computed
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 
@@ -25,7 +26,9 @@ from loramux.model.runner import ModelRunner, Plan, Scored
 from loramux.request import FinishReason, Request, Status
 from loramux.sampling.logprobs import logprobs
 from loramux.sampling.sampler import Sampler, SampleResult
-from loramux.wire import Failed, Finished, Output
+from loramux.sampling.verify import verified
+from loramux.speculation.drafter import Drafting
+from loramux.wire import Failed, Finished, Output, TokenLogprob
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Report:
 class Flight:
     """A step that was launched: ``result`` waits for what its rows sampled."""
 
-    batch: Batch
+    plan: Plan
     result: Callable[[], SampleResult]
     began: float
 
@@ -58,6 +61,7 @@ class StepLoop:
         residency: Residency,
         runner: ModelRunner,
         sampler: Sampler,
+        drafting: Drafting,
         clock: Callable[[], float],
         *,
         overlap: bool = False,
@@ -66,6 +70,7 @@ class StepLoop:
         self._residency = residency
         self._runner = runner
         self._sampler = sampler
+        self._drafting = drafting
         self._clock = clock
         self._overlap = overlap
         self._flight: Flight | None = None
@@ -76,7 +81,13 @@ class StepLoop:
         timer = _PhaseTimer()
         self._residency.poll()
         self._expire(report)
+        if self._flight is not None and any(
+            row.request.speculation is not None for row in self._flight.plan.batch.rows
+        ):
+            self._land(report, timer)  # who guesses must know the last token
         batch = self._scheduler.schedule()
+        if batch:
+            self._draft(batch)
         plan = self._runner.plan(batch) if batch else None
         timer.done("schedule")
         self._land(report, timer)
@@ -104,15 +115,33 @@ class StepLoop:
         result = self._sample(batch, scored)
         timer.done("sample")
         self._scheduler.launched(batch)
-        self._flight = Flight(batch, result, began)
+        self._flight = Flight(plan, result, began)
+
+    def _draft(self, batch: Batch) -> None:
+        """Have rows that decode guess ahead, for their one forward pass to verify."""
+        for row in batch.rows:
+            request = row.request
+            if row.samples and row.num_tokens == 1 and request.speculation is not None:
+                room = self._scheduler.room_for_drafts(row, batch)
+                if draft := self._drafting.propose(request, room):
+                    self._scheduler.draft(row, *draft)
 
     def _sample(self, batch: Batch, scored: Scored) -> Callable[[], SampleResult]:
-        """One token for each row that reached its last id; prompt log-probs on the way."""
+        """One token for each row that reached its last id, and one behind each guess; prompt
+        log-probs on the way."""
         for index, line in scored.prompt:
             _collect_prompt_logprobs(batch.rows[index], scored.logits[line:])
-        rows = [(row.request.id, row.request.num_outputs) for row in batch.rows if row.samples]
+        rows: list[tuple[str, int]] = []
+        guessed: dict[int, Sequence[int]] = {}
+        for row in batch.rows:
+            if row.samples:
+                first = row.request.num_outputs
+                rows.append((row.request.id, first))
+                for ahead in row.guessed() if row.drafts else ():
+                    guessed[len(rows)] = ahead
+                    rows.append((row.request.id, first + len(ahead)))
         logits = scored.logits[scored.sampling] if scored.prompt else scored.logits
-        return self._sampler.start(logits, rows)
+        return self._sampler.start(logits, rows, guessed)
 
     def _land(self, report: Report, timer: _PhaseTimer) -> None:
         """Wait for the step that is on its way, and commit it."""
@@ -122,54 +151,67 @@ class StepLoop:
         result = flight.result()
         timer.done("sample")
         self._residency.pace.took(time.perf_counter() - flight.began)
-        self._commit(flight.batch, result, report)
+        self._commit(flight.plan, result, report)
         timer.done("commit")
 
-    def _commit(self, batch: Batch, result: SampleResult, report: Report) -> None:
-        picks = iter(
-            zip(result.token_ids.tolist(), result.bad.tolist(), result.logprobs, strict=True)
-        )
+    def _commit(self, plan: Plan, result: SampleResult, report: Report) -> None:
+        picks = zip(result.token_ids.tolist(), result.bad.tolist(), result.logprobs, strict=True)
         now = self._clock()
-        sampled: list[int | None] = []
+        batch = plan.batch
+        sampled: list[list[int]] = []
         broken: list[Request] = []
-        for row in batch.rows:
-            if not row.samples:
-                sampled.append(None)
-                continue
+        kept: dict[int, list[int]] = {}
+        for index, row in enumerate(batch.rows):
             request = row.request
-            token_id, bad, logprob = next(picks)
-            if request.status is Status.DONE:  # it ended while its row was on its way
-                sampled.append(None)
+            drawn, bad, logprobs = _take(picks, row.num_samples)
+            if request.status is Status.DONE or not drawn:  # it may have ended on its way
+                sampled.append([])
                 continue
-            if bad:
-                sampled.append(None)
+            nodes = verified(row.drafts, drawn, request.sampling.stop_token_ids, row.parents)
+            if bad[nodes[-1]]:
                 broken.append(request)
-                continue
-            sampled.append(token_id)
-            first = request.first_sampled is None
-            if first:
-                request.first_sampled = now
-            output = Output(request.id, request.num_outputs - 1, [token_id])
-            if first:
-                output.started = _start(request)
-            if logprob is not None:
-                output.logprobs = [logprob]
-            report.outputs.append(output)
-        report.stats.generation_tokens = len(report.outputs)
+                nodes.pop()
+            token_ids = [drawn[node] for node in nodes]
+            sampled.append(token_ids)
+            if row.drafts:
+                report.stats.count_drafts(row.drafter, len(row.drafts), max(0, len(nodes) - 1))
+            if row.parents is not None:
+                kept[index] = nodes
+            if nodes:
+                output = self._output(row, token_ids, [logprobs[node] for node in nodes], now)
+                report.outputs.append(output)
+        if kept:
+            self._runner.compact(plan, kept)
+        report.stats.generation_tokens = sum(len(output.token_ids) for output in report.outputs)
         self._scheduler.commit(batch, sampled)
         for output in report.outputs:
             self._sampler.commit(output.request_id, output.token_ids)
         for request in broken:
             self._fail(request, "numerical_error", "the model produced no finite logits", report)
-        self._finish(batch, sampled, report)
+        self._finish(batch, report)
 
-    def _finish(self, batch: Batch, sampled: Sequence[int | None], report: Report) -> None:
-        outputs = iter(list(report.outputs))
-        for row, token_id in zip(batch.rows, sampled, strict=True):
+    @staticmethod
+    def _output(
+        row: Row, token_ids: list[int], logprobs: list[TokenLogprob | None], now: float
+    ) -> Output:
+        request = row.request
+        output = Output(request.id, request.num_outputs - 1, token_ids)
+        if logprobs[0] is not None:
+            output.logprobs = [logprob for logprob in logprobs if logprob is not None]
+        if request.first_sampled is None:
+            request.first_sampled = now
+            output.started = _start(request)
+        if row.drafts:
+            output.drafted = (row.drafter, len(row.drafts))
+        return output
+
+    def _finish(self, batch: Batch, report: Report) -> None:
+        outputs = {output.request_id: output for output in report.outputs}
+        for row in batch.rows:
             request = row.request
             if request.status is Status.DONE:
                 continue
-            if token_id is None:
+            if (output := outputs.get(request.id)) is None:
                 # With max_tokens 0 only the prompt was asked for, and now it is computed.
                 if request.num_pending == 0 and request.num_ids == request.max_ids:
                     report.outputs.append(
@@ -177,11 +219,10 @@ class StepLoop:
                     )
                     self._end(request, "length", None, report)
                 continue
-            output = next(outputs)
-            if request.num_outputs == 1 and request.sampling.prompt_logprobs is not None:
+            if output.start_index == 0 and request.sampling.prompt_logprobs is not None:
                 output.prompt_logprobs = request.prompt_logprobs
-            if token_id in request.sampling.stop_token_ids:
-                self._end(request, "stop", token_id, report)
+            if output.token_ids[-1] in request.sampling.stop_token_ids:
+                self._end(request, "stop", output.token_ids[-1], report)
             elif request.num_ids == request.max_ids:
                 self._end(request, "length", None, report)
 
@@ -228,6 +269,14 @@ class StepLoop:
             min(row.num_tokens, max(row.request.num_prompt - row.request.num_computed, 0))
             for row in batch.rows
         )
+
+
+def _take(
+    picks: Iterator[tuple[int, bool, TokenLogprob | None]], count: int
+) -> tuple[list[int], list[bool], list[TokenLogprob | None]]:
+    """The next ``count``, as columns."""
+    taken = list(islice(picks, count))
+    return [p[0] for p in taken], [p[1] for p in taken], [p[2] for p in taken]
 
 
 def _start(request: Request) -> tuple[int, float, float]:

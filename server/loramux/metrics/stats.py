@@ -35,6 +35,7 @@ class StepStats(msgspec.Struct, omit_defaults=True):
     ``resident`` lists the digests now in the pool, ``pinned`` those that stay there and
     ``waiting_adapters`` those that waiting requests need; None: as told before. While rows run
     they are told no more than once a second.
+    ``drafted`` and ``accepted`` count guessed tokens by drafter: all, and those that were right.
     Times: seconds of wall clock in this step by phase (schedule, forward, sample, commit);
     ``arrival_wait_s`` of that a device stood still for adapters that were still arriving.
     """
@@ -56,5 +57,12 @@ class StepStats(msgspec.Struct, omit_defaults=True):
     resident: list[str] | None = None
     pinned: list[str] | None = None
     waiting_adapters: list[str] | None = None
+    drafted: dict[str, int] = {}
+    accepted: dict[str, int] = {}
     phase_s: dict[str, float] = {}
     arrival_wait_s: float = 0.0
+
+    def count_drafts(self, drafter: str, drafted: int, accepted: int) -> None:
+        """A row's guesses were verified."""
+        self.drafted = self.drafted | {drafter: self.drafted.get(drafter, 0) + drafted}
+        self.accepted = self.accepted | {drafter: self.accepted.get(drafter, 0) + accepted}

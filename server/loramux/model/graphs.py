@@ -241,6 +241,8 @@ def _room(tokens: int, layers: int) -> dict[str, tuple[type[np.generic], int]]:
         "row_start": (np.int32, tokens + 1),
         "context": (np.int32, tokens),
         "request_of_row": (np.int32, tokens),
+        "path_start": (np.int32, tokens + 1),
+        "path_nodes": (np.int32, tokens),
         "fold_rows": (np.int32, 4 * tokens),
         "attention_items": (np.int32, 4 * tokens * USUAL_PARTS),
         "pages": (np.int64, tokens * USUAL_PAGES),

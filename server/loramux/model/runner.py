@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -16,14 +16,14 @@ from loramux.memory.formats import KvFormat
 from loramux.model.decoder import Decoder
 from loramux.model.graphs import DeviceForward, cuda_recorder
 from loramux.model.inputs import StepArrays
-from loramux_kernels.attention import Pages
+from loramux_kernels.attention import Pages, Paths, compact
 
 
 @dataclass(frozen=True)
 class Scored:
     """The logits of one step: fp32 ``[S, vocab]``.
 
-    ``sampling[i]`` is the line of the i-th row that samples (in batch order). ``prompt[j]`` is
+    ``sampling`` are the lines that are drawn from, row after row. ``prompt[j]`` is
     (index of a row, its first line): the row's every token was scored, for prompt log-probs.
     """
 
@@ -76,10 +76,15 @@ class ModelRunner:
         row_start = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(counts, out=row_start[1:])
         scored, sampling, prompt = _scored(rows, row_start)
+        paths = Paths.of([row.num_tokens for row in rows], [row.parents for row in rows])
+        positions = np.arange(row_start[-1]) + np.repeat(starts - row_start[:-1], counts)
+        if paths is not None:
+            nodes = np.repeat(starts, counts) + paths.lengths - 1
+            positions = np.where(paths.lengths > 0, nodes, positions)
         step = StepArrays(
             token_ids=np.empty(row_start[-1], np.int64),
-            positions=np.arange(row_start[-1]) + np.repeat(starts - row_start[:-1], counts),
-            pages=self._pages(rows, row_start, starts + counts),
+            positions=positions,
+            pages=self._pages(rows, row_start, starts + counts, paths),
             runs=build_runs(rows, self._adapters.slot),
             scored=scored,
             alone=np.repeat(counts == 1, counts),
@@ -98,8 +103,17 @@ class ModelRunner:
             logits = self._on_device.forward(step)
         return Scored(logits, plan.sampling, plan.prompt)
 
+    def compact(self, plan: Plan, kept: Mapping[int, Sequence[int]]) -> None:
+        """Of the trees of ``plan``, which was computed, keep the nodes ``kept[row]``: their KV lies
+        as a chain's afterwards."""
+        compact(self._decoder.arena, pages=plan.step.pages, kept=kept)
+
     def _pages(
-        self, rows: list[Row], row_start: npt.NDArray[np.int64], context: npt.NDArray[np.int64]
+        self,
+        rows: list[Row],
+        row_start: npt.NDArray[np.int64],
+        context: npt.NDArray[np.int64],
+        paths: Paths | None,
     ) -> Pages:
         widest = max(row.request.num_pages for row in rows)
         frames = np.zeros((len(rows), widest), np.int64)
@@ -121,6 +135,7 @@ class ModelRunner:
             head_dim=self._kv.head_dim,
             dtype=self._dtype,
             layer_start=layer_start,
+            paths=paths,
         )
 
 
@@ -132,11 +147,12 @@ def _ids(row: Row) -> npt.NDArray[np.int64]:
 def _scored(
     rows: list[Row], row_start: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[tuple[int, int]]]:
-    """Which token rows to score: the last of each row that samples, all of those whose prompt's
-    log-probabilities are wanted."""
+    """Which token rows to score: the last of each row that samples and those before it that guess,
+    all of those whose prompt's log-probabilities are wanted."""
     if not any(row.request.wants_prompt_logprobs for row in rows):
-        samples = np.fromiter((row.samples for row in rows), np.bool_, len(rows))
-        scored = row_start[1:][samples] - 1
+        counts = np.fromiter((row.num_samples for row in rows), np.int64, len(rows))
+        ends = np.cumsum(counts)
+        scored = np.arange(counts.sum()) + np.repeat(row_start[1:] - ends, counts)
         return scored, np.arange(len(scored)), []
     pieces: list[npt.NDArray[np.int64]] = []
     sampling: list[int] = []
@@ -148,9 +164,8 @@ def _scored(
             prompt.append((index, lines))
             piece = np.arange(stop - row.num_tokens, stop)
         else:
-            piece = np.arange(stop - 1, stop) if row.samples else np.arange(0)
+            piece = np.arange(stop - row.num_samples, stop)
         pieces.append(piece)
         lines += len(piece)
-        if row.samples:
-            sampling.append(lines - 1)
+        sampling += range(lines - row.num_samples, lines)
     return np.concatenate(pieces), np.asarray(sampling, np.int64), prompt

@@ -34,6 +34,21 @@ class History:
         """How often each of ``ids`` stands in the output [n]; 0 for ids of the prompt alone."""
         return self._counts[: self._num_ids]
 
+    def after(self, token_ids: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """``ids`` and ``counts`` as if the output had grown by ``token_ids``."""
+        ids, counts = self.ids, self.counts.copy()
+        fresh: dict[int, int] = {}
+        for token in token_ids:
+            place = self._place.get(token)
+            if place is None:
+                fresh[token] = fresh.get(token, 0) + 1
+            else:
+                counts[place] += 1
+        return (
+            np.concatenate([ids, np.fromiter(fresh, np.int64, len(fresh))]),
+            np.concatenate([counts, np.fromiter(fresh.values(), np.float32, len(fresh))]),
+        )
+
     def extend(self, token_ids: Sequence[int]) -> None:
         """The output has grown by ``token_ids``."""
         for token in token_ids:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,8 @@ from loramux.sampling.logprobs import logprobs
 from loramux.sampling.processors import Bias, Edit, Mask, Penalties, edited
 from loramux.wire import TokenLogprob
 from loramux_kernels import sampling as kernels
+
+NOTHING_GUESSED: Mapping[int, Sequence[int]] = {}
 
 
 @dataclass(frozen=True)
@@ -105,24 +107,35 @@ class Sampler:
         del self._requests[request_id]
         self._batch = None
 
-    def sample(self, logits: Tensor, rows: Sequence[tuple[str, int]]) -> SampleResult:
+    def sample(
+        self,
+        logits: Tensor,
+        rows: Sequence[tuple[str, int]],
+        guessed: Mapping[int, Sequence[int]] = NOTHING_GUESSED,
+    ) -> SampleResult:
         """:meth:`start`, and wait."""
-        return self.start(logits, rows)()
+        return self.start(logits, rows, guessed)()
 
     @torch.inference_mode()
-    def start(self, logits: Tensor, rows: Sequence[tuple[str, int]]) -> Callable[[], SampleResult]:
+    def start(
+        self,
+        logits: Tensor,
+        rows: Sequence[tuple[str, int]],
+        guessed: Mapping[int, Sequence[int]] = NOTHING_GUESSED,
+    ) -> Callable[[], SampleResult]:
         """Begin to draw one token per row of ``logits`` float32 [R, V], contiguous. What it returns
         waits for a device and gives the result.
 
-        ``rows`` [R] are (request id, output position); a request may have several. ``logits`` come
-        back as they were and must stay until the result is there. A row's result depends on its own
-        logits and request alone.
+        ``rows`` [R] are (request id, output position); a request may have several, of which
+        ``guessed`` has the ids that are taken to stand before a row behind the output so far.
+        ``logits`` come back as they were and must stay until the result is there. A row's result
+        depends on its own logits, request and guesses alone.
         """
         assert logits.dtype == torch.float32 and logits.is_contiguous(), logits.dtype
         assert logits.shape == (len(rows), self.vocab_size), logits.shape
         batch = self._batch_of([request_id for request_id, _ in rows])
         position = np.fromiter((at for _, at in rows), np.int64, len(rows))
-        with edited(logits, _edits(batch, position)):
+        with edited(logits, _edits(batch, position, guessed)):
             drawn = kernels.start_draw(logits, batch.draw, position)
         return lambda: _result(logits, batch.num_logprobs, *drawn())
 
@@ -217,7 +230,9 @@ def _build(request_ids: list[str], requests: list[_Request]) -> _Batch:
     )
 
 
-def _edits(batch: _Batch, position: NDArray[np.int64]) -> list[Edit]:
+def _edits(
+    batch: _Batch, position: NDArray[np.int64], guessed: Mapping[int, Sequence[int]]
+) -> list[Edit]:
     """The processors of this step, in the frozen order."""
     edits = list(batch.bias)
     held = [
@@ -233,16 +248,21 @@ def _edits(batch: _Batch, position: NDArray[np.int64]) -> list[Edit]:
             )
         )
     if batch.penalized:
-        edits.append(_penalties(batch.penalized, position))
+        edits.append(_penalties(batch.penalized, position, guessed))
     return edits
 
 
 def _penalties(
-    penalized: list[tuple[int, _Request, History]], position: NDArray[np.int64]
+    penalized: list[tuple[int, _Request, History]],
+    position: NDArray[np.int64],
+    guessed: Mapping[int, Sequence[int]],
 ) -> Penalties:
+    seen = []
     for row, _, history in penalized:
-        assert position[row] == history.num_outputs, "penalties need every token before the row"
-    lengths = [len(history.ids) for _, _, history in penalized]
+        ahead = guessed.get(row, ())
+        assert position[row] == history.num_outputs + len(ahead), "penalties need all before a row"
+        seen.append(history.after(ahead) if ahead else (history.ids, history.counts))
+    lengths = [len(ids) for ids, _ in seen]
     params = [request.params for _, request, _ in penalized]
 
     def each(values: list[float]) -> NDArray[np.float32]:
@@ -250,8 +270,8 @@ def _penalties(
 
     return Penalties(
         row=np.repeat(np.asarray([row for row, _, _ in penalized], np.int64), lengths),
-        token=np.concatenate([history.ids for _, _, history in penalized]),
-        count=np.concatenate([history.counts for _, _, history in penalized]),
+        token=np.concatenate([ids for ids, _ in seen]),
+        count=np.concatenate([counts for _, counts in seen]),
         repetition=each([p.repetition_penalty for p in params]),
         frequency=each([p.frequency_penalty for p in params]),
         presence=each([p.presence_penalty for p in params]),
