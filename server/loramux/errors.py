@@ -181,6 +181,12 @@ class AdapterInvalid(RequestError):
         self.problems = tuple(problems)
 
 
+def in_short(problems: Sequence[str]) -> str:
+    """Several problems as one message."""
+    more = f"{len(problems)} problems; the first: " if len(problems) > 1 else ""
+    return more + problems[0]
+
+
 class ServiceError(LoramuxError):
     """The request was fine; the server could not serve it."""
 

@@ -104,7 +104,7 @@ def test_a_refused_upload(tmp_path: Path) -> None:
             assert caught.value.problems == ("first", "second")
             assert front.adapters.show("cat").error == {
                 "code": "adapter_invalid",
-                "message": "2 problems",
+                "message": "2 problems; the first: first",
                 "problems": ["first", "second"],
             }
             with pytest.raises(Conflict) as failed:

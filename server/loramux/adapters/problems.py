@@ -32,10 +32,6 @@ class Problems:
         listed = list(self.listed)
         if self._count > self._most:
             listed.append(f"... and {self._count - self._most} more")
-        message = (
-            self.listed[0]
-            if self._count == 1
-            else f"the adapter has {self._count} problems; the first: {self.listed[0]}"
-        )
+        more = f"{self._count} problems; the first: " if self._count > 1 else ""
         code = self._codes.pop() if len(self._codes) == 1 else AdapterInvalid.code
-        raise AdapterInvalid(message, problems=listed, code=code)
+        raise AdapterInvalid(more + self.listed[0], problems=listed, code=code)

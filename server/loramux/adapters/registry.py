@@ -26,7 +26,7 @@ import msgspec
 from loramux.adapters.aliases import AliasRow, aliases_of
 from loramux.adapters.blobs import adapter_digest, check_digest
 from loramux.adapters.database import Database
-from loramux.errors import Conflict, GenerationGone, NotFound
+from loramux.errors import Conflict, GenerationGone, NotFound, in_short
 
 Status = Literal["validating", "ready", "failed", "deleting", "incompatible"]
 
@@ -234,8 +234,7 @@ class Registry:
 
         Raises NotFound when the adapter was deleted meanwhile.
         """
-        message = problems[0] if len(problems) == 1 else f"{len(problems)} problems"
-        error = {"code": code, "message": message, "problems": list(problems)}
+        error = {"code": code, "message": in_short(problems), "problems": list(problems)}
         with self._transaction() as db:
             self._live(db, row_id)
             db.execute(

@@ -10,18 +10,12 @@ from typing import Any
 
 from loramux.adapters.blend import FIELDS
 from loramux.config import ServerConfig
-from loramux.errors import (
-    AdapterInvalid,
-    InvalidRequest,
-    LoramuxError,
-    Overloaded,
-    ServiceError,
-    StorageFull,
-)
+from loramux.errors import InvalidRequest, LoramuxError, Overloaded, in_short
 from loramux.front.background import Background
 from loramux.front.blobs import BlobService
 from loramux.front.catalog import Catalog
 from loramux.front.ingest_client import IngestClient
+from loramux.front.verdicts import refusal
 from loramux.wire import BaseDescription, BlendRecipe, BlendSource, IngestDone
 
 
@@ -129,9 +123,4 @@ class Blends:
         done = await self._ingest.blend(sources, recipe, base, limit_bytes=limit)
         if not done.problems:
             return done
-        message = f"{len(done.problems)} problems" if done.problems[1:] else done.problems[0]
-        if done.code == StorageFull.code:
-            raise StorageFull(message)
-        if done.code == LoramuxError.code:
-            raise ServiceError(message)
-        raise AdapterInvalid(message, problems=done.problems, code=done.code)
+        raise refusal(done.code, in_short(done.problems), done.problems)

@@ -10,7 +10,14 @@ from typing import Any
 from msgspec.structs import replace
 
 from loramux.adapters.registry import AdapterRow
-from loramux.errors import AdapterInvalid, LoramuxError, NotFound, ServiceError, StorageFull
+from loramux.errors import (
+    AdapterInvalid,
+    LoramuxError,
+    NotFound,
+    ServiceError,
+    StorageFull,
+    in_short,
+)
 from loramux.front.background import Background
 from loramux.front.catalog import AdapterView
 from loramux.front.ingest_client import INGEST_FAILED, IngestClient
@@ -149,8 +156,7 @@ class Verdicts:
         """What an upload would become: generation 0, registered nowhere. Raises as ``refusal``."""
         done = await self._ingest.examine(*files, base, pack=False)
         if done.problems:
-            summary = f"{len(done.problems)} problems" if done.problems[1:] else done.problems[0]
-            raise refusal(done.code, summary, done.problems)
+            raise refusal(done.code, in_short(done.problems), done.problems)
         return AdapterView(
             id=f"{name}@0",
             name=name,

@@ -15,7 +15,7 @@ from loramux.adapters.blobs import BlobStore, adapter_digest
 from loramux.adapters.canonical import CanonicalAdapter
 from loramux.adapters.formats import MAX_CONFIG_BYTES
 from loramux.adapters.profile import MAX_PROFILE_BYTES
-from loramux.errors import AdapterInvalid, LoramuxError
+from loramux.errors import AdapterInvalid, LoramuxError, in_short
 from loramux.ingest.profile import problems_of
 from loramux.ingest.reading import Read, read_adapter
 from loramux.ingest.report import report_of
@@ -91,8 +91,7 @@ def _problems_of_profile(blobs: BlobStore, job: IngestJob) -> list[str]:
 
 
 def _refuse(problems: list[str]) -> NoReturn:
-    message = problems[0] if len(problems) == 1 else f"{len(problems)} problems"
-    raise AdapterInvalid(message, problems=problems)
+    raise AdapterInvalid(in_short(problems), problems=problems)
 
 
 def _run_blend(job: BlendJob, data_dir: Path) -> IngestDone:
