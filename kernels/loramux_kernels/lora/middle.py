@@ -11,7 +11,7 @@ import triton.language as tl
 from loramux_kernels.lora.streams import vectors_of
 from loramux_kernels.tuning import Launch
 
-LAUNCH = Launch(warps=4, stages=1, programs_per_sm=4)
+LAUNCH = Launch(warps=4, stages=1, programs_per_sm=4, registers=64)
 """A tile of R is at most 16 vectors of 128 elements: sixteen for each thread of four warps."""
 
 
