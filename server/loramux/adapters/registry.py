@@ -207,10 +207,14 @@ class Registry:
     def mark_ready(self, row_id: int, *, fingerprint: str, report: dict[str, Any]) -> AdapterRow:
         """The adapter passed validation against that base. A pin of its name moves to it.
 
-        Raises NotFound when the adapter was deleted meanwhile.
+        One whose time is over by now is ``deleting`` instead. Raises NotFound when the adapter was
+        deleted meanwhile.
         """
         with self._transaction() as db:
             row = self._live(db, row_id)
+            self._expire(db, row.tenant, row.name)
+            if (row := self._row(db, row_id)).status == "deleting":
+                return row
             if "blend" in row.report:
                 report = {**report, "blend": row.report["blend"]}
             of_name = (
