@@ -40,6 +40,26 @@ async def end(house: House, generation: int) -> None:
     await house.service.shelf.refresh("", "cat")
 
 
+def test_one_that_failed_needs_no_files(tmp_path: Path) -> None:
+    """Also when it is over and the sweep has yet to come: files of its bytes that nobody wants are
+    removed, as ever."""
+
+    async def main() -> None:
+        house = House(tmp_path)
+        await house.start()
+        bad = b'{"bad":1}'
+        await upload(house, "cat", FIRST, config=bad)
+        await end(house, 1)
+        await upload(house, "dog", SECOND)
+        (row,) = house.service.shelf.registry.list("cat")
+        assert row.status == "deleting"
+        await upload(house, "owl", FIRST, config=bad)
+        assert set(house.service._store.digests()) == {sha(b"{}"), sha(SECOND)}
+        await house.stop()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("swept_by", ["nobody", "an upload"])
 def test_a_new_alias_does_not_bring_it_back(tmp_path: Path, swept_by: str) -> None:
     async def main() -> None:
