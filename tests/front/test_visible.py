@@ -68,7 +68,7 @@ class Visible(Versions):
             await writer.abort()
         return view.generation
 
-    @action(TENANT, NAME, FILES, EXPECTED, WAYS, TTL, often=6)
+    @action(TENANT, NAME, FILES, EXPECTED, WAYS, TTL, often=12)
     def upload(
         self,
         tenant: str,

@@ -25,18 +25,20 @@ from loramux.errors import LoramuxError
 from loramux.front.catalog import model_of
 
 # "dog" is an adapter's name as well.
-ALIAS = ["pet", "pet", "pet", "dog"]
+ALIAS = ["pet", "pet", "dog"]
 
 # Names, each with which of the generations that it means; None: whichever it means.
 TARGETS: list[list[tuple[str, int | None]]] = [
     [("cat", None)],
-    [("cat", None)],
+    [("cat", 0)],
+    [("cat", 0)],
     [("cat", 0)],
     [("cat", 1)],
     [("cat", 1), ("cat", 0)],
     [("cat", 1), ("cat", None)],
     [("dog", None), ("cat", 0)],
     [("cat", None), (BASE_NAME, None)],
+    [(BASE_NAME, None)],
     [(BASE_NAME, None)],
     [("pet", None)],
     [("dog", 0), ("dog", 0)],
@@ -56,7 +58,7 @@ class Versions(Machine):
 
     # Deletion.
 
-    @action(TENANT, NAME, often=2)
+    @action(TENANT, NAME)
     def delete(self, tenant: str, name: str) -> None:
         refused = None
         try:
@@ -65,7 +67,7 @@ class Versions(Machine):
             refused = error
         self.told(self.service.delete(name, tenant=tenant), refused)
 
-    @action(TENANT, NAME, [1, 2, 3, *PICK], often=3)
+    @action(TENANT, NAME, [1, 2, 3, *PICK], often=2)
     def delete_one(self, tenant: str, name: str, pick: int) -> None:
         refused = None
         generation = self.generation(tenant, name, pick)
@@ -90,7 +92,7 @@ class Versions(Machine):
         text = spelled(name, generation)
         self.told(self.service.set_ttl(text, ttl_s, tenant=tenant), refused)
 
-    @action(TENANT, EITHER, often=3)
+    @action(TENANTS, EITHER, often=2)
     def time_goes_by(self, tenant: str, sweep: bool) -> None:
         """Every time of a tenant's is over, and perhaps the sweep comes."""
         with self.service.shelf.registry.database.transaction() as db:
@@ -110,7 +112,7 @@ class Versions(Machine):
 
     # Aliases.
 
-    @action(TENANT, ALIAS, TARGETS, WEIGHTS_OF_TARGETS, EXPECTED, often=5)
+    @action(TENANT, ALIAS, TARGETS, WEIGHTS_OF_TARGETS, EXPECTED, often=10)
     def set_alias(
         self,
         tenant: str,
