@@ -110,6 +110,11 @@ class Errors(logging.Handler):
         self.seen.append(record)
 
 
+def _sleeps(task: asyncio.Task[Any]) -> bool:
+    awaited = getattr(task.get_coro(), "cr_await", None)
+    return getattr(awaited, "__qualname__", "") == "sleep"
+
+
 class House:
     """An adapters' service on a data directory, between the two; made in a running event loop."""
 
@@ -134,14 +139,12 @@ class House:
         await self.settle()
 
     async def settle(self) -> None:
-        """Until all that is going on has ended, but for verdicts that are held back."""
+        """Until all that is going on has ended, but for verdicts that are held back, and the sweep
+        sleeps."""
         while True:
             await asyncio.sleep(0)
-            going = {
-                task
-                for task in self.service.background._tasks - self.ingest.blocked
-                if task.get_coro().__qualname__ != "Stock._sweep_for_ever"  # type: ignore[union-attr]
-            }
+            tasks = self.service.background._tasks - self.ingest.blocked
+            going = {task for task in tasks if not _sleeps(task)}
             if not going:
                 return
             await asyncio.wait(going, timeout=0.01)

@@ -1,116 +1,61 @@
-"""Any history of uploads, verdicts, pins, requests, deletions, expiries, engine deaths and restarts
-leaves tenants seeing what a simple model says, and nothing on disk or in the pool that is not
-needed. The adapters' service is the real one, with its registry, files and threads; the ingest
-process and the engine are played."""
+"""Any history of uploads, verdicts, pins, aliases, requests, deletions, expiries, engine deaths
+and restarts leaves tenants seeing what a simple model says, and nothing on disk or in the pool that
+is not needed. The adapters' service is the real one, with its registry, files and threads; the
+ingest process and the engine are played."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import random
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-from tests.front.played import BASE, Errors, House
-from tests.front.visible_model import SHARED, Model, Refused, facts, is_good, sha
+from hypothesis.stateful import invariant, rule, run_state_machine_as_test
+from tests.front.played import BASE
+from tests.front.visible_machine import (
+    EITHER,
+    EXPECTED,
+    NAME,
+    NAMES,
+    PICK,
+    TENANT,
+    TENANTS,
+    TTL,
+    USERS,
+    action,
+)
+from tests.front.visible_model import LATER, SHARED, Refused, facts, is_good, sha
+from tests.front.visible_versions import Versions
 
 from loramux.adapters.blobs import BlobStore
 from loramux.adapters.pack import packed_path
-from loramux.errors import AdapterInvalid, Conflict, LoramuxError
+from loramux.errors import AdapterInvalid, Conflict
 from loramux.front.uploads import UploadWriter
 
-T = TypeVar("T")
-TENANTS = ["alice", "bob", SHARED]
-NAMES = ["cat", "dog"]
 CONFIGS = [b"{}", b'{"x":1}', b'{"bad":1}']
 WEIGHTS = [b"w" * 10, b"v" * 200, b"u"]
-
-
-# What arguments are drawn from; some more often than others, so that histories of one name go deep.
-TENANT = ["alice", "alice", "alice", "bob", SHARED]
-NAME = ["cat", "cat", "cat", "dog"]
 FILES = [(config, weights) for config in [CONFIGS[0], *CONFIGS] for weights in WEIGHTS]
-EXPECTED = ["right", "right", "right", None, 0, 7]
 WAYS = ["multipart", "multipart", "blob"]
-PICK = range(100)
-EITHER = [False, True]
-
-ACTIONS: list[tuple[Any, tuple[Sequence[Any], ...]]] = []
 
 
-def action(*options: Sequence[Any], often: int = 1) -> Callable[[T], T]:
-    """A step of a history, with what each of its arguments is one of. These are not rules of
-    Hypothesis's own, of which it leaves some out at random: without uploads, nothing happens."""
-
-    def remember(method: T) -> T:
-        ACTIONS.extend([(method, options)] * often)
-        return method
-
-    return remember
-
-
-class Visible(RuleBasedStateMachine):
+class Visible(Versions):
     """One server's life, and the model beside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
-        self.data_dir = Path(self.folder.name) / "data"
-        self.model = Model()
-        self.loop = asyncio.new_event_loop()
-        self.errors = Errors()
-        logging.getLogger("loramux").addHandler(self.errors)
-        self.open()
-
-    def open(self) -> None:
-        """A server starts."""
-        self.writers: list[tuple[UploadWriter, bytes]] = []
-        self.running: list[str] = []
-        self.resolved: list[str] = []
-
-        async def start() -> None:
-            self.house = House(self.data_dir)
-            await self.house.start()
-
-        self.loop.run_until_complete(start())
-        self.service, self.stock = self.house.service, self.house.stock
-        self.ingest, self.engine = self.house.ingest, self.house.engine
-
-    def do(self, work: Awaitable[T]) -> T:
-        """Run it, and then all that it has set going, up to the verdicts that are held back."""
-
-        async def whole() -> T:
-            try:
-                return await work
-            finally:
-                await self.house.settle()
-
-        return self.loop.run_until_complete(whole())
-
-    def told(self, work: Awaitable[T], expected: Refused | None) -> T | None:
-        """The answer, which is a refusal exactly when the model says so, and with its code."""
-        try:
-            answer = self.do(work)
-        except LoramuxError as error:
-            assert expected is not None, error
-            assert error.code == expected.code
-            return None
-        assert expected is None, f"it should have been refused: {expected.code}"
-        return answer
 
     # Uploads.
 
     async def create(
-        self, tenant: str, name: str, files: tuple[bytes, bytes], expected: int | None, by: str
+        self,
+        tenant: str,
+        name: str,
+        files: tuple[bytes, bytes],
+        expected: int | None,
+        by: str,
+        ttl_s: int | None,
     ) -> int:
         service, (config, weights) = self.service, files
-        options = {"expected_generation": expected, "tenant": tenant}
+        options = {"expected_generation": expected, "tenant": tenant, "ttl_s": ttl_s}
         if by == "blob":
             async with service.blobs.claim(tenant, sha(weights), "weights"):
                 view = await service.create(name, config, sha(weights), **options)  # type: ignore[arg-type]
@@ -123,9 +68,15 @@ class Visible(RuleBasedStateMachine):
             await writer.abort()
         return view.generation
 
-    @action(TENANT, NAME, FILES, EXPECTED, WAYS, often=6)
+    @action(TENANT, NAME, FILES, EXPECTED, WAYS, TTL, often=12)
     def upload(
-        self, tenant: str, name: str, files: tuple[bytes, bytes], expected: Any, by: str
+        self,
+        tenant: str,
+        name: str,
+        files: tuple[bytes, bytes],
+        expected: Any,
+        by: str,
+        ttl_s: int | None,
     ) -> None:
         model = self.model
         if expected == "right":
@@ -135,10 +86,10 @@ class Visible(RuleBasedStateMachine):
         try:
             if by == "blob" and not model.sees_blob(tenant, sha(files[1])):
                 raise Refused("blob_not_found")
-            row, fresh = model.create(tenant, name, files, expected)
+            row, fresh = model.create(tenant, name, files, expected, ttl_s and LATER)
         except Refused as error:
             refused = error
-        generation = self.told(self.create(tenant, name, files, expected, by), refused)
+        generation = self.told(self.create(tenant, name, files, expected, by, ttl_s), refused)
         if row is not None:
             assert generation == row.generation
             if fresh and not self.ingest.holding:
@@ -257,20 +208,11 @@ class Visible(RuleBasedStateMachine):
         else:
             model.uploads = {i: each for i, each in model.uploads.items() if each[0] != tenant}
 
-    # Pins and deletions.
-
-    @action(TENANT, NAME, often=3)
-    def delete(self, tenant: str, name: str) -> None:
-        refused = None
-        try:
-            self.model.delete(tenant, name)
-        except Refused as error:
-            refused = error
-        self.told(self.service.delete(name, tenant=tenant), refused)
+    # Pins.
 
     @action(TENANT, NAME, [True, True, False], [False, False, False, True], often=4)
     def pin(self, tenant: str, name: str, pinned: bool, full: bool) -> None:
-        refused, before = None, self.model.pins()
+        refused, before = None, set(self.engine.pins)
         try:
             row = self.model.pin(tenant, name, pinned)
             if pinned and full and self.engine.up and row.digest not in before:
@@ -284,15 +226,17 @@ class Visible(RuleBasedStateMachine):
 
     # Requests.
 
-    @action(TENANT, NAME, EITHER, often=5)
-    def request(self, tenant: str, name: str, begin: bool) -> None:
+    @action(TENANT, [*NAME, "pet"], USERS, EITHER, often=5)
+    def request(self, tenant: str, name: str, user: str, begin: bool) -> None:
         """Resolved, and begun at once or later."""
         try:
-            digest = self.model.resolve(tenant, name).digest
+            row = self.model.resolve(tenant, name, user=user)
         except Refused:
             return  # compared in every state
-        assert self.service.resolve(name, tenant=tenant).label == digest
-        self.resolved.append(digest)
+        if row is None:
+            return
+        assert self.service.resolve(name, tenant=tenant, user=user).label == row.digest
+        self.resolved.append(row.digest)
         if begin:
             self.begin_resolved(len(self.resolved) - 1)
 
@@ -324,7 +268,7 @@ class Visible(RuleBasedStateMachine):
         self.engine.leases[digest] -= 1
         self.do(release())
         self.model.references[digest] -= 1
-        self.model.forget()
+        self.model.forget(row for row in self.model.rows if row.digest == digest)
 
     # The pool, the engine, the server.
 
@@ -367,7 +311,7 @@ class Visible(RuleBasedStateMachine):
         """What is ready and has no packed file is examined again."""
         model = self.model
         for row in model.rows:
-            if row.status == "ready" and row.digest not in model.packed:
+            if row.status == "ready" and not model.is_over(row) and row.digest not in model.packed:
                 model.unpacked.add(row.digest)
                 row.examined = True
         if not self.ingest.holding:
@@ -386,13 +330,11 @@ class Visible(RuleBasedStateMachine):
         model.unpacked.clear()
         self.lose_a_packed_file(lost)
         self.open()
+        model.expire()
         for row in model.rows:
             row.examined = row.status == "validating"
         self.make_good()
-        model.forget()
-
-    def close(self) -> None:
-        self.loop.run_until_complete(self.house.stop())
+        model.forget(model.rows)
 
     # What has to be so in every state.
 
@@ -400,37 +342,14 @@ class Visible(RuleBasedStateMachine):
     def step(self, data: st.DataObject) -> None:
         self.act(lambda options: data.draw(st.sampled_from(options)))
 
-    def act(self, choose: Callable[[Sequence[Any]], Any]) -> None:
-        """One action, chosen like its arguments."""
-        method, arguments = choose(ACTIONS)
-        method(self, *map(choose, arguments))
-
     @invariant()
     def check(self) -> None:
         """All of what follows."""
         self.names_mean_what_they_should()
+        self.aliases_are_as_they_were_set()
         self.the_registry_and_its_mirror_hold_the_same_rows()
         self.no_file_is_kept_that_nobody_needs()
         self.nothing_leaks()
-
-    def names_mean_what_they_should(self) -> None:
-        for tenant in TENANTS:
-            for name in NAMES:
-                last = max(self.model.last[tenant, name], self.model.last[SHARED, name])
-                for generation in (None, *range(last + 2)):
-                    self.compare(tenant, name, generation)
-
-    def compare(self, tenant: str, name: str, generation: int | None) -> None:
-        text = name if generation is None else f"{name}@{generation}"
-        try:
-            served = self.service.resolve(text, tenant=tenant)
-        except LoramuxError as error:
-            with pytest.raises(Refused) as refused:
-                self.model.resolve(tenant, name, generation)
-            assert refused.value.code == error.code, (tenant, text)
-            return
-        row = self.model.resolve(tenant, name, generation)
-        assert (served.label, served.generation) == (row.digest, row.generation), (tenant, text)
 
     def the_registry_and_its_mirror_hold_the_same_rows(self) -> None:
         expected = sorted(map(facts, self.model.rows))
@@ -463,14 +382,8 @@ class Visible(RuleBasedStateMachine):
             waiting = service.blobs._granted.waiting_bytes(tenant)
             assert waiting == model.waiting_bytes(tenant)
         if self.engine.up:
-            assert self.engine.pins == model.pins()
+            assert model.pins() <= self.engine.pins <= model.pins() | model.pins_that_end()
             assert self.engine.resident <= {row.digest for row in model.rows}
-
-    def teardown(self) -> None:
-        self.close()
-        self.loop.close()
-        logging.getLogger("loramux").removeHandler(self.errors)
-        self.folder.cleanup()
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -207,10 +207,14 @@ class Registry:
     def mark_ready(self, row_id: int, *, fingerprint: str, report: dict[str, Any]) -> AdapterRow:
         """The adapter passed validation against that base. A pin of its name moves to it.
 
-        Raises NotFound when the adapter was deleted meanwhile.
+        One whose time is over by now is ``deleting`` instead. Raises NotFound when the adapter was
+        deleted meanwhile.
         """
         with self._transaction() as db:
             row = self._live(db, row_id)
+            self._expire(db, row.tenant, row.name)
+            if (row := self._row(db, row_id)).status == "deleting":
+                return row
             if "blend" in row.report:
                 report = {**report, "blend": row.report["blend"]}
             of_name = (
@@ -324,12 +328,12 @@ class Registry:
 
     def uses_blob(self, digest: str, *, tenant: str | None = None) -> bool:
         """Whether any row, of any tenant or of this one, still needs this blob. One that failed
-        needs none: trying it again brings its files."""
+        needs none, also when it is being deleted: trying it again brings its files."""
         check_digest(digest)
         with self._reading() as db:
             query = (
                 "SELECT 1 FROM adapters WHERE ?1 IN (config_digest, weights_digest, profile_digest)"
-                " AND status != 'failed' AND (?2 IS NULL OR tenant = ?2) LIMIT 1"
+                " AND error = 'null' AND (?2 IS NULL OR tenant = ?2) LIMIT 1"
             )
             return db.execute(query, (digest, tenant)).fetchone() is not None
 

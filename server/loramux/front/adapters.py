@@ -190,6 +190,7 @@ class AdapterService:
             files = (config_digest, weights_digest, profile_digest)
             if validate_only:
                 return await self.verdicts.preview(name, files, self._base, blend)
+            await self.shelf.expire()  # what is over takes no place
             row, fresh = await self.shelf.change(
                 tenant,
                 name,
@@ -249,7 +250,6 @@ class AdapterService:
         config_digest, weights_digest, profile_digest = files
         if not self._store.has(weights_digest):
             raise NotFound("no such blob", param="weights", code="blob_not_found")
-        self._registry.expire()  # what is over takes no place
         self.blobs.storage.check_adapter(tenant, name, files)
         return self._registry.create(
             name,
@@ -295,10 +295,7 @@ class AdapterService:
 
     async def expire(self) -> None:
         """Delete every version whose time is over, and end what deletions are still to be ended."""
-        rows = await self.background.on_disk(self._registry.expire)
-        for tenant, name in {(row.tenant, row.name) for row in rows}:
-            await self.shelf.refresh(tenant, name)
-        self._forget_soon(rows)
+        self._forget_soon(await self.shelf.expire())
 
     async def delete(self, model: str, *, tenant: str = SHARED) -> AdapterView:
         """Every generation of a name, or the one that ``name@…`` means: no new requests from now

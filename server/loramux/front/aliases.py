@@ -97,13 +97,14 @@ class AliasService:
             found[target] = weight
         meant = [msgspec.structs.replace(target, weight=found[target]) for target in found]
 
-        def write() -> tuple[AliasRow, int]:
-            self._shelf.registry.expire()
-            return self._shelf.aliases.set(
+        await self._shelf.expire()  # what is over has no name, and this alias does not hold it
+        row, before = await self._shelf.change_alias(
+            tenant,
+            name,
+            lambda: self._shelf.aliases.set(
                 name, meant, expected_revision=expected_revision, tenant=tenant
-            )
-
-        row, before = await self._shelf.change_alias(tenant, name, write)
+            ),
+        )
         return self._view(row), not before
 
     def _target(self, alias: str, model: str, param: str, tenant: str) -> Target:

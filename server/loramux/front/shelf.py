@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from loramux.adapters.aliases import Aliases
-from loramux.adapters.registry import AdapterRow, Registry
+from loramux.adapters.registry import AdapterRow, Registry, Rows
 from loramux.front.background import Background
 from loramux.front.catalog import Catalog
 
@@ -28,6 +28,13 @@ class Shelf:
         result = await self._background.on_disk(function)
         await self.refresh(tenant, name)
         return result
+
+    async def expire(self) -> Rows:
+        """Mark every generation whose time is over; all that are being deleted."""
+        rows = await self._background.on_disk(self.registry.expire)
+        for tenant, name in {(row.tenant, row.name) for row in rows}:
+            await self.refresh(tenant, name)
+        return rows
 
     async def refresh(self, tenant: str, name: str) -> None:
         """Bring the catalog up to the registry, for one name."""
