@@ -236,9 +236,7 @@ WEAR = {
 
 def main() -> None:
     args = report.arguments(__doc__).parse_args()
-    runs, pairs, batches, large = (
-        (2, 3, (2,), 16) if args.quick else (7, 10, (1, 8), LARGE_RANK)
-    )
+    runs, pairs, batches, large = (2, 3, (2,), 16) if args.quick else (7, 10, (1, 8), LARGE_RANK)
     found = throughput.header()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
