@@ -9,7 +9,7 @@ import pytest
 from tests.front.played import House
 from tests.front.visible_model import sha
 
-from loramux.errors import NotFound
+from loramux.errors import NotFound, Overloaded
 
 FIRST, SECOND = b"first", b"second"
 
@@ -102,6 +102,23 @@ def test_a_pin_does_not_move_to_it(tmp_path: Path) -> None:
         assert service.show("cat").pinned and house.engine.pins == {pinned}
         assert [row.generation for row in service.shelf.registry.list("cat")] == [1]
         assert sorted(service._store.digests()) == sorted([sha(b"{}"), sha(FIRST)])
+        await house.stop()
+
+    asyncio.run(main())
+
+
+def test_a_server_that_has_just_started_does_not_say_that_nothing_is_there(tmp_path: Path) -> None:
+    """A client that was told of its adapter asks again after a restart: 503, never 404."""
+
+    async def main() -> None:
+        house = House(tmp_path / "data")
+        for ask in (house.service.show, house.service.resolve, house.service.versions):
+            with pytest.raises(Overloaded):
+                ask("cat@1")
+        await house.start()
+        for ask in (house.service.show, house.service.resolve, house.service.versions):
+            with pytest.raises(NotFound):
+                ask("cat@1")
         await house.stop()
 
     asyncio.run(main())

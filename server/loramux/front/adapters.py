@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,8 @@ class AdapterService:
         Raises NotFound (model_not_found), GenerationGone, or Conflict: adapter_not_ready (with
         retry_after_s), adapter_failed, adapter_incompatible.
         """
-        return self._catalog.resolve(model, tenant=tenant, user=user)
+        with self._told_apart():
+            return self._catalog.resolve(model, tenant=tenant, user=user)
 
     def list(self, *, tenant: str = SHARED) -> list[AdapterView]:
         """What every bare name means, by name; those being deleted until they are gone."""
@@ -106,11 +107,23 @@ class AdapterService:
 
     def show(self, name: str, *, tenant: str = SHARED) -> AdapterView:
         """One adapter by name, ``name@generation`` or ``name@sha256:<hex>``; raises NotFound."""
-        return self._catalog.show(name, tenant=tenant)
+        with self._told_apart():
+            return self._catalog.show(name, tenant=tenant)
 
     def versions(self, name: str, *, tenant: str = SHARED) -> Sequence[AdapterView]:
         """Every generation of a bare name, newest first; raises NotFound."""
-        return self._catalog.versions(name, tenant=tenant)
+        with self._told_apart():
+            return self._catalog.versions(name, tenant=tenant)
+
+    @contextmanager
+    def _told_apart(self) -> Iterator[None]:
+        """What is not there, and what a server that has just started cannot know yet."""
+        try:
+            yield
+        except NotFound:
+            if self.shelf.filled:
+                raise
+            raise Overloaded("no engine has been ready yet", code="engine_starting") from None
 
     def owner(self, name: str, *, tenant: str) -> str:
         """Whose adapter a name means to the tenant: SHARED's, or its own (also when it means
