@@ -12,9 +12,8 @@ taken out of the plan again before that is launched, so nothing is ever computed
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 
@@ -155,31 +154,32 @@ class StepLoop:
         timer.done("commit")
 
     def _commit(self, plan: Plan, result: SampleResult, report: Report) -> None:
-        picks = zip(result.token_ids.tolist(), result.bad.tolist(), result.logprobs, strict=True)
-        now = self._clock()
+        ids, bad, logprobs = result.token_ids.tolist(), result.bad.tolist(), result.logprobs
+        now, line = self._clock(), 0
         batch = plan.batch
         sampled: list[list[int]] = []
         broken: list[Request] = []
         kept: dict[int, list[int]] = {}
         for index, row in enumerate(batch.rows):
-            request = row.request
-            drawn, bad, logprobs = _take(picks, row.num_samples)
-            if request.status is Status.DONE or not drawn:  # it may have ended on its way
+            request, first = row.request, line
+            line += row.num_samples
+            if request.status is Status.DONE or line == first:  # it may have ended on its way
                 sampled.append([])
                 continue
-            nodes = verified(row.drafts, drawn, request.sampling.stop_token_ids, row.parents)
-            if bad[nodes[-1]]:
+            stops = request.sampling.stop_token_ids
+            nodes = verified(row.drafts, ids[first:line], stops, row.parents)
+            if bad[first + nodes[-1]]:
                 broken.append(request)
                 nodes.pop()
-            token_ids = [drawn[node] for node in nodes]
+            token_ids = [ids[first + node] for node in nodes]
             sampled.append(token_ids)
             if row.drafts:
                 report.stats.count_drafts(row.drafter, len(row.drafts), max(0, len(nodes) - 1))
             if row.parents is not None:
                 kept[index] = nodes
             if nodes:
-                output = self._output(row, token_ids, [logprobs[node] for node in nodes], now)
-                report.outputs.append(output)
+                asked = [logprobs[first + node] for node in nodes]
+                report.outputs.append(self._output(row, token_ids, asked, now))
         if kept:
             self._runner.compact(plan, kept)
         report.stats.generation_tokens = sum(len(output.token_ids) for output in report.outputs)
@@ -269,14 +269,6 @@ class StepLoop:
             min(row.num_tokens, max(row.request.num_prompt - row.request.num_computed, 0))
             for row in batch.rows
         )
-
-
-def _take(
-    picks: Iterator[tuple[int, bool, TokenLogprob | None]], count: int
-) -> tuple[list[int], list[bool], list[TokenLogprob | None]]:
-    """The next ``count``, as columns."""
-    taken = list(islice(picks, count))
-    return [p[0] for p in taken], [p[1] for p in taken], [p[2] for p in taken]
 
 
 def _start(request: Request) -> tuple[int, float, float]:
