@@ -12,7 +12,8 @@ from loramux.request import Adapters, Request
 class Row:
     """``num_tokens`` tokens of ``request``, beginning at its ``num_computed``-th. It ``samples``
     when it reaches the request's last token, so that there is a next. The last tokens may be
-    ``drafts``, guesses of ``drafter`` at what comes after that; behind each it samples too.
+    ``drafts``, guesses of ``drafter`` at what comes after that, of a ``grade`` of its own; behind
+    each it samples too.
 
     Guesses may be a tree: then the row has one known token, its node 0, the guesses are nodes 1, 2,
     ..., and ``parents[i]`` is the node that guess i would follow, an earlier one. None: a chain.
@@ -24,6 +25,7 @@ class Row:
     drafts: Sequence[int] = ()
     parents: Sequence[int] | None = None
     drafter: str = ""
+    grade: int = 0
 
     def __post_init__(self) -> None:
         request = self.request
@@ -34,6 +36,16 @@ class Row:
     def num_samples(self) -> int:
         """Tokens that are drawn for this row."""
         return self.samples + len(self.drafts)
+
+    @property
+    def depth(self) -> int:
+        """How many tokens ahead the furthest guess is."""
+        if self.parents is None:
+            return len(self.drafts)
+        depths = [0]
+        for parent in self.parents:
+            depths.append(depths[parent] + 1)
+        return max(depths)
 
     def guessed(self) -> list[Sequence[int]]:
         """For each token that is drawn behind a guess: the guesses that lead there, it included."""

@@ -15,7 +15,11 @@ FinishReason = Literal["stop", "length", "abort"]
 the client left or an operator asked."""
 
 BASE_MODEL_ID = 0
-"""``model_id`` of the target model; a draft or partner model gets its own number."""
+"""``model_id`` of the target model: ``--model``."""
+DRAFT_MODEL_ID = 1
+"""``--draft-model``, which guesses for the target."""
+SMALL_MODEL_ID = 2
+"""``--small-model``, which takes over where a text is easy (entropy-adaptive decoding)."""
 
 
 class AdapterRef(msgspec.Struct, frozen=True, array_like=True):
@@ -57,10 +61,24 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 class Speculation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Which drafters guess ahead for a request, the first that has something to say, and how many
-    tokens at most in a step. What is delivered does not depend on it."""
+    tokens at most in a step; ``tree``: guesses may branch. What is delivered does not depend on
+    it."""
 
     drafters: tuple[str, ...]
     max_draft_tokens: int = 8
+    tree: bool = False
+
+
+class EntropyAdaptive(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """When a request moves between the large and the small model (entropy-adaptive decoding,
+    arXiv 2502.06833): to the large one while the mean entropy in bits of the last ``window``
+    distributions is above ``threshold``, else to the small one; never within ``min_dwell`` tokens
+    of the last move. What is delivered depends on it."""
+
+    threshold: float
+    window: int = 5
+    min_dwell: int = 8
+    start: Literal["small", "large"] = "small"
 
 
 class Status(IntEnum):

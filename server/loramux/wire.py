@@ -16,7 +16,13 @@ from typing import Any, Literal
 
 import msgspec
 
-from loramux.request import AdapterRef, FinishReason, SamplingParams, Speculation
+from loramux.request import (
+    Adapters,
+    EntropyAdaptive,
+    FinishReason,
+    SamplingParams,
+    Speculation,
+)
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear modules of a decoder layer, in the order every table of loramux uses."""
@@ -88,20 +94,23 @@ class Submit(msgspec.Struct, tag=True, kw_only=True):
     """Start, or after a restart continue, one choice of a request.
 
     ``prompt_ids`` and ``output_ids`` (already delivered) are token ids. ``cache_salt`` separates
-    prefix caches beyond the tenant. ``deadline_s`` is the time still allowed, counted from arrival
+    prefix caches beyond the tenant. ``companions``: the adapters that another model wears for this
+    request, by model id. ``deadline_s`` is the time still allowed, counted from arrival
     at the engine; None for no limit.
     """
 
     request_id: str
     tenant: str
     model_id: int
-    adapters: tuple[AdapterRef, ...]
+    adapters: Adapters
     prompt_ids: list[int]
     sampling: SamplingParams
     output_ids: list[int] = []
     cache_salt: str = ""
     resume: bytes | None = None
     speculation: Speculation | None = None
+    entropy: EntropyAdaptive | None = None
+    companions: dict[int, Adapters] = {}
     deadline_s: float | None = None
 
 
@@ -135,11 +144,13 @@ class TokenLogprob(msgspec.Struct, array_like=True):
 class Output(msgspec.Struct, array_like=True):
     """New tokens of one request, ``start_index`` being the output position of the first.
 
-    ``drafted`` is (the drafter's name, how many tokens it had guessed) when these tokens verified
-    guesses: all of them but the last were guessed right. ``prompt_logprobs`` comes once, complete,
-    in the request's first Output when it was asked for: one entry per prompt token, None for the
-    first. ``started`` comes once, in the first Output: Finished's (cached_tokens, queue_s,
-    prefill_s), for requests the front ends (a stop string).
+    ``drafted`` is (the drafter's name, how many tokens it had guessed, how far ahead they went)
+    when these tokens verified guesses: all of them but the last were guessed right.
+    ``prompt_logprobs`` comes once, complete, in the request's first Output when it was asked for:
+    one entry per prompt token, None for the first. ``started`` comes once, in the first Output:
+    Finished's (cached_tokens, queue_s, prefill_s), for requests the front ends (a stop string).
+    ``ledger`` of an entropy-adaptive request, so far: output tokens by the large model and by the
+    small one, then tokens each of them has computed, prompts and catching up included.
     """
 
     request_id: str
@@ -149,7 +160,8 @@ class Output(msgspec.Struct, array_like=True):
     prompt_logprobs: list[TokenLogprob | None] | None = None
     resume: bytes | None = None
     started: tuple[int, float, float] | None = None
-    drafted: tuple[str, int] | None = None
+    drafted: tuple[str, int, int] | None = None
+    ledger: tuple[int, int, int, int] | None = None
 
 
 class Finished(msgspec.Struct, array_like=True):
@@ -176,7 +188,11 @@ class Failed(msgspec.Struct, array_like=True):
 
 
 class Ready(msgspec.Struct, tag=True, kw_only=True):
-    """The engine has a model, a pool and compiled kernels: requests may come."""
+    """The engine has a model, a pool and compiled kernels: requests may come.
+
+    ``drafters`` are those it has, in the order in which a request that leaves the choice to the
+    server asks them. ``partners`` are the other models it has, by model id.
+    """
 
     engine_epoch: int
     base: BaseDescription
@@ -188,6 +204,8 @@ class Ready(msgspec.Struct, tag=True, kw_only=True):
     max_num_seqs: int
     device: str
     dtype: str
+    drafters: tuple[str, ...] = ()
+    partners: dict[int, BaseDescription] = {}
     startup_s: dict[str, float] = {}
 
 

@@ -16,7 +16,7 @@ from tests.trees import random_parents, way_to
 
 from loramux.engine import step
 from loramux.request import Request, Speculation
-from loramux.speculation.drafter import Tree
+from loramux.speculation.drafter import Ask, Guess
 from loramux_kernels.testing import counting
 
 SLACK = settings(
@@ -56,7 +56,12 @@ class Scripted:
     ) -> None:
         self._truth, self._right, self._length = truth, right, length
 
-    def propose(self, request: Request, most: int) -> Sequence[int]:
+    def propose(self, asks: Sequence[Ask]) -> list[Guess]:
+        return [Guess(self._guess(ask.request, ask.most)) for ask in asks]
+
+    def ended(self, request: Request) -> None: ...
+
+    def _guess(self, request: Request, most: int) -> Sequence[int]:
         length = min(most, self._length())
         future = self._truth[request.id][request.num_outputs :][:length]
         future += [3] * (length - len(future))
@@ -77,7 +82,12 @@ class ScriptedTrees:
     ) -> None:
         self._truth, self._grow, self._right = truth, grow, right
 
-    def propose(self, request: Request, most: int) -> Sequence[int] | Tree:
+    def propose(self, asks: Sequence[Ask]) -> list[Guess]:
+        return [self._guess(ask.request, ask.most) for ask in asks]
+
+    def ended(self, request: Request) -> None: ...
+
+    def _guess(self, request: Request, most: int) -> Guess:
         parents = self._grow(most)
         future = [*self._truth[request.id][request.num_outputs :], *[3] * most]
         token_ids = []
@@ -85,7 +95,7 @@ class ScriptedTrees:
             token = future[len(way_to(parents, node)) - 2]
             wrong = (token + 1 + node % 2) % tiny.VOCAB_SIZE
             token_ids.append(token if self._right(node) else wrong)
-        return Tree(token_ids, parents)
+        return Guess(token_ids, parents)
 
 
 def served(

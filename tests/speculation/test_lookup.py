@@ -6,12 +6,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from loramux.request import Request, SamplingParams
+from loramux.speculation.drafter import Ask
 from loramux.speculation.lookup import Lookup
 
 
 def proposed(drafter: Lookup, ids: list[int], most: int) -> list[int]:
     request = Request("r", prompt_ids=ids, sampling=SamplingParams(seed=0, max_tokens=64))
-    return list(drafter.propose(request, most))
+    return list(drafter.propose([Ask(request, most)])[0].token_ids)
 
 
 def searched(drafter: Lookup, ids: list[int], most: int) -> list[int]:

@@ -129,6 +129,7 @@ def assemble(
         max_num_seqs=config.max_num_seqs,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
+        drafters=tuple(engine.drafting.drafters),
         startup_s=timer.seconds,
     )
     return Assembled(engine, ready)

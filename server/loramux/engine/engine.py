@@ -145,6 +145,7 @@ class Engine:
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.id]
+        self.drafting.ended(request)
         self._sampler.remove(request.id)
 
     def _fill(self, stats: StepStats) -> None:

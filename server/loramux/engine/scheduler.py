@@ -320,11 +320,19 @@ class Scheduler:
         newest = next(r for r in reversed(self.running) if r.fair_key == richest.fair_key)
         self._preempt(newest)
 
-    def room_for_drafts(self, row: Row, batch: Batch) -> int:
-        """How far ahead ``row`` may guess: a step's tokens, and what could still be delivered."""
+    @staticmethod
+    def room_for_drafts(row: Row) -> int:
+        """How far ahead ``row`` may guess: as far as it was asked to, and what could still be
+        delivered."""
         request = row.request
+        if not row.samples or request.speculation is None:
+            return 0
         left = request.max_ids - request.num_ids - 1
-        return max(0, min(left, self._limits.max_batch_tokens - batch.num_tokens))
+        return max(0, min(left, request.speculation.max_draft_tokens))
+
+    def budget_for_drafts(self, batch: Batch) -> int:
+        """What is left of a step's tokens."""
+        return self._limits.max_batch_tokens - batch.num_tokens
 
     def draft(
         self,
@@ -332,13 +340,14 @@ class Scheduler:
         drafter: str,
         token_ids: Sequence[int],
         parents: Sequence[int] | None = None,
+        grade: int = 0,
     ) -> None:
         """Have ``row`` guess ahead, unless there are no frames for it: nobody is preempted for
         guesses."""
         request = row.request
         if self._obtain_pages(request, row.num_tokens + len(token_ids)):
             request.ids[request.num_ids : request.num_ids + len(token_ids)] = token_ids
-            row.drafts, row.parents, row.drafter = token_ids, parents, drafter
+            row.drafts, row.parents, row.drafter, row.grade = token_ids, parents, drafter, grade
             row.num_tokens += len(token_ids)
 
     # -- during and after the step ---------------------------------------------------------------

@@ -26,7 +26,7 @@ from loramux.request import FinishReason, Request, Status
 from loramux.sampling.logprobs import logprobs
 from loramux.sampling.sampler import Sampler, SampleResult
 from loramux.sampling.verify import verified
-from loramux.speculation.drafter import Drafting
+from loramux.speculation.drafter import Ask, Drafting
 from loramux.wire import Failed, Finished, Output, TokenLogprob
 
 
@@ -118,12 +118,12 @@ class StepLoop:
 
     def _draft(self, batch: Batch) -> None:
         """Have rows that decode guess ahead, for their one forward pass to verify."""
-        for row in batch.rows:
-            request = row.request
-            if row.samples and row.num_tokens == 1 and request.speculation is not None:
-                room = self._scheduler.room_for_drafts(row, batch)
-                if draft := self._drafting.propose(request, room):
-                    self._scheduler.draft(row, *draft)
+        rows = [row for row in batch.rows if row.num_tokens == 1 and row.request.speculation]
+        asks = [Ask(row.request, self._scheduler.room_for_drafts(row)) for row in rows]
+        drafts = self._drafting.propose(asks, self._scheduler.budget_for_drafts(batch))
+        for row, draft in zip(rows, drafts, strict=True):
+            if draft is not None:
+                self._scheduler.draft(row, draft.drafter, *draft.guess)
 
     def _sample(self, batch: Batch, scored: Scored) -> Callable[[], SampleResult]:
         """One token for each row that reached its last id, and one behind each guess; prompt
@@ -202,7 +202,7 @@ class StepLoop:
             request.first_sampled = now
             output.started = _start(request)
         if row.drafts:
-            output.drafted = (row.drafter, len(row.drafts))
+            output.drafted = (row.drafter, len(row.drafts), row.depth)
         return output
 
     def _finish(self, batch: Batch, report: Report) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loramux.request import Request
+from loramux.speculation.drafter import Ask, Guess
 
 COPYSPEC_MATCH = 3
 """The published γ."""
@@ -27,22 +28,28 @@ class Lookup:
     longest: int = 8
     first: bool = False
 
-    def propose(self, request: Request, most: int) -> Sequence[int]:
-        """See Drafter."""
+    def propose(self, asks: Sequence[Ask]) -> list[Guess]:
+        """See Drafter. A guess's grade is the length of its match."""
+        return [self._guess(ask.request, ask.most) for ask in asks]
+
+    def ended(self, request: Request) -> None:
+        """See Drafter; nothing was kept."""
+
+    def _guess(self, request: Request, most: int) -> Guess:
         ids = request.ids[: request.num_ids]
         last = len(ids) - 1
         # ends[i]: the last ids stand there too, ending at that place
         ends = np.flatnonzero(ids[:last] == ids[last])
-        best = ends[:0]
+        best, matched = ends[:0], 0
         for length in range(1, self.longest + 1):
             if length >= self.shortest:
-                best = ends
+                best, matched = ends, length
             longer = ends[(ends >= length) & (ids[ends - length] == ids[last - length])]
             if not len(longer) or length >= last:
                 break
             ends = longer
         if not len(best):
-            return ()
+            return Guess()
         start = int(best[0 if self.first else -1]) + 1
         copied: list[int] = np.resize(ids[start:], most).tolist()  # what repeats goes on repeating
-        return copied
+        return Guess(copied, grade=matched)
