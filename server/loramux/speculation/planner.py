@@ -1,0 +1,414 @@
+"""How far to guess: as far as tokens come faster by it.
+
+What counts is goodput, the expected tokens of a step over its seconds (SmartSpec, arXiv 2406.14066),
+never the share of guesses that are right: that is the same for one request, where a guess is free,
+and for forty, where each takes the place of a token. Every step
+
+1. decides who is asked, and for how much (``chains``): a drafter's time may be worth more than its
+   guesses, or those of the next one;
+2. has the guesses, and cuts them (``choose``): the likeliest of all rows, as many as pay.
+
+A guess is likely when guesses like it were right (``Beliefs``): for these adapters, by this
+drafter, of this grade, at this place. Guesses that are not verified are compared with what came
+later, so that also a drafter whose guesses are all cut has its chance. Whoever is not asked is
+probed now and then.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from loramux.batch import Row, depths
+from loramux.request import Request
+from loramux.sampling.verify import verified
+from loramux.speculation.beliefs import Beliefs, Cells, Floats
+from loramux.speculation.costs import Costs, Load
+from loramux.speculation.drafter import Ask, Drafter, Guess
+
+PASSES = 3
+"""What time is worth depends on what is done with it: so often that is gone through."""
+MARGIN = 1.05
+"""How much faster than without guesses a step must promise to be."""
+LONGEST = 64
+"""Places of a guess that are told apart."""
+PRIOR = 0.8 ** np.arange(1, LONGEST + 1)
+"""How often the places of a guess are right, before anything was seen: too good rather than too
+bad, since what is tried is found out."""
+TRUST = 50.0
+WINDOW = 500.0
+PRICES = np.array([0, 0.02, *np.arange(0.05, 0.925, 0.05)])
+"""How likely a guess must be to be worth it: what it takes of a step, in tokens."""
+ASKS_TRUST = 16.0
+ASKS_WINDOW = 64.0
+USUAL_MOST = 8
+PLAN_STEPS = 16
+"""So long who is asked stays decided while the load is the same."""
+PROBE_SHARE = 0.005
+"""Of the time of plain steps, for asking those who are not worth it, in case they are by now."""
+PROBE_MOST = 2
+"""Tokens that those are asked for who take longer for more."""
+SAVED_STEPS = 2.0
+"""Steps' worth of unused time for probes that is kept."""
+
+
+@runtime_checkable
+class Priced(Protocol):
+    """A drafter that knows what it takes, and takes more the more it is asked for. That of others
+    is measured, and taken to be the same for every request."""
+
+    def seconds(self, rows: int, most: int) -> float:
+        """For guesses of ``most`` tokens at how ``rows`` requests go on."""
+        ...
+
+
+class Answer(NamedTuple):
+    """``drafter`` was asked ``ask``, the step's ``index``-th; ``room``: for how many at most it
+    could have been."""
+
+    index: int
+    ask: Ask
+    drafter: str
+    guess: Guess
+    room: int
+
+
+Chain = tuple[tuple[str, int], ...]
+"""Drafters in the order they are asked, and for how many tokens at most."""
+
+
+class _Kind(NamedTuple):
+    """Whose guesses are alike."""
+
+    adapters: Hashable
+    tree: bool
+
+
+class _Group(NamedTuple):
+    """Asks that are decided together."""
+
+    kind: _Kind
+    drafters: tuple[str, ...]
+
+
+class _Class(NamedTuple):
+    """Guesses that are right equally often. A drafter that is asked for the less the likelier it
+    is wrong has a class of all its grades too, None: the grade is known only afterwards."""
+
+    kind: _Kind
+    drafter: str
+    grade: int | None
+
+
+class _Seen(NamedTuple):
+    """Of the first ``length`` places of a guess, ``right`` (counted from 0) were."""
+
+    of: _Class
+    length: int
+    right: Sequence[int]
+
+
+class _Shadow(NamedTuple):
+    """A guess that was cut, at the ids ``since:until`` of its request."""
+
+    since: int
+    until: int
+    of: _Class
+    guess: Guess
+
+
+class _Asked:
+    """What was brought by the asks of each kind at each of PRICES: tokens and how many of them were
+    right, and how often there was an answer."""
+
+    def __init__(self) -> None:
+        usual = _brought(PRIOR[None, :USUAL_MOST])[0]
+        self._beliefs = Beliefs(usual, window=ASKS_WINDOW, trust=ASKS_TRUST)
+
+    def of(self, kind: _Kind, drafter: str) -> Cells:
+        return self._beliefs.cells(kind, (drafter, kind.tree))
+
+    def means(self, classes: Sequence[Cells]) -> tuple[Floats, Floats, Floats]:
+        """Tokens and right ones [classes, prices], answers [classes, 1]."""
+        means = self._beliefs.means(classes)
+        return means[:, : len(PRICES)], means[:, len(PRICES) : -1], means[:, -1:]
+
+    def see(self, classes: Sequence[Cells], brought: Floats) -> None:
+        self._beliefs.see(classes, np.ones_like(brought), brought)
+
+
+class Planner:
+    """Chooses what to guess in steps that cost what ``costs`` says."""
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        self._right = Beliefs(PRIOR, window=WINDOW, trust=TRUST)
+        self._asked = _Asked()
+        self._priced: dict[str, Priced] = {}
+        self._seconds: dict[str, float] = {}
+        self._seen: list[_Seen] = []
+        self._brought: list[tuple[_Class, Floats]] = []
+        self._believed: dict[_Class, Floats] = {}
+        self._shadows: dict[str, _Shadow] = {}
+        self._shadowed: set[str] = set()
+        self._planned: dict[_Group, Chain] = {}
+        self._planned_for: tuple[int, Load] | None = None
+        self._steps_left = 0
+        self._credit_s = 0.0
+        self._turn = 0
+
+    # -- before drafting -------------------------------------------------------------------------
+
+    def chains(
+        self, asks: Sequence[Ask], load: Load, drafters: Mapping[str, Drafter]
+    ) -> list[Chain]:
+        """For each of ``asks``: which of its request's ``drafters`` to ask."""
+        self._compare(asks)
+        groups = [_group(ask) for ask in asks]
+        now = (len(asks), load)
+        if (
+            self._steps_left == 0
+            or now != self._planned_for
+            or not all(group in self._planned for group in groups)
+        ):
+            self._learn()
+            self._priced = {k: v for k, v in drafters.items() if isinstance(v, Priced)}
+            self._planned = self._plan(Counter(groups), load)
+            self._planned_for, self._steps_left = now, PLAN_STEPS
+        self._steps_left -= 1
+        chains = [
+            tuple((name, min(most, ask.most)) for name, most in self._planned[group])
+            for group, ask in zip(groups, asks, strict=True)
+        ]
+        self._probe(asks, chains, load)
+        return chains
+
+    def took(self, drafter: str, rows: int, seconds: float) -> None:
+        """``drafter`` was asked about ``rows`` requests. One long wait, for a compiler, say, must
+        not silence it."""
+        each = seconds / rows
+        mean = self._seconds.get(drafter, each)
+        self._seconds[drafter] = mean + (min(each, 4 * mean) - mean) / 16
+
+    def _plan(self, groups: Counter[_Group], load: Load) -> dict[_Group, Chain]:
+        """Whom to ask at the price that promises the most. Where a drafter has no answer the next
+        is asked, so of a chain those are kept that bring more than what comes after them would."""
+        kinds, times = list(groups), np.array(list(groups.values()))
+        rows = Counter(name for group in groups.elements() for name in group.drafters)
+        plain = load.rows / self.costs.without_guesses(load)
+        costs = self.costs.with_guesses(load)
+        rate, price, each_s, kept = plain, 0, np.zeros(len(PRICES)), []
+        for _ in range(PASSES):
+            worth, kept = self._worth(kinds, rows, rate, each_s)
+            tokens, right, seconds = np.tensordot(times, worth, (0, 1))
+            taken = np.interp(tokens, np.arange(len(costs)), costs)
+            each_s = (taken - costs[0]) / np.maximum(tokens, 1)
+            fits = np.minimum(1, load.budget / np.maximum(tokens, 1))
+            goodput = np.where(tokens > 0, load.rows + right * fits, 0) / (taken + seconds)
+            price = int(np.argmax(goodput))
+            rate = max(plain, float(goodput[price]))
+        if rate <= MARGIN * plain:
+            return dict.fromkeys(kinds, ())
+        return {
+            group: tuple(
+                (name, self._depth(group.kind, name, price))
+                for place, name in enumerate(group.drafters)
+                if kept[place][index, price]
+            )
+            for index, group in enumerate(kinds)
+        }
+
+    def _worth(
+        self, groups: Sequence[_Group], rows: Mapping[str, int], rate: float, each_s: Floats
+    ) -> tuple[Floats, list[npt.NDArray[np.bool_]]]:
+        """At each of PRICES, while a second is worth ``rate`` tokens and verifying one takes
+        ``each_s`` [prices]: [tokens, right ones, seconds] of each group's ask [3, groups, prices],
+        and, by place in their chains, who is kept [groups, prices]."""
+        worth = np.zeros((3, len(groups), len(PRICES)))
+        surplus = np.zeros((len(groups), len(PRICES)))
+        kept = []
+        for place in reversed(range(max(len(group.drafters) for group in groups))):
+            those = [i for i, group in enumerate(groups) if place < len(group.drafters)]
+            asked = [(groups[i].kind, groups[i].drafters[place]) for i in those]
+            tokens, right, answers = self._asked.means([self._asked.of(*each) for each in asked])
+            seconds = np.array([self._price(*each, rows[each[1]]) for each in asked])
+            own = right - rate * (seconds + each_s * tokens)
+            keep = own > answers * surplus[those]
+            kept.append(np.zeros((len(groups), len(PRICES)), np.bool_))
+            kept[-1][those] = keep
+            rest = 1 - answers
+            surplus[those] = np.where(keep, own + rest * surplus[those], surplus[those])
+            brings = np.stack([tokens, right, seconds])
+            worth[:, those] = np.where(keep, brings + rest * worth[:, those], worth[:, those])
+        return worth, kept[::-1]
+
+    def _price(self, kind: _Kind, name: str, rows: int) -> Floats:
+        """Seconds of one of ``rows`` asks at each of PRICES."""
+        if name not in self._priced:
+            return np.full(len(PRICES), self._seconds.get(name, 0.0))
+        seconds = self._priced[name].seconds
+        most = [self._depth(kind, name, price) for price in range(len(PRICES))]
+        return np.array([seconds(rows, each) / rows for each in most])
+
+    def _depth(self, kind: _Kind, name: str, price: int) -> int:
+        """How much to ask for: where it costs nothing more, for all that a guess may have."""
+        if name not in self._priced:
+            return LONGEST
+        right = self._survival([_Class(kind, name, None)])[0]
+        return max(1, int((right > PRICES[price]).sum()))
+
+    def _probe(self, asks: Sequence[Ask], chains: list[Chain], load: Load) -> None:
+        """Ask one of those left out, if there is time for that: about one request, or, if that
+        takes no longer, about all."""
+        plain_s = self.costs.without_guesses(load)
+        self._turn += 1
+        first = self._turn % len(asks)
+        left_out = _left_out(asks[first], chains[first])
+        seconds = 0.0
+        if left_out:
+            name = left_out[self._turn // len(asks) % len(left_out)]
+            those, most, seconds = [first], LONGEST, self._seconds.get(name, 0.0)
+            if name in self._priced:
+                those = [i for i, ask in enumerate(asks) if name in _left_out(ask, chains[i])]
+                most, seconds = PROBE_MOST, self._priced[name].seconds(len(those), PROBE_MOST)
+            if seconds <= self._credit_s:
+                self._credit_s -= seconds
+                for index in those:
+                    chains[index] = ((name, min(most, asks[index].most)), *chains[index])
+        saved = max(SAVED_STEPS * plain_s, seconds)
+        self._credit_s = min(self._credit_s + PROBE_SHARE * plain_s, saved)
+
+    # -- after drafting --------------------------------------------------------------------------
+
+    def choose(self, answers: Sequence[Answer], load: Load, spent: float) -> list[int]:
+        """How many tokens of each guess to verify. ``spent`` is the time that they took."""
+        classes = [_Class(_kind(a.ask.request), a.drafter, a.guess.grade) for a in answers]
+        survival = self._survival(classes)
+        lengths = np.array([len(a.guess.token_ids) for a in answers])
+        places = np.arange(LONGEST)
+        for answer, of, right in zip(answers, classes, survival, strict=True):
+            length = len(answer.guess.token_ids)
+            if length == answer.ask.most:  # it might have gone on
+                length = max(length, answer.room)
+            self._brought.append((of, right[:length]))
+        chosen = self._best(survival[places < lengths[:, None]], load, spent)
+        owner = np.repeat(np.arange(len(answers)), lengths)
+        numbers: list[int] = np.bincount(owner[chosen], minlength=len(answers)).tolist()
+        self._shadowed = {
+            answer.ask.request.id
+            for answer, of, number in zip(answers, classes, numbers, strict=True)
+            if number < len(answer.guess.token_ids) and self._shadow(answer, of)
+        }
+        return numbers
+
+    def learned(self, row: Row, nodes: Sequence[int]) -> None:
+        """Of the guesses of ``row`` those were right that have ``nodes``."""
+        request = row.request
+        if request.id not in self._shadowed:
+            of = _Class(_kind(request), row.drafter, row.grade)
+            self._see(of, len(row.drafts), nodes)
+
+    def ended(self, request: Request) -> None:
+        """``request`` is over."""
+        self._shadows.pop(request.id, None)
+
+    def _best(self, survival: Floats, load: Load, spent: float) -> npt.NDArray[np.int64]:
+        """Which of guesses that are right as often as ``survival`` says to verify. That never rises
+        along a guess, and among equals the first ones are taken: so they are beginnings."""
+        seconds = self.costs.with_guesses(load)[1:] + spent
+        order = np.argsort(-survival, kind="stable")[: len(seconds)]
+        if not len(order):
+            return order
+        goodput = (load.rows + np.cumsum(survival[order])) / seconds[: len(order)]
+        best = int(np.argmax(goodput))
+        plain = load.rows / (self.costs.without_guesses(load) + spent)
+        return order[: best + 1 if goodput[best] > MARGIN * plain else 0]
+
+    def _survival(self, classes: Sequence[_Class]) -> Floats:
+        """How often each place of guesses of ``classes`` is right: [classes, LONGEST]."""
+        if missing := [of for of in dict.fromkeys(classes) if of not in self._believed]:
+            means = self._right.means([self._cells(of) for of in missing])
+            falling = np.minimum.accumulate(means, axis=1)
+            self._believed.update(zip(missing, falling, strict=True))
+        return np.stack([self._believed[of] for of in classes])
+
+    def _cells(self, of: _Class) -> Cells:
+        drafter = (of.drafter, of.kind.tree)
+        return self._right.cells(of.kind, (drafter, of.grade), drafter)
+
+    # -- learning --------------------------------------------------------------------------------
+
+    def _shadow(self, answer: Answer, of: _Class) -> bool:
+        """Remember a guess that was cut, unless another of its request is remembered."""
+        request, guess = answer.ask.request, answer.guess
+        if request.id in self._shadows:
+            return False
+        until = request.num_ids + max(depths(len(guess.token_ids), guess.parents))
+        self._shadows[request.id] = _Shadow(request.num_ids, until, of, guess)
+        return True
+
+    def _compare(self, asks: Sequence[Ask]) -> None:
+        """Learn from guesses that were cut and would have been verified by now."""
+        for request in [ask.request for ask in asks] if self._shadows else ():
+            shadow = self._shadows.get(request.id)
+            if shadow is not None and request.num_ids >= shadow.until:
+                del self._shadows[request.id]
+                token_ids, parents, _ = shadow.guess
+                came = [*request.ids[shadow.since : shadow.until].tolist(), None]
+                drawn = [came[depth] for depth in depths(len(token_ids), parents)]
+                self._see(shadow.of, len(token_ids), verified(token_ids, drawn, (), parents)[1:])
+
+    def _see(self, of: _Class, length: int, nodes: Sequence[int]) -> None:
+        """Of a guess of ``length`` tokens those were right that have ``nodes``."""
+        seen = _Seen(of, length, [node - 1 for node in nodes])
+        self._seen.append(seen)
+        if of.drafter in self._priced:
+            self._seen.append(seen._replace(of=of._replace(grade=None)))
+
+    def _learn(self) -> None:
+        """What was seen since the last time is believed from now on."""
+        if seen := self._seen:
+            counts, sums = np.zeros((2, len(seen), LONGEST))
+            for index, (_, length, right) in enumerate(seen):
+                counts[index, :length] = 1
+                sums[index, right] = 1
+            cells = [self._cells(of) for of, _, _ in seen]
+            self._right.see(cells, counts, sums)
+            self._seen = []
+            self._believed = {}
+        if brought := self._brought:
+            survival = np.zeros((len(brought), max(len(right) for _, right in brought)))
+            for index, (_, right) in enumerate(brought):
+                survival[index, : len(right)] = right
+            self._asked.see(
+                [self._asked.of(of.kind, of.drafter) for of, _ in brought], _brought(survival)
+            )
+            self._brought = []
+
+
+def _group(ask: Ask) -> _Group:
+    speculation = ask.request.speculation
+    assert speculation is not None
+    return _Group(_kind(ask.request), speculation.drafters)
+
+
+def _left_out(ask: Ask, chain: Chain) -> list[str]:
+    asked = [name for name, _ in chain]
+    return [name for name in _group(ask).drafters if name not in asked]
+
+
+def _kind(request: Request) -> _Kind:
+    speculation = request.speculation
+    return _Kind(request.adapters, speculation is not None and speculation.tree)
+
+
+def _brought(survival: Floats) -> Floats:
+    """At each of PRICES, the tokens of guesses [guesses, places] that are worth it and how many of
+    them will be right, and whether there was a guess at all: [guesses, 2 * prices + 1]."""
+    worth = survival[:, :, None] > PRICES
+    right = (survival[:, :, None] * worth).sum(1)
+    return np.concatenate([worth.sum(1), right, survival[:, :1] > 0], axis=1)
