@@ -72,7 +72,7 @@ class ModelRunner:
         """Get ready to compute ``batch``."""
         rows = batch.rows
         counts = np.fromiter((row.num_tokens for row in rows), np.int64, len(rows))
-        starts = np.fromiter((row.request.num_computed for row in rows), np.int64, len(rows))
+        starts = np.fromiter((row.kv.num_computed for row in rows), np.int64, len(rows))
         row_start = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(counts, out=row_start[1:])
         scored, sampling, prompt = _scored(rows, row_start)
@@ -95,7 +95,7 @@ class ModelRunner:
         """Compute the batch, whose ids are all known: its KV is in the pool afterwards."""
         rows = plan.batch.rows
         np.concatenate([_ids(row) for row in rows], out=plan.step.token_ids)
-        digests = (ref.digest for row in rows for ref in row.request.adapters)
+        digests = (ref.digest for row in rows for ref in row.kv.adapters)
         step = replace(plan.step, before_layer=self._adapters.before_layer(digests))
         if self._on_device is None:
             logits = self._decoder.forward(step.on_cpu())
@@ -115,11 +115,10 @@ class ModelRunner:
         context: npt.NDArray[np.int64],
         paths: Paths | None,
     ) -> Pages:
-        widest = max(row.request.num_pages for row in rows)
+        widest = max(row.kv.num_pages for row in rows)
         frames = np.zeros((len(rows), widest), np.int64)
         for index, row in enumerate(rows):
-            request = row.request
-            frames[index, : request.num_pages] = request.page_table[: request.num_pages]
+            frames[index, : row.kv.num_pages] = row.kv.page_table[: row.kv.num_pages]
         if self._on_device is None:
             offsets, layer_start = self._kv.offsets(frames), None
         else:
@@ -140,8 +139,8 @@ class ModelRunner:
 
 
 def _ids(row: Row) -> npt.NDArray[np.int64]:
-    request = row.request
-    return request.ids[request.num_computed : request.num_computed + row.num_tokens]
+    first = row.kv.num_computed
+    return row.request.ids[first : first + row.num_tokens]
 
 
 def _scored(
