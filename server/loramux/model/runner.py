@@ -21,13 +21,15 @@ from loramux_kernels.attention import Pages, Paths, compact
 
 @dataclass(frozen=True)
 class Scored:
-    """The logits of one step: fp32 ``[S, vocab]``.
+    """The logits of one step: fp32 ``[S, vocab]``, and the hidden states ``[S, hidden]`` they were
+    made of; both are good until the next step.
 
     ``sampling`` are the lines that are drawn from, row after row. ``prompt[j]`` is
     (index of a row, its first line): the row's every token was scored, for prompt log-probs.
     """
 
     logits: torch.Tensor
+    hidden: torch.Tensor
     sampling: npt.NDArray[np.int64]
     prompt: list[tuple[int, int]]
 
@@ -101,7 +103,8 @@ class ModelRunner:
             logits = self._decoder.forward(step.on_cpu())
         else:
             logits = self._on_device.forward(step)
-        return Scored(logits, plan.sampling, plan.prompt)
+        hidden = self._decoder.scored_hidden(len(logits))
+        return Scored(logits, hidden, plan.sampling, plan.prompt)
 
     def compact(self, plan: Plan, kept: Mapping[int, Sequence[int]]) -> None:
         """Of the trees of ``plan``, which was computed, keep the nodes ``kept[row]``: their KV lies
