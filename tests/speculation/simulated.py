@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loramux.batch import Row
-from loramux.request import Adapters, AdapterRef, Request, SamplingParams, Speculation
+from loramux.request import AdapterRef, Adapters, Request, SamplingParams, Speculation
 from loramux.sampling.verify import verified
 from loramux.speculation.costs import Costs, CostTable, Load
 from loramux.speculation.drafter import Ask, Drafter, Guess

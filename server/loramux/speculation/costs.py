@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-POINTS = (1, 16, 4, 8, 2, 32, 64, 128, 3, 6, 12, 24, 48, 96, 256, 512)
+POINTS = (1, 16, 4, 8, 2, 32, 64, 128, 3, 6, 12, 24, 48, 96, 192, 256)
 """Numbers of tokens that are tried, in this order: a large model has no time for all of them."""
 REPEATS = 3
 LIMIT_S = 1.0
@@ -22,13 +22,15 @@ LIMIT_S = 1.0
 
 
 class CostTable:
-    """``seconds[n]`` is the time of a step of n token rows, up to ``most``: no less with more rows,
-    straight lines between the ``measured`` numbers, and beyond the last one as steep as it was on
-    average or at the end, whichever is steeper."""
+    """``seconds[n]`` is the time of a step of n token rows, up to ``most``: straight lines between
+    the ``measured`` numbers, and beyond the last one as steep as it was on average or at the end,
+    whichever is steeper. More rows never take less: where they seem to, the fewer ones were
+    disturbed."""
 
     def __init__(self, measured: Mapping[int, float], most: int) -> None:
         points = np.array(sorted(measured))
-        seconds = np.maximum.accumulate([measured[point] for point in points.tolist()])
+        seconds = np.array([measured[point] for point in points.tolist()])
+        seconds = np.minimum.accumulate(seconds[::-1])[::-1]
         rows = np.arange(most + 1)
         self.seconds: Floats = np.interp(rows, points, seconds)
         if len(points) > 1:
@@ -56,6 +58,11 @@ class Costs(NamedTuple):
     plain: CostTable
     mixed: CostTable
 
+    @classmethod
+    def alike(cls, table: CostTable) -> Costs:
+        """Where a token costs the same wherever it is from."""
+        return cls(table, table)
+
     def without_guesses(self, load: Load) -> float:
         """Seconds of ``load`` but for its prompts."""
         table = self.plain if load.tokens == load.rows else self.mixed
@@ -73,14 +80,16 @@ def measure(
     run: Callable[[int], None],
     most: int,
     clock: Callable[[], float],
+    *,
+    largest: int = POINTS[-1],
     limit_s: float = LIMIT_S,
 ) -> CostTable:
-    """Time ``run(n)``, a step of n token rows, for some n up to ``most``: the best of a few, since
-    only other programs make a step longer than it is."""
+    """Time ``run(n)``, a step of n token rows, for some n up to ``largest``, for a table up to
+    ``most``: the best of a few, since only other programs make a step longer than it is."""
     best: dict[int, float] = {}
     ends = clock() + limit_s
     for tokens in POINTS:
-        if tokens > most:
+        if tokens > min(most, largest):
             continue
         if len(best) > 1 and clock() + REPEATS * CostTable(best, most).seconds[tokens] > ends:
             continue

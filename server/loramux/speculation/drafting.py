@@ -52,7 +52,7 @@ class Drafting:
             number = min(number, budget)
             budget -= number
             if number:
-                drafts[answer.index] = Draft(answer.drafter, _beginning(answer.guess, number))
+                drafts[answer.number] = Draft(answer.drafter, _beginning(answer.guess, number))
         return drafts
 
     def learned(self, row: Row, nodes: Sequence[int]) -> None:
@@ -94,7 +94,7 @@ class Drafting:
                     if not guess.token_ids:
                         unanswered.append(each)
             place += 1
-        return sorted(answers, key=lambda answer: answer.index)
+        return sorted(answers, key=lambda answer: answer.number)
 
     def _timed(self, name: str, asks: Sequence[Ask]) -> Sequence[Guess]:
         began = self._clock()

@@ -1,8 +1,8 @@
 """How far to guess: as far as tokens come faster by it.
 
-What counts is goodput, the expected tokens of a step over its seconds (SmartSpec, arXiv 2406.14066),
-never the share of guesses that are right: that is the same for one request, where a guess is free,
-and for forty, where each takes the place of a token. Every step
+What counts is goodput, the expected tokens of a step over its seconds (SmartSpec, arXiv
+2406.14066), never the share of guesses that are right: that is the same for one request, where a
+guess is free, and for forty, where each takes the place of a token. Every step
 
 1. decides who is asked, and for how much (``chains``): a drafter's time may be worth more than its
    guesses, or those of the next one;
@@ -36,7 +36,7 @@ MARGIN = 1.05
 """How much faster than without guesses a step must promise to be."""
 LONGEST = 64
 """Places of a guess that are told apart."""
-PRIOR = 0.8 ** np.arange(1, LONGEST + 1)
+PRIOR: Floats = 0.8 ** np.arange(1.0, LONGEST + 1)
 """How often the places of a guess are right, before anything was seen: too good rather than too
 bad, since what is tried is found out."""
 TRUST = 50.0
@@ -67,10 +67,10 @@ class Priced(Protocol):
 
 
 class Answer(NamedTuple):
-    """``drafter`` was asked ``ask``, the step's ``index``-th; ``room``: for how many at most it
-    could have been."""
+    """``drafter`` was asked ``ask``, the ``number``-th of a step; ``room``: for how many tokens at
+    most it could have been."""
 
-    index: int
+    number: int
     ask: Ask
     drafter: str
     guess: Guess
@@ -141,6 +141,24 @@ class _Asked:
         self._beliefs.see(classes, np.ones_like(brought), brought)
 
 
+class _Seconds:
+    """What an ask takes, on the mean of late. A first one may wait for a compiler, any for another
+    program: what is not usual does not count for more than a few."""
+
+    FIRST = 4
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+        self._first: list[float] = []
+
+    def took(self, seconds: float) -> None:
+        if len(self._first) < self.FIRST:
+            self._first.append(seconds)
+            self.mean = min(self._first) if len(self._first) == self.FIRST else 0.0
+        else:
+            self.mean += (min(seconds, 4 * self.mean) - self.mean) / 16
+
+
 class Planner:
     """Chooses what to guess in steps that cost what ``costs`` says."""
 
@@ -149,7 +167,7 @@ class Planner:
         self._right = Beliefs(PRIOR, window=WINDOW, trust=TRUST)
         self._asked = _Asked()
         self._priced: dict[str, Priced] = {}
-        self._seconds: dict[str, float] = {}
+        self._seconds: dict[str, _Seconds] = {}
         self._seen: list[_Seen] = []
         self._brought: list[tuple[_Class, Floats]] = []
         self._believed: dict[_Class, Floats] = {}
@@ -188,11 +206,8 @@ class Planner:
         return chains
 
     def took(self, drafter: str, rows: int, seconds: float) -> None:
-        """``drafter`` was asked about ``rows`` requests. One long wait, for a compiler, say, must
-        not silence it."""
-        each = seconds / rows
-        mean = self._seconds.get(drafter, each)
-        self._seconds[drafter] = mean + (min(each, 4 * mean) - mean) / 16
+        """``drafter`` was asked about ``rows`` requests, which took ``seconds``."""
+        self._seconds.setdefault(drafter, _Seconds()).took(seconds / rows)
 
     def _plan(self, groups: Counter[_Group], load: Load) -> dict[_Group, Chain]:
         """Whom to ask at the price that promises the most. Where a drafter has no answer the next
@@ -201,7 +216,7 @@ class Planner:
         rows = Counter(name for group in groups.elements() for name in group.drafters)
         plain = load.rows / self.costs.without_guesses(load)
         costs = self.costs.with_guesses(load)
-        rate, price, each_s, kept = plain, 0, np.zeros(len(PRICES)), []
+        rate, price, each_s = plain, 0, np.zeros(len(PRICES))
         for _ in range(PASSES):
             worth, kept = self._worth(kinds, rows, rate, each_s)
             tokens, right, seconds = np.tensordot(times, worth, (0, 1))
@@ -249,10 +264,13 @@ class Planner:
     def _price(self, kind: _Kind, name: str, rows: int) -> Floats:
         """Seconds of one of ``rows`` asks at each of PRICES."""
         if name not in self._priced:
-            return np.full(len(PRICES), self._seconds.get(name, 0.0))
+            return np.full(len(PRICES), self._each_s(name))
         seconds = self._priced[name].seconds
         most = [self._depth(kind, name, price) for price in range(len(PRICES))]
         return np.array([seconds(rows, each) / rows for each in most])
+
+    def _each_s(self, name: str) -> float:
+        return self._seconds[name].mean if name in self._seconds else 0.0
 
     def _depth(self, kind: _Kind, name: str, price: int) -> int:
         """How much to ask for: where it costs nothing more, for all that a guess may have."""
@@ -271,7 +289,7 @@ class Planner:
         seconds = 0.0
         if left_out:
             name = left_out[self._turn // len(asks) % len(left_out)]
-            those, most, seconds = [first], LONGEST, self._seconds.get(name, 0.0)
+            those, most, seconds = [first], LONGEST, self._each_s(name)
             if name in self._priced:
                 those = [i for i, ask in enumerate(asks) if name in _left_out(ask, chains[i])]
                 most, seconds = PROBE_MOST, self._priced[name].seconds(len(those), PROBE_MOST)
@@ -381,9 +399,9 @@ class Planner:
             self._seen = []
             self._believed = {}
         if brought := self._brought:
-            survival = np.zeros((len(brought), max(len(right) for _, right in brought)))
-            for index, (_, right) in enumerate(brought):
-                survival[index, : len(right)] = right
+            survival = np.zeros((len(brought), max(len(row) for _, row in brought)))
+            for index, (_, row) in enumerate(brought):
+                survival[index, : len(row)] = row
             self._asked.see(
                 [self._asked.of(of.kind, of.drafter) for of, _ in brought], _brought(survival)
             )
