@@ -13,7 +13,7 @@ from loramux.batch import Row
 from loramux.request import AdapterRef, Adapters, Request, SamplingParams, Speculation
 from loramux.sampling.verify import verified
 from loramux.speculation.costs import Costs, CostTable, Load
-from loramux.speculation.drafter import Ask, Drafter, Guess
+from loramux.speculation.drafter import Ask, Guess
 from loramux.speculation.drafting import Drafting
 from loramux.speculation.planner import Planner
 
@@ -68,17 +68,19 @@ class Scripted:
     def _guess(self, ask: Ask) -> Guess:
         if self.world.rng.random() < self.silent:
             return Guess()
-        request, grade = ask.request, 0
-        chance = self.chance(request)
-        if self.grades:  # half of all guesses are hopeless, and say so
-            grade = int(self.world.rng.random() < 0.5)
-            chance = chance if grade else [0.02] * len(chance)
-        lucky = self.world.rng.random(ask.most) < np.resize(chance, ask.most)
+        request = ask.request
+        grade = int(self.grades and self.world.rng.random() < 0.5)
+        lucky = self.world.rng.random(ask.most) < self.chances(request, grade, ask.most)
         ids = [
             token(request, request.num_ids + place) + 2000 * (not right)
             for place, right in enumerate(lucky)
         ]
         return Guess(ids, grade=grade)
+
+    def chances(self, request: Request, grade: int, most: int) -> npt.NDArray[np.float64]:
+        """Half of all guesses of one that grades are hopeless, and say so."""
+        hopeless = self.grades and grade == 0
+        return np.resize([0.02] if hopeless else self.chance(request), most)
 
 
 @dataclass
@@ -101,18 +103,19 @@ class Server:
     def __init__(
         self,
         world: World,
-        drafters: dict[str, Drafter],
+        drafters: dict[str, Scripted],
         costs: Costs,
         requests: Sequence[Request],
         planner: Planner | None = None,
     ) -> None:
         self.world, self.costs, self.requests = world, costs, list(requests)
+        self.drafters = drafters
         self.drafting = Drafting(drafters, planner, clock=lambda: world.now)
-        self.tokens = 0
+        self.tokens = 0.0
         self.verified: list[int] = []
 
     def run(self, steps: int, prompt_tokens: int = 0) -> float:
-        """Tokens a second."""
+        """Tokens a second: those expected of what is verified, so that luck does not matter."""
         began, before = self.world.now, self.tokens
         for _ in range(steps):
             self.step(prompt_tokens)
@@ -145,7 +148,11 @@ class Server:
         if row.drafts:
             self.drafting.learned(row, nodes[1:])
         request.receive([came[node] for node in nodes])
-        self.tokens += len(nodes)
+        self.tokens += 1
+        if row.drafts:
+            drafter = self.drafters[row.drafter]
+            chances = drafter.chances(request, row.grade, len(row.drafts))
+            self.tokens += float(np.cumprod(chances).sum())
 
 
 def request(

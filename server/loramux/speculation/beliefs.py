@@ -17,7 +17,7 @@ MOST_OWNERS = 1024
 class Beliefs:
     """Vectors of means. A mean of n observations is believed n / (n + ``trust``), and the mean of
     the next wider class for the rest; the widest lean on ``prior``. What is older than about
-    ``window`` observations is forgotten.
+    ``window`` observations is forgotten, also where these did not say anything new.
 
     The narrowest classes have an owner. Those of the ``most_owners`` that were asked about last are
     kept: whoever comes back later begins again with what is true of everyone.
@@ -60,6 +60,11 @@ class Beliefs:
             mean = (self._sums[cells] + self._trust * mean) / (counts + self._trust)
         return mean
 
+    def counts(self, classes: Sequence[Cells]) -> Floats:
+        """How much of what was seen of each of ``classes`` is not forgotten."""
+        found: Floats = self._counts[[cells[0] for cells in classes]]
+        return found
+
     def see(self, classes: Sequence[Cells], counts: Floats, sums: Floats) -> None:
         """``counts[i]`` more observations of class i [classes, width], which add up to
         ``sums[i]``."""
@@ -67,8 +72,10 @@ class Beliefs:
         cells, where = np.unique(levels, return_inverse=True)
         share = np.zeros((len(cells), len(classes)))
         share[where.reshape(levels.shape), np.arange(len(classes))] = 1
-        all_counts = self._counts[cells] + share @ counts
-        kept = self._window / np.maximum(all_counts, self._window)
+        new = share @ counts
+        missed = (share @ counts.max(axis=1))[:, None] - new
+        all_counts = self._counts[cells] + new
+        kept = self._window / np.maximum(all_counts, self._window + missed)
         self._counts[cells] = all_counts * kept
         self._sums[cells] = (self._sums[cells] + share @ sums) * kept
 

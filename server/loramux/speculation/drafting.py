@@ -10,7 +10,7 @@ from loramux.batch import Row
 from loramux.request import Request
 from loramux.speculation.costs import Load
 from loramux.speculation.drafter import Ask, Drafter, Guess
-from loramux.speculation.planner import Answer, Chain, Planner
+from loramux.speculation.planner import Answer, Chain, Planner, Question
 
 
 class Draft(NamedTuple):
@@ -38,21 +38,20 @@ class Drafting:
         """For each of ``asks`` the guess of the first of its request's drafters that has one, as
         far as it pays and what is left of the step's tokens goes."""
         drafts: list[Draft | None] = [None] * len(asks)
-        open_asks = [index for index, ask in enumerate(asks) if min(ask.most, load.budget) > 0]
-        if not open_asks:
+        where = [index for index, ask in enumerate(asks) if min(ask.most, load.budget) > 0]
+        if not where:
             return drafts
         began = self._clock()
-        answers = self._ask(asks, open_asks, self._chains([asks[i] for i in open_asks], load))
+        answers = self._answers([asks[index] for index in where], load)
+        numbers = [len(answer.guess.token_ids) for answer in answers]
         if self.planner is not None and answers:
             numbers = self.planner.choose(answers, load, self._clock() - began)
-        else:
-            numbers = [len(answer.guess.token_ids) for answer in answers]
         budget = load.budget
         for answer, number in zip(answers, numbers, strict=True):
-            number = min(number, budget)
-            budget -= number
-            if number:
-                drafts[answer.number] = Draft(answer.drafter, _beginning(answer.guess, number))
+            if number := min(number, budget):
+                budget -= number
+                guess = _beginning(answer.guess, number)
+                drafts[where[answer.number]] = Draft(answer.drafter, guess)
         return drafts
 
     def learned(self, row: Row, nodes: Sequence[int]) -> None:
@@ -67,41 +66,41 @@ class Drafting:
         if self.planner is not None:
             self.planner.ended(request)
 
-    def _chains(self, asks: Sequence[Ask], load: Load) -> Sequence[Chain]:
-        if self.planner is not None:
-            return self.planner.chains(asks, load, self.drafters)
-        return [tuple((name, ask.most) for name in _drafters(ask)) for ask in asks]
+    def _answers(self, asks: Sequence[Ask], load: Load) -> list[Answer]:
+        """What there is to choose from."""
+        if self.planner is None:
+            return self._ask(asks, [[(name, ask.most) for name in _drafters(ask)] for ask in asks])
+        chains = self.planner.chains(asks, load, self.drafters)
+        probes = self.planner.probes(asks, chains, load)
+        return self._ask(asks, chains) + self._put(asks, probes, probe=True)
 
-    def _ask(
-        self, asks: Sequence[Ask], indices: Sequence[int], chains: Sequence[Chain]
-    ) -> list[Answer]:
-        """Every answer to the asks at ``indices``, in whose chains the next is asked when one has
-        none."""
+    def _ask(self, asks: Sequence[Ask], chains: Sequence[Chain]) -> list[Answer]:
+        """Every answer to ``asks``, in whose chains the next is asked when one has none."""
         answers: list[Answer] = []
-        unanswered = list(zip(indices, chains, strict=True))
-        place = 0
-        while unanswered := [each for each in unanswered if place < len(each[1])]:
-            by_name: dict[str, list[tuple[int, Chain]]] = {}
-            for each in unanswered:
-                by_name.setdefault(each[1][place][0], []).append(each)
-            unanswered = []
-            for name, those in by_name.items():
-                now = [asks[index]._replace(most=chain[place][1]) for index, chain in those]
-                for each, ask, guess in zip(those, now, self._timed(name, now), strict=True):
-                    index = each[0]
-                    guess = _beginning(guess, ask.most)
-                    answers.append(Answer(index, ask, name, guess, asks[index].most))
-                    if not guess.token_ids:
-                        unanswered.append(each)
+        unanswered, place = list(range(len(asks))), 0
+        while unanswered := [number for number in unanswered if place < len(chains[number])]:
+            now = self._put(asks, [Question(n, *chains[n][place]) for n in unanswered])
+            answers += now
+            unanswered = [answer.number for answer in now if not answer.guess.token_ids]
             place += 1
         return sorted(answers, key=lambda answer: answer.number)
 
-    def _timed(self, name: str, asks: Sequence[Ask]) -> Sequence[Guess]:
-        began = self._clock()
-        guesses = self.drafters[name].propose(asks)
-        if self.planner is not None:
-            self.planner.took(name, len(asks), self._clock() - began)
-        return guesses
+    def _put(
+        self, asks: Sequence[Ask], questions: Sequence[Question], *, probe: bool = False
+    ) -> list[Answer]:
+        """The answers to ``questions``, every drafter's at once."""
+        answers: list[Answer] = []
+        for name in dict.fromkeys(question.drafter for question in questions):
+            those = [question for question in questions if question.drafter == name]
+            now = [asks[question.number]._replace(most=question.most) for question in those]
+            began = self._clock()
+            guesses = self.drafters[name].propose(now)
+            if self.planner is not None:
+                self.planner.took(name, len(now), self._clock() - began)
+            for (number, _, most), ask, guess in zip(those, now, guesses, strict=True):
+                guess = _beginning(guess, most)
+                answers.append(Answer(number, ask, name, guess, probe))
+        return answers
 
 
 def _drafters(ask: Ask) -> Sequence[str]:

@@ -52,6 +52,8 @@ PROBE_SHARE = 0.005
 """Of the time of plain steps, for asking those who are not worth it, in case they are by now."""
 PROBE_MOST = 2
 """Tokens that those are asked for who take longer for more."""
+PROBE_STEPS = 8
+"""So often at most: planning a probe takes time too."""
 SAVED_STEPS = 2.0
 """Steps' worth of unused time for probes that is kept."""
 
@@ -67,17 +69,25 @@ class Priced(Protocol):
 
 
 class Answer(NamedTuple):
-    """``drafter`` was asked ``ask``, the ``number``-th of a step; ``room``: for how many tokens at
-    most it could have been."""
+    """``drafter`` was asked ``ask``, the ``number``-th of a step. If that was a ``probe``, none of
+    the guess is verified."""
 
     number: int
     ask: Ask
     drafter: str
     guess: Guess
-    room: int
+    probe: bool = False
 
 
-Chain = tuple[tuple[str, int], ...]
+class Question(NamedTuple):
+    """``drafter`` shall be asked about the ``number``-th ask of a step, for ``most`` tokens."""
+
+    number: int
+    drafter: str
+    most: int
+
+
+Chain = Sequence[tuple[str, int]]
 """Drafters in the order they are asked, and for how many tokens at most."""
 
 
@@ -93,11 +103,12 @@ class _Group(NamedTuple):
 
     kind: _Kind
     drafters: tuple[str, ...]
+    most: int
 
 
 class _Class(NamedTuple):
-    """Guesses that are right equally often. A drafter that is asked for the less the likelier it
-    is wrong has a class of all its grades too, None: the grade is known only afterwards."""
+    """Guesses that are right equally often. One who takes longer for more has a class of all its
+    grades too, None: the grade is known only afterwards."""
 
     kind: _Kind
     drafter: str
@@ -119,6 +130,7 @@ class _Shadow(NamedTuple):
     until: int
     of: _Class
     guess: Guess
+    asked_for: int
 
 
 class _Asked:
@@ -172,7 +184,7 @@ class Planner:
         self._brought: list[tuple[_Class, Floats]] = []
         self._believed: dict[_Class, Floats] = {}
         self._shadows: dict[str, _Shadow] = {}
-        self._shadowed: set[str] = set()
+        self._verified: dict[str, int] = {}
         self._planned: dict[_Group, Chain] = {}
         self._planned_for: tuple[int, Load] | None = None
         self._steps_left = 0
@@ -198,12 +210,10 @@ class Planner:
             self._planned = self._plan(Counter(groups), load)
             self._planned_for, self._steps_left = now, PLAN_STEPS
         self._steps_left -= 1
-        chains = [
-            tuple((name, min(most, ask.most)) for name, most in self._planned[group])
+        return [
+            [(name, min(most, ask.most)) for name, most in self._planned[group]]
             for group, ask in zip(groups, asks, strict=True)
         ]
-        self._probe(asks, chains, load)
-        return chains
 
     def took(self, drafter: str, rows: int, seconds: float) -> None:
         """``drafter`` was asked about ``rows`` requests, which took ``seconds``."""
@@ -229,11 +239,11 @@ class Planner:
         if rate <= MARGIN * plain:
             return dict.fromkeys(kinds, ())
         return {
-            group: tuple(
-                (name, self._depth(group.kind, name, price))
+            group: [
+                (name, self._depth(group, name, price))
                 for place, name in enumerate(group.drafters)
                 if kept[place][index, price]
-            )
+            ]
             for index, group in enumerate(kinds)
         }
 
@@ -248,11 +258,11 @@ class Planner:
         kept = []
         for place in reversed(range(max(len(group.drafters) for group in groups))):
             those = [i for i, group in enumerate(groups) if place < len(group.drafters)]
-            asked = [(groups[i].kind, groups[i].drafters[place]) for i in those]
-            tokens, right, answers = self._asked.means([self._asked.of(*each) for each in asked])
+            asked = [(groups[i], groups[i].drafters[place]) for i in those]
+            tokens, right, answers = self._brings(asked)
             seconds = np.array([self._price(*each, rows[each[1]]) for each in asked])
             own = right - rate * (seconds + each_s * tokens)
-            keep = own > answers * surplus[those]
+            keep = (own > 0) & (MARGIN * own >= answers * surplus[those])
             kept.append(np.zeros((len(groups), len(PRICES)), np.bool_))
             kept[-1][those] = keep
             rest = 1 - answers
@@ -261,44 +271,65 @@ class Planner:
             worth[:, those] = np.where(keep, brings + rest * worth[:, those], worth[:, those])
         return worth, kept[::-1]
 
-    def _price(self, kind: _Kind, name: str, rows: int) -> Floats:
+    def _brings(self, asked: Sequence[tuple[_Group, str]]) -> tuple[Floats, Floats, Floats]:
+        """See _Asked.means. Of those who take longer for more it is not known what more would have
+        brought: that follows from how often they are right."""
+        means = self._asked.means([self._asked.of(group.kind, name) for group, name in asked])
+        tokens, right, answers = means
+        for index, (group, name) in enumerate(asked):
+            if name in self._priced:
+                brought = _brought(self._ahead(group, name)[None])[0] * answers[index]
+                tokens[index], right[index] = np.split(brought[:-1], 2)
+        return means
+
+    def _price(self, group: _Group, name: str, rows: int) -> Floats:
         """Seconds of one of ``rows`` asks at each of PRICES."""
         if name not in self._priced:
             return np.full(len(PRICES), self._each_s(name))
         seconds = self._priced[name].seconds
-        most = [self._depth(kind, name, price) for price in range(len(PRICES))]
+        most = [self._depth(group, name, price) for price in range(len(PRICES))]
         return np.array([seconds(rows, each) / rows for each in most])
 
     def _each_s(self, name: str) -> float:
         return self._seconds[name].mean if name in self._seconds else 0.0
 
-    def _depth(self, kind: _Kind, name: str, price: int) -> int:
+    def _depth(self, group: _Group, name: str, price: int) -> int:
         """How much to ask for: where it costs nothing more, for all that a guess may have."""
         if name not in self._priced:
-            return LONGEST
-        right = self._survival([_Class(kind, name, None)])[0]
-        return max(1, int((right > PRICES[price]).sum()))
+            return group.most
+        return max(1, int((self._ahead(group, name) > PRICES[price]).sum()))
 
-    def _probe(self, asks: Sequence[Ask], chains: list[Chain], load: Load) -> None:
-        """Ask one of those left out, if there is time for that: about one request, or, if that
-        takes no longer, about all."""
+    def _ahead(self, group: _Group, name: str) -> Floats:
+        """How often each place that is asked for is guessed, and right."""
+        return self._survival([_Class(group.kind, name, None)])[0, : group.most]
+
+    def probes(self, asks: Sequence[Ask], chains: Sequence[Chain], load: Load) -> list[Question]:
+        """Which of those that ``chains`` leave out to ask about ``asks`` nevertheless, if there is
+        time for one: about as many requests as there is time for."""
         plain_s = self.costs.without_guesses(load)
+        self._credit_s += PROBE_SHARE * plain_s
         self._turn += 1
-        first = self._turn % len(asks)
-        left_out = _left_out(asks[first], chains[first])
-        seconds = 0.0
-        if left_out:
-            name = left_out[self._turn // len(asks) % len(left_out)]
-            those, most, seconds = [first], LONGEST, self._each_s(name)
-            if name in self._priced:
-                those = [i for i, ask in enumerate(asks) if name in _left_out(ask, chains[i])]
-                most, seconds = PROBE_MOST, self._priced[name].seconds(len(those), PROBE_MOST)
-            if seconds <= self._credit_s:
-                self._credit_s -= seconds
-                for index in those:
-                    chains[index] = ((name, min(most, asks[index].most)), *chains[index])
-        saved = max(SAVED_STEPS * plain_s, seconds)
-        self._credit_s = min(self._credit_s + PROBE_SHARE * plain_s, saved)
+        if self._turn % PROBE_STEPS:
+            return []
+        names = Counter(
+            name for each in zip(asks, chains, strict=True) for name in _left_out(*each)
+        )
+        if not names:
+            self._credit_s = min(self._credit_s, SAVED_STEPS * plain_s)
+            return []
+        name = sorted(names)[self._turn // PROBE_STEPS % len(names)]
+        most, rows, seconds = LONGEST, names[name], 0.0
+        if name in self._priced:
+            most, seconds = PROBE_MOST, self._priced[name].seconds(rows, PROBE_MOST)
+        elif each_s := self._each_s(name):
+            rows = min(rows, max(1, int(self._credit_s / each_s)))
+            seconds = rows * each_s
+        if seconds > self._credit_s:
+            return []
+        self._credit_s = min(self._credit_s - seconds, SAVED_STEPS * plain_s)
+        order = [(self._turn + i) % len(asks) for i in range(len(asks))]
+        those = [i for i in order if name in _left_out(asks[i], chains[i])][:rows]
+        return [Question(i, name, min(most, asks[i].most)) for i in those]
 
     # -- after drafting --------------------------------------------------------------------------
 
@@ -306,29 +337,27 @@ class Planner:
         """How many tokens of each guess to verify. ``spent`` is the time that they took."""
         classes = [_Class(_kind(a.ask.request), a.drafter, a.guess.grade) for a in answers]
         survival = self._survival(classes)
-        lengths = np.array([len(a.guess.token_ids) for a in answers])
+        lengths = np.array([0 if a.probe else len(a.guess.token_ids) for a in answers])
         places = np.arange(LONGEST)
         for answer, of, right in zip(answers, classes, survival, strict=True):
-            length = len(answer.guess.token_ids)
-            if length == answer.ask.most:  # it might have gone on
-                length = max(length, answer.room)
-            self._brought.append((of, right[:length]))
+            self._brought.append((of, right[: len(answer.guess.token_ids)]))
         chosen = self._best(survival[places < lengths[:, None]], load, spent)
         owner = np.repeat(np.arange(len(answers)), lengths)
         numbers: list[int] = np.bincount(owner[chosen], minlength=len(answers)).tolist()
-        self._shadowed = {
-            answer.ask.request.id
-            for answer, of, number in zip(answers, classes, numbers, strict=True)
-            if number < len(answer.guess.token_ids) and self._shadow(answer, of)
-        }
+        self._verified = {}
+        for answer, of, number in zip(answers, classes, numbers, strict=True):
+            whole = number == len(answer.guess.token_ids)
+            if not whole and self._shadow(answer, of):
+                continue  # to be learned from later, as a whole
+            if number:
+                self._verified[answer.ask.request.id] = answer.ask.most if whole else number
         return numbers
 
     def learned(self, row: Row, nodes: Sequence[int]) -> None:
         """Of the guesses of ``row`` those were right that have ``nodes``."""
-        request = row.request
-        if request.id not in self._shadowed:
-            of = _Class(_kind(request), row.drafter, row.grade)
-            self._see(of, len(row.drafts), nodes)
+        if asked_for := self._verified.get(row.request.id):
+            of = _Class(_kind(row.request), row.drafter, row.grade)
+            self._see(of, len(row.drafts), nodes, asked_for)
 
     def ended(self, request: Request) -> None:
         """``request`` is over."""
@@ -349,7 +378,11 @@ class Planner:
     def _survival(self, classes: Sequence[_Class]) -> Floats:
         """How often each place of guesses of ``classes`` is right: [classes, LONGEST]."""
         if missing := [of for of in dict.fromkeys(classes) if of not in self._believed]:
-            means = self._right.means([self._cells(of) for of in missing])
+            cells = [self._cells(of) for of in missing]
+            means = self._right.means(cells)
+            for mean, count in zip(means, self._right.counts(cells), strict=True):
+                if known := int(np.argmin(count >= TRUST)):  # what is further may go on as it began
+                    mean[known:] = mean[known - 1] * PRIOR[: LONGEST - known]
             falling = np.minimum.accumulate(means, axis=1)
             self._believed.update(zip(missing, falling, strict=True))
         return np.stack([self._believed[of] for of in classes])
@@ -366,7 +399,7 @@ class Planner:
         if request.id in self._shadows:
             return False
         until = request.num_ids + max(depths(len(guess.token_ids), guess.parents))
-        self._shadows[request.id] = _Shadow(request.num_ids, until, of, guess)
+        self._shadows[request.id] = _Shadow(request.num_ids, until, of, guess, answer.ask.most)
         return True
 
     def _compare(self, asks: Sequence[Ask]) -> None:
@@ -378,14 +411,16 @@ class Planner:
                 token_ids, parents, _ = shadow.guess
                 came = [*request.ids[shadow.since : shadow.until].tolist(), None]
                 drawn = [came[depth] for depth in depths(len(token_ids), parents)]
-                self._see(shadow.of, len(token_ids), verified(token_ids, drawn, (), parents)[1:])
+                nodes = verified(token_ids, drawn, (), parents)[1:]
+                self._see(shadow.of, len(token_ids), nodes, shadow.asked_for)
 
-    def _see(self, of: _Class, length: int, nodes: Sequence[int]) -> None:
-        """Of a guess of ``length`` tokens those were right that have ``nodes``."""
-        seen = _Seen(of, length, [node - 1 for node in nodes])
-        self._seen.append(seen)
+    def _see(self, of: _Class, length: int, nodes: Sequence[int], asked_for: int) -> None:
+        """Of a guess of ``length`` tokens those were right that have ``nodes``. A place that was
+        asked for and not guessed was not right."""
+        right = [node - 1 for node in nodes]
+        self._seen.append(_Seen(of, length, right))
         if of.drafter in self._priced:
-            self._seen.append(seen._replace(of=of._replace(grade=None)))
+            self._seen.append(_Seen(of._replace(grade=None), asked_for, right))
 
     def _learn(self) -> None:
         """What was seen since the last time is believed from now on."""
@@ -411,7 +446,8 @@ class Planner:
 def _group(ask: Ask) -> _Group:
     speculation = ask.request.speculation
     assert speculation is not None
-    return _Group(_kind(ask.request), speculation.drafters)
+    most = min(speculation.max_draft_tokens, LONGEST)
+    return _Group(_kind(ask.request), speculation.drafters, most)
 
 
 def _left_out(ask: Ask, chain: Chain) -> list[str]:
