@@ -46,8 +46,10 @@ PRICES = np.array([0, 0.02, *np.arange(0.05, 0.925, 0.05)])
 ASKS_TRUST = 16.0
 ASKS_WINDOW = 64.0
 USUAL_MOST = 8
-PLAN_STEPS = 16
+PLAN_STEPS = 32
 """So long who is asked stays decided while the load is the same."""
+BROUGHT_STEPS = 4
+"""What an ask brings is counted so often: that takes time too."""
 PROBE_SHARE = 0.005
 """Of the time of plain steps, for asking those who are not worth it, in case they are by now."""
 PROBE_MOST = 2
@@ -340,7 +342,8 @@ class Planner:
         lengths = np.array([0 if a.probe else len(a.guess.token_ids) for a in answers])
         places = np.arange(LONGEST)
         for answer, of, right in zip(answers, classes, survival, strict=True):
-            self._brought.append((of, right[: len(answer.guess.token_ids)]))
+            if answer.probe or self._steps_left % BROUGHT_STEPS == 0:
+                self._brought.append((of, right[: len(answer.guess.token_ids)]))
         chosen = self._best(survival[places < lengths[:, None]], load, spent)
         owner = np.repeat(np.arange(len(answers)), lengths)
         numbers: list[int] = np.bincount(owner[chosen], minlength=len(answers)).tolist()
@@ -425,12 +428,13 @@ class Planner:
     def _learn(self) -> None:
         """What was seen since the last time is believed from now on."""
         if seen := self._seen:
-            counts, sums = np.zeros((2, len(seen), LONGEST))
-            for index, (_, length, right) in enumerate(seen):
-                counts[index, :length] = 1
+            cells = {of: self._cells(of) for of in {of for of, _, _ in seen}}
+            lengths = np.array([length for _, length, _ in seen])
+            counts = (np.arange(LONGEST) < lengths[:, None]).astype(np.float64)
+            sums = np.zeros_like(counts)
+            for index, (_, _, right) in enumerate(seen):
                 sums[index, right] = 1
-            cells = [self._cells(of) for of, _, _ in seen]
-            self._right.see(cells, counts, sums)
+            self._right.see([cells[of] for of, _, _ in seen], counts, sums)
             self._seen = []
             self._believed = {}
         if brought := self._brought:
