@@ -333,6 +333,19 @@ def test_the_first_of_two_good_ones_is_followed_by_the_second() -> None:
     assert second.rows_asked == pytest.approx(2 * LONG, rel=0.2)
 
 
+def test_who_never_says_anything_is_left_alone() -> None:
+    costs = Costs.alike(table(0.01, 0.0))
+    drafter = Scripted(World(15), lambda _: [0.9] * 8, each=5e-4, silent=1.0)
+    server = served(drafter, costs, 4)
+    server.run(WARM)
+    asked = drafter.rows_asked
+    server.run(400)
+    assert drafter.rows_asked - asked <= 400 / 8
+    drafter.silent = 0.0
+    server.run(1000)
+    near(server.run(LONG), fixed(costs, 4, [0.9] * 8, lambda _: 4 * 5e-4))
+
+
 def test_a_wait_for_a_compiler_silences_nobody() -> None:
     world = World(12)
     costs = Costs.alike(table(0.01, 0.0))

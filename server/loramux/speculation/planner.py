@@ -427,6 +427,7 @@ class Planner:
 
     def _learn(self) -> None:
         """What was seen since the last time is believed from now on."""
+        self._believed = {}
         if seen := self._seen:
             cells = {of: self._cells(of) for of in {of for of, _, _ in seen}}
             lengths = np.array([length for _, length, _ in seen])
@@ -436,9 +437,8 @@ class Planner:
                 sums[index, right] = 1
             self._right.see([cells[of] for of, _, _ in seen], counts, sums)
             self._seen = []
-            self._believed = {}
         if brought := self._brought:
-            survival = np.zeros((len(brought), max(len(row) for _, row in brought)))
+            survival = np.zeros((len(brought), max(1, *(len(row) for _, row in brought))))
             for index, (_, row) in enumerate(brought):
                 survival[index, : len(row)] = row
             self._asked.see(
