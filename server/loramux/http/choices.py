@@ -86,7 +86,10 @@ def _several(
         adapters += _scaled(served, choice.scale)
         profiles += served.profiles
         versions += served.versions
-    return replace(base, adapters=adapters, profiles=profiles, versions=versions)
+    companions = served.companions if len(choices) == 1 else {}
+    return replace(
+        base, adapters=adapters, profiles=profiles, versions=versions, companions=companions
+    )
 
 
 def _scaled(served: Served, scale: float) -> Adapters:
