@@ -52,7 +52,8 @@ def test_tokens_that_come_twice_are_not_counted_twice() -> None:
     assert isinstance(done, Done) and done.drafts == {"lookup": Drafted(1, 4, 2)}
 
 
-def test_guesses_behind_a_stop_string_were_not_accepted() -> None:
+@pytest.mark.parametrize("active", ["large", "small"])
+def test_guesses_behind_a_stop_string_were_not_accepted(active: str) -> None:
     """The step's last token is nobody's guess; what a stop string leaves of it are all guesses."""
     used = next(n for n in range(len(IDS)) if "stop" in TOKENIZER.decode(IDS[:n]))
     for sent in range(used, len(IDS) + 1):
@@ -60,14 +61,15 @@ def test_guesses_behind_a_stop_string_were_not_accepted() -> None:
         generation = desk.add("r", stop=("stop",), speculation=SPECULATION)
         desk.step(Output("r", 0, IDS[:1], ledger=(0, 1, 9, 10)))
         last = Output("r", 1, IDS[1:sent], drafted=("lookup", 40, 40))
-        last.ledger = (sent - 1, 1, 9 + sent, 10)
+        last.ledger = (sent - 1, 1, 9 + sent, 10) if active == "large" else (0, sent, 9, 10 + sent)
         desk.step(last)
         _, done = read(generation)
         assert isinstance(done, Done) and done.num_output_tokens == used
         accepted = used - 2 if sent == used else used - 1
         assert done.drafts == {"lookup": Drafted(1, 40, accepted)}, sent
-        assert done.by_model == (used - 1, 1, 9 + sent, 10), "computed, but not delivered"
-        assert desk.observations.snapshot.model_tokens == {"large": used - 1, "small": 1}
+        delivered = (used - 1, 1) if active == "large" else (0, used)
+        assert done.by_model == (*delivered, *last.ledger[2:]), "computed, but not delivered"
+        assert tuple(desk.observations.snapshot.model_tokens.values()) == delivered
 
 
 @pytest.mark.parametrize("order", ["large", "small"])
@@ -162,6 +164,7 @@ def test_counts_by_adapter_only_grow_and_nothing_is_lost(
     additions: list[tuple[int, str, int, int] | None],
 ) -> None:
     totals = DraftTotals()
+    additions = [*((n, "lookup", 1 + n % 7, n % 2) for n in range(SEATS + 5)), None, *additions]
     before: dict[tuple[str, str], tuple[int, int]] = {}
     busy: dict[str, int] = {}
     for addition in additions:

@@ -254,6 +254,8 @@ def test_entropy_adaptive_is_resolved(server: Running, monkeypatch: pytest.Monke
         assert server.chat(model=model, max_tokens=2, entropy_adaptive=full).status_code == 200
     one = [{"id": "shout", "scale": 0.5}]
     assert server.complete(adapters=one, **turns()).status_code == 200
+    error = refusal(server.complete(adapters=[*one, {"id": "whisper"}], **turns()))
+    assert "several adapters" in error["message"]
     wanted = [EntropyAdaptive(threshold=1.0), EntropyAdaptive(**full)]  # type: ignore[arg-type]
     specs = server.front.specs
     assert [spec.entropy for spec in specs] == [*wanted, *wanted, wanted[0]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from loramux.errors import InvalidRequest
@@ -189,7 +189,7 @@ def usage_details(
     return details
 
 
-def predictions(details: UsageDetails) -> PredictionDetails | Any:
+def predictions(details: UsageDetails) -> PredictionDetails | UnsetType:
     """OpenAI's words for it; UNSET when nobody guessed."""
     told = details.speculation
     if not isinstance(told, SpeculationUsage):
