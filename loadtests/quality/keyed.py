@@ -58,6 +58,8 @@ COLUMNS = {
     "likeliest": "likeliest",
 }
 SETTINGS = ((1.0, 1.0), (0.7, 1.0), (1.0, 0.9), (0.7, 0.9))
+AGAIN = 8
+"""Draws at a position of a document."""
 WEIGHTS = (1, 3, 10, 30, 100, 1000)
 
 
@@ -183,7 +185,7 @@ def picture(where: Path, tallies: dict[str, Tally]) -> None:
 
 def main() -> None:
     args = report.arguments(__doc__).parse_args()
-    rows, few, count = (20, 5, 2) if args.quick else (300, 40, 40)
+    rows, draws, count = (20, 5, 2) if args.quick else (300, 40, 40)
     found = pairs.header()
     rng = np.random.default_rng(0)
     tallies: dict[str, Tally] = {}
@@ -191,8 +193,9 @@ def main() -> None:
         whole = tallies.setdefault(f"{size} ids", Tally())
         for weight in track(WEIGHTS, description=f"{size} ids"):
             tally = Tally()
-            compare(tally, *made_up(rng, size, weight, rows), (1.0, 1.0), 100 * weight, few)
-            found["cases"].append(tally.case(f"{size} ids, weight {weight}", few))
+            seed = 1000 * len(found["cases"])
+            compare(tally, *made_up(rng, size, weight, rows), (1.0, 1.0), seed, draws)
+            found["cases"].append(tally.case(f"{size} ids, weight {weight}", draws))
             for name, values in tally.seen.items():
                 whole.seen.setdefault(name, []).extend(values)
     named = {
@@ -202,8 +205,8 @@ def main() -> None:
     for number, (of_p, of_q) in enumerate(read(count)):
         for name, setting in named.items():
             tally = tallies.setdefault(name, Tally())
-            compare(tally, of_p, of_q, setting, 1000 * number, 4)
-    found["cases"] += [tallies[name].case(name, 4) for name in named]
+            compare(tally, of_p, of_q, setting, 100_000 + 1000 * number, AGAIN)
+    found["cases"] += [tallies[name].case(name, AGAIN) for name in named]
     where = report.folder(args)
     report.save(found, where, "keyed")
     table = report.markdown([in_percent(case) for case in found["cases"]], COLUMNS)
