@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,11 +44,13 @@ def check(tree: SuffixTree, texts: list[Text], depth: int, alphabet: int = 3) ->
     while node:
         free, node = free + 1, nodes[node, NEXT]
     assert in_use + free == nodes[0, CHAIN]
-    went_on = {s[:-1]: 0 for s in counts}
-    for tokens in counts:
-        went_on[tokens[:-1]] += 1
-    ends = {tuple(text[start:]) for text in texts for start in range(max(0, len(text) - depth + 1), len(text))}
-    needed = {s for s in counts if len(s) == depth or s in ends or went_on.get(s, 0) > 1}
+    went_on = Counter(tokens[:-1] for tokens in counts)
+    ends = {
+        tuple(text[start:])
+        for text in texts
+        for start in range(max(0, len(text) - depth + 1), len(text))
+    }
+    needed = {s for s in counts if len(s) == depth or s in ends or went_on[s] > 1}
     assert in_use == len(needed)
 
 
@@ -107,59 +110,54 @@ def test_texts_come_and_go_for_long_in_arrays_that_are_full(
     assert tree._end > POSITIONS or not position
 
 
-def searched(
-    texts: list[Text], depth: int, context: Text, most: int, least: float, branch: bool
-) -> Continuation:
-    """``guess`` by definition, from counts; without an order among what is equally frequent."""
-    counts = occurrences(texts, depth)
-    best = Continuation([], [], 0.0, 0)
-    for length in range(1, min(depth - 1, len(context)) + 1):
-        start = tuple(context[-length:])
-        if not counts[start]:
-            break
-        chosen: list[tuple[tuple[int, ...], int]] = []
-        open_ = [(1.0, start, 0)]
+class Searched:
+    """Guesses by definition, from the texts' sequences and where they last began."""
+
+    def __init__(self, texts: list[Text], depth: int) -> None:
+        self.counts, self.depth = occurrences(texts, depth), depth
+        joined = [(text, start) for text in texts for start in range(len(text))]
+        self.last = {
+            tuple(text[start : start + length]): place
+            for place, (text, start) in enumerate(joined)
+            for length in range(1, min(depth, len(text) - start) + 1)
+        }
+
+    def ways_on(self, tokens: tuple[int, ...], share: float, parent: int) -> list[Any]:
+        """(share, where it last began, tokens, the node they follow) of each."""
+        if len(tokens) == self.depth:
+            return []
+        longer = [(*tokens, token) for token in range(3)]
+        total = sum(self.counts[way] for way in longer)
+        return [
+            (share * (self.counts[way] / total), self.last[way], way, parent)
+            for way in longer
+            if self.counts[way]
+        ]
+
+    def from_(self, start: tuple[int, ...], most: int, least: float, branch: bool) -> Continuation:
+        chosen: list[Any] = []
+        open_ = self.ways_on(start, 1.0, 0)
+        while open_ and len(chosen) < min(most, len(start)):
+            share, _, tokens, parent = way = max(open_)
+            if share < least:
+                break
+            chosen.append(way)
+            open_ = [other for other in open_ if other is not way] if branch else []
+            open_ += self.ways_on(tokens, share, len(chosen))
         score = 0.0
+        for way in chosen:
+            score += way[0]
+        return Continuation(
+            [way[2][-1] for way in chosen], [way[3] for way in chosen], score, len(start)
+        )
 
-        def ways_on(tokens: tuple[int, ...], share: float, parent: int) -> list:
-            if len(tokens) == depth:
-                return []
-            times = {token: counts[(*tokens, token)] for token in range(3)}
-            total = sum(times.values())
-            found = [
-                (share * n / total, (*tokens, token), parent) for token, n in times.items() if n
-            ]
-            found = [way for way in found if way[0] >= least]
-            return found if branch else sorted(found, reverse=True)[:1]
-
-        open_ = ways_on(start, 1.0, 0)
-        while open_ and len(chosen) < min(most, length):
-            way = max(open_)
-            open_.remove(way)
-            share, tokens, parent = way
-            chosen.append((tokens, parent))
-            score += share
-            open_ += ways_on(tokens, share, len(chosen))
-        if chosen and score >= best.score:
-            best = Continuation(
-                [tokens[-1] for tokens, _ in chosen], [parent for _, parent in chosen], score, length
-            )
-    return best
-
-
-def score_of(
-    guess: Continuation, texts: list[Text], depth: int, context: Text
-) -> float:
-    """The sum of the products of count ratios along each way of the tree."""
-    counts = occurrences(texts, depth)
-    ways, shares = [tuple(context[len(context) - guess.matched :])], [1.0]
-    for token, parent in zip(guess.token_ids, guess.parents, strict=True):
-        before = ways[parent]
-        ways.append((*before, token))
-        total = sum(counts[(*before, other)] for other in range(3))
-        shares.append(shares[parent] * counts[ways[-1]] / total)
-    assert len(set(ways)) == len(ways), "one way twice"
-    return sum(shares[1:])
+    def guess(self, context: Text, most: int, least: float, branch: bool) -> Continuation:
+        best = Continuation([], [], 0.0, 0)
+        for length in range(1, min(self.depth - 1, len(context)) + 1):
+            found = self.from_(tuple(context[-length:]), most, least, branch)
+            if found.token_ids and found.score >= best.score:
+                best = found
+        return best
 
 
 @settings(deadline=None, max_examples=300)
@@ -178,8 +176,34 @@ def test_a_guess_is_what_followed_most_often(
     for text in texts:
         tree.add(of(text))
     guess = tree.guess(of(context), most, factor=1.0, offset=0.0, least=least, branch=branch)
-    assert len(guess.token_ids) <= min(most, guess.matched)
-    assert score_of(guess, texts, depth, context) == pytest.approx(guess.score)
-    if not branch:
-        assert guess.parents == list(range(len(guess.parents)))
+    assert guess == Searched(texts, depth).guess(context, most, least, branch)
+    assert branch or guess.parents == list(range(len(guess.parents)))
     assert all(parent <= place for place, parent in enumerate(guess.parents))
+
+
+@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize(("factor", "offset"), [(1.0, 0.0), (0.5, 0.0), (2.0, -1.0), (0.0, 3.0)])
+def test_longer_matches_may_be_continued_further(
+    factor: float, offset: float, branch: bool
+) -> None:
+    tree = SuffixTree(12)
+    tree.add(of([1, 2, 3, 4, 5, 6, 7, 8, 9, 10]))
+    for matched in range(1, 5):
+        guess = tree.guess(
+            of([0, *range(1, matched + 1)]),
+            4,
+            factor=factor,
+            offset=offset,
+            least=0.1,
+            branch=branch,
+        )
+        budget = min(4, max(int(factor * length + offset) for length in range(1, matched + 1)))
+        assert guess.token_ids == list(range(matched + 1, matched + 1 + budget))
+
+
+def test_what_was_written_last_wins_among_equals() -> None:
+    tree = SuffixTree(4)
+    for next_ in (5, 6):
+        tree.add(of([1, next_]))
+        guess = tree.guess(of([1]), 1, factor=1.0, offset=0.0, least=0.1, branch=False)
+        assert guess.token_ids == [next_]

@@ -57,10 +57,9 @@ class SuffixTree:
             capacity *= 2
         if capacity > len(self._text):
             self._resize(capacity)
-        self._text[np.arange(self._end, self._end + more) & (capacity - 1)] = token_ids
         end = self._end
         self._kernels.extend(
-            self._nodes, self._heads, self._text, end - last, end, more, self._depth
+            self._nodes, self._heads, self._text, end - last, end, token_ids, self._depth
         )
         self._lengths[-1] += more
         self.num_tokens += more

@@ -199,12 +199,15 @@ def _remove(nodes: Any, heads: Any, text: Any, start: int, length: int, ends: in
         _merge(nodes, heads, node)
 
 
-@entry(f"void({_TREE}, int64, int64, int64, int64)")
+@entry(f"void({_TREE}, int64, int64, int64[::1], int64)")
 def extend(
-    nodes: Any, heads: Any, text: Any, start: int, end: int, more: int, deepest: int
+    nodes: Any, heads: Any, text: Any, start: int, end: int, tokens: Any, deepest: int
 ) -> None:
-    """The text from ``start`` to ``end`` goes on by ``more`` tokens, which are in ``text`` already.
-    Its last suffixes grow: they are taken out and come back longer."""
+    """The text from ``start`` to ``end`` goes on by ``tokens``. Its last suffixes grow: they are
+    taken out and come back longer."""
+    more, mask = len(tokens), len(text) - 1
+    for at in range(more):
+        text[(end + at) & mask] = tokens[at]
     growing = max(start, end - deepest + 1)
     for at in range(growing, end):
         _remove(nodes, heads, text, at, end - at, 1)
@@ -403,9 +406,7 @@ def guess(
                 nodes, text, oldest, node, length, budget, least, tokens, parents, edges, shares
             )
         else:
-            num, score = _line(
-                nodes, text, oldest, node, length, budget, least, tokens, parents
-            )
+            num, score = _line(nodes, text, oldest, node, length, budget, least, tokens, parents)
         if num > 0 and score >= best:
             answered, best, matched = num, score, length
             answer[0, :num] = tokens[:num]
