@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests import tiny
+from tests.equivalence.drafted import SAMPLINGS, served, told
 from tests.harness import Harness
 from tests.trees import random_parents, way_to
 
@@ -24,24 +25,7 @@ SLACK = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-SAMPLINGS: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "sampled": {"temperature": 1.0, "seed": 5},
-    "processed": {
-        "temperature": 0.9,
-        "seed": 6,
-        "top_p": 0.9,
-        "repetition_penalty": 1.2,
-        "presence_penalty": 0.4,
-        "frequency_penalty": 0.3,
-        "logit_bias": {9: 3.0},
-        "min_tokens": 5,
-        "stop_token_ids": tuple(range(30, 60)),
-        "logprobs": 2,
-    },
-}
 MOST = 5
-NUM_TOKENS = 14
 
 
 class Scripted:
@@ -98,44 +82,10 @@ class ScriptedTrees:
         return Guess(token_ids, parents)
 
 
-def served(
-    model: Path,
-    adapters: dict[str, Path],
-    knobs: dict[str, Any],
-    drafter: Any = None,
-    **config: Any,
-) -> Harness:
-    """Three adapters, the base, and three choices of one prompt, with or without guesses."""
-    harness = Harness(model, page_tokens=4, **config)
-    speculation = None
-    if drafter is not None:
-        harness.engine.drafting.drafters["scripted"] = drafter
-        speculation = Speculation(drafters=("scripted",), max_draft_tokens=MOST)
-    rng = np.random.default_rng(3)
-    for index, name in enumerate([None, *list(adapters)[:3], "three"]):
-        prompt = rng.integers(60, tiny.VOCAB_SIZE, 9 + index).tolist()
-        adapter = list(adapters.values())[0] if name == "three" else adapters.get(name or "")
-        for choice in range(3 if name == "three" else 1):
-            harness.submit(
-                prompt,
-                adapter,
-                name=f"{name}-{choice}",
-                speculation=speculation,
-                **{"max_tokens": NUM_TOKENS, "choice": choice, **knobs},
-            )
-    return harness
-
-
-def told(harness: Harness) -> dict[str, Any]:
-    """All that a client sees: ids, log-probabilities, how it ended."""
-    return {
-        name: (
-            ids,
-            [entry for output in harness.details[name] for entry in output.logprobs or ()],
-            (harness.finished[name].reason, harness.finished[name].stop_token_id),
-        )
-        for name, ids in harness.outputs.items()
-    }
+def scripted(drafter: Any) -> dict[str, Any]:
+    """What ``served`` needs to have it guess."""
+    speculation = Speculation(drafters=("scripted",), max_draft_tokens=MOST)
+    return {"speculation": speculation, "drafters": {"scripted": drafter}}
 
 
 @pytest.fixture(scope="module", params=SAMPLINGS)
@@ -160,7 +110,7 @@ def test_right_then_wrong_at_each_position(
     llama: Path, adapters: dict[str, Path], knobs: dict[str, Any], plain: Any, right: int
 ) -> None:
     drafter = Scripted(truth(plain), lambda: right, lambda: MOST)
-    harness = served(llama, adapters, knobs, drafter)
+    harness = served(llama, adapters, knobs, **scripted(drafter))
     harness.run()
     assert told(harness) == plain
     steps = sum(step.stats.get("batch_rows", 0) for step in harness.steps)
@@ -183,7 +133,12 @@ def test_any_guesses_across_preemptions_and_small_steps(
     )
     overlap = data.draw(st.booleans())
     harness = served(
-        llama, adapters, knobs, drafter, overlap=overlap, max_batch_tokens=int(rng.integers(16, 40))
+        llama,
+        adapters,
+        knobs,
+        **scripted(drafter),
+        overlap=overlap,
+        max_batch_tokens=int(rng.integers(16, 40)),
     )
     while harness.engine.has_work:
         harness.step()
@@ -202,7 +157,7 @@ def test_a_right_branch_beside_a_wrong_one(
         truth(plain), lambda most: [0, 0, *range(2, most)][:most], lambda node: node != 1
     )
     with counting() as calls:
-        harness = served(llama, adapters, knobs, drafter)
+        harness = served(llama, adapters, knobs, **scripted(drafter))
         harness.run()
     assert told(harness) == plain
     steps = sum(step.stats.get("batch_rows", 0) for step in harness.steps)
@@ -228,7 +183,12 @@ def test_any_trees_across_preemptions_and_small_steps(
     )
     overlap = data.draw(st.booleans())
     harness = served(
-        llama, adapters, knobs, drafter, overlap=overlap, max_batch_tokens=int(rng.integers(16, 40))
+        llama,
+        adapters,
+        knobs,
+        **scripted(drafter),
+        overlap=overlap,
+        max_batch_tokens=int(rng.integers(16, 40)),
     )
     while harness.engine.has_work:
         harness.step()
@@ -271,7 +231,9 @@ def test_the_cache_holds_what_a_fresh_prefill_computes(
     branched = ScriptedTrees(
         truth(plain), lambda most: random_parents(rng, most), lambda node: rng.random() < 0.7
     )
-    harness = served(llama, adapters, SAMPLINGS["greedy"], branched if trees else chains)
+    harness = served(
+        llama, adapters, SAMPLINGS["greedy"], **scripted(branched if trees else chains)
+    )
     names = list(harness.outputs)
     harness.run()
     prompt = list(range(60, 70))
@@ -295,7 +257,7 @@ def test_a_verifier_that_accepts_one_wrong_token_is_caught(
     drafter: Any = Scripted(truth(plain), lambda: 0, lambda: 2)
     if trees:
         drafter = ScriptedTrees(truth(plain), lambda most: [0] * most, lambda node: False)
-    harness = served(llama, adapters, knobs, drafter)
+    harness = served(llama, adapters, knobs, **scripted(drafter))
     harness.run()
     assert told(harness) != plain
     harness.close()

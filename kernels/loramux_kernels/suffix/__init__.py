@@ -15,6 +15,10 @@ __all__ = ["Continuation", "SuffixTree"]
 
 FEWEST = 256
 """Tokens there is room for from the start."""
+NODE_BYTES = 44
+TOKEN_BYTES = 2 * (NODE_BYTES + 4) + 4
+"""Each token begins a suffix, which has a node that it ends at and perhaps one where it left the
+others; there are as many hash chains as nodes."""
 
 
 class Continuation(NamedTuple):
@@ -30,7 +34,7 @@ class Continuation(NamedTuple):
 
 class SuffixTree:
     """Counts of all sequences of up to ``depth`` tokens in texts. Memory follows the tokens that
-    are in it, some 100 bytes each when it is full (all arrays double together)."""
+    are in it: ``TOKEN_BYTES`` each when it is full, and all arrays double together."""
 
     def __init__(self, depth: int) -> None:
         self._kernels = import_module(f"{__name__}.cpu")
@@ -43,6 +47,12 @@ class SuffixTree:
     @property
     def num_bytes(self) -> int:
         return self._nodes.nbytes + self._heads.nbytes + self._text.nbytes
+
+    @staticmethod
+    def bytes_for(num_tokens: int) -> int:
+        """What a tree takes that has come to hold so many."""
+        capacity = max(FEWEST, 1 << (num_tokens - 1).bit_length())
+        return capacity * TOKEN_BYTES + NODE_BYTES  # the root is nobody's
 
     def add(self, token_ids: npt.NDArray[np.int64]) -> None:
         """A new text."""
@@ -117,10 +127,8 @@ class SuffixTree:
         return self._end - self.num_tokens
 
     def _resize(self, capacity: int) -> None:
-        """Have room for ``capacity`` tokens, a power of two. Each begins a suffix, which has a node
-        that it ends at and perhaps one where it left the others."""
-        fields = self._kernels.FIELDS
-        nodes = np.zeros((2 * capacity + 1, fields), np.int32)
+        """Have room for ``capacity`` tokens, a power of two."""
+        nodes = np.zeros((2 * capacity + 1, NODE_BYTES // 4), np.int32)
         text = np.zeros(capacity, np.int32)
         self._heads = np.zeros(2 * capacity, np.int32)
         if self.num_tokens:

@@ -17,11 +17,12 @@ FEWEST_ROWS = 1024
 
 class Found(NamedTuple):
     """``token_ids`` are a tree by ``parents``: token i is node i + 1, node 0 is what they follow.
-    ``visits`` of each node in the search, never growing."""
+    ``visits``: how often the search came to each of them. ``weight``: the first one's."""
 
     token_ids: list[int]
     parents: list[int]
     visits: list[int]
+    weight: float
 
 
 class TrigramTable:
@@ -85,11 +86,11 @@ class TrigramTable:
         the tree of the most visited nodes, else the line that is always the most visited child.
         """
         answer, visits = np.empty((2, most), np.int64), np.empty(most, np.int64)
-        num = self._kernels.search(
+        num, weight = self._kernels.search(
             *self._arrays, a, b, iterations, depth, c1, c2, seed, branch, answer, visits
         )
         token_ids, parents = answer[:, :num].tolist()
-        return Found(token_ids, parents, visits[:num].tolist())
+        return Found(token_ids, parents, visits[:num].tolist(), weight)
 
     def _empty(self, rows: int) -> tuple[npt.NDArray[Any], ...]:
         successors = self._kernels.SUCCESSORS

@@ -14,7 +14,8 @@ import numpy as np
 
 from loramux_kernels.jit import entry, inner
 
-WAYS = 4
+WAYS = 8
+"""A set's pairs fill a cache line."""
 SUCCESSORS = 12
 _TABLE = "int64[::1], int64[::1], int32[:,::1], float32[:,::1]"
 # Of a search's nodes, side by side: a node's children are neighbours.
@@ -221,10 +222,12 @@ def _play(
 
 
 @inner
-def _most_visited(tree: Any, branch: bool, open_: Any, answer: Any, visits: Any) -> int:
+def _most_visited(
+    tree: Any, values: Any, branch: bool, open_: Any, answer: Any, visits: Any
+) -> Any:
     """The nodes below the root by their visits, each behind its parent, into ``answer``. A line of
     them unless ``branch``."""
-    num, ways, node = 0, 0, np.int64(1)
+    num, ways, node, weight = 0, 0, np.int64(1), 0.0
     tree[_PLACE, node] = 0
     while num < answer.shape[1]:
         if not branch:
@@ -246,14 +249,16 @@ def _most_visited(tree: Any, branch: bool, open_: Any, answer: Any, visits: Any)
             open_[way] = open_[way + 1]
         answer[0, num], answer[1, num] = tree[_TOKEN, node], tree[_PLACE, tree[_PARENT, node]]
         visits[num] = tree[_VISITS, node]
+        if num == 0:
+            weight = values[_WEIGHT, node]
         num += 1
         tree[_PLACE, node] = num
-    return num
+    return num, weight
 
 
 @entry(
-    f"int64({_TABLE}, int64, int64, int64, int64, float64, float64, uint64, boolean,"
-    " int64[:,::1], int64[::1])"
+    f"Tuple((int64, float64))({_TABLE}, int64, int64, int64, int64, float64, float64, uint64,"
+    " boolean, int64[:,::1], int64[::1])"
 )
 def search(
     pairs: Any,
@@ -270,11 +275,12 @@ def search(
     branch: bool,
     answer: Any,
     visits: Any,
-) -> int:
+) -> Any:
     """What may follow ``a``, ``b`` (see ``TrigramTable.search``): tokens and parents into
-    ``answer`` [2, most], how often each was visited into ``visits``; how many there are."""
+    ``answer`` [2, most], how often each was visited into ``visits``; how many there are, and the
+    weight of the first."""
     if _row(pairs, a, b) < 0:
-        return 0
+        return 0, 0.0
     size = 2 + iterations * SUCCESSORS
     tree, values = np.empty((8, size), np.int32), np.empty((5, size), np.float64)
     tree[:, :2] = 0
@@ -294,4 +300,4 @@ def search(
             _visit(tree, values, node, reward)
             node = np.int64(tree[_PARENT, node])
     open_ = np.empty(size, np.int64)
-    return int(_most_visited(tree, branch, open_, answer, visits))
+    return _most_visited(tree, values, branch, open_, answer, visits)
