@@ -42,6 +42,8 @@ class SuffixTree:
         self._lengths: deque[int] = deque()
         self._end = 0
         self.num_tokens = 0
+        self._nodes: npt.NDArray[np.int32]
+        self._text: npt.NDArray[np.int32]
         self._resize(FEWEST)
 
     @property

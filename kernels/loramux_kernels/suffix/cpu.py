@@ -20,6 +20,8 @@ import numpy as np
 
 from loramux_kernels.jit import entry, inner
 
+Wide: Any = np.int64  # numba infers exact types, mypy cannot follow numpy's mixtures
+
 FIELDS = 11
 PARENT, TOKEN, DEPTH, COUNT, ENDS, AT, BEST, FIRST, NEXT, PREVIOUS, CHAIN = range(FIELDS)
 POSITIONS = (1 << 31) - 1
@@ -33,7 +35,7 @@ def _bucket(heads: Any, parent: int, token: int) -> Any:
     mixed *= np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(29)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    return np.int64((mixed >> np.uint64(32)) & np.uint64(len(heads) - 1))
+    return Wide((mixed >> np.uint64(32)) & np.uint64(len(heads) - 1))
 
 
 @inner
@@ -127,7 +129,7 @@ def _split(nodes: Any, heads: Any, text: Any, node: int, depth: int) -> Any:
     if was_best:
         nodes[nodes[upper, PARENT], BEST] = upper
     nodes[node, PARENT] = upper
-    nodes[node, TOKEN] = text[(np.int64(nodes[node, AT]) + depth) & (len(text) - 1)]
+    nodes[node, TOKEN] = text[(Wide(nodes[node, AT]) + depth) & (len(text) - 1)]
     _join(nodes, heads, node)
     nodes[upper, BEST] = node
     return upper
@@ -152,22 +154,22 @@ def _merge(nodes: Any, heads: Any, node: int) -> None:
 def _insert(nodes: Any, heads: Any, text: Any, start: int, length: int, ends: int) -> None:
     """Count the ``length`` tokens at ``start`` and all that they begin with."""
     mask = len(text) - 1
-    node, depth = np.int64(0), np.int64(0)
+    node, depth = Wide(0), Wide(0)
     while depth < length:
         token = text[(start + depth) & mask]
-        below = np.int64(_child(nodes, heads, node, token))
+        below = Wide(_child(nodes, heads, node, token))
         if below == 0:
-            below = np.int64(_new(nodes, node, token, length))
+            below = Wide(_new(nodes, node, token, length))
             _join(nodes, heads, below)
-            depth = np.int64(length)
+            depth = Wide(length)
         else:
-            there, bottom = np.int64(nodes[below, AT]), np.int64(nodes[below, DEPTH])
+            there, bottom = Wide(nodes[below, AT]), Wide(nodes[below, DEPTH])
             stop = min(bottom, length)
             depth += 1
             while depth < stop and text[(there + depth) & mask] == text[(start + depth) & mask]:
                 depth += 1
             if depth < bottom:
-                below = np.int64(_split(nodes, heads, text, below, depth))
+                below = Wide(_split(nodes, heads, text, below, depth))
         nodes[below, COUNT] += 1
         nodes[below, AT] = start & POSITIONS
         best = nodes[node, BEST]
@@ -181,16 +183,16 @@ def _insert(nodes: Any, heads: Any, text: Any, start: int, length: int, ends: in
 def _remove(nodes: Any, heads: Any, text: Any, start: int, length: int, ends: int) -> None:
     """Undo ``_insert``."""
     mask = len(text) - 1
-    node, depth = np.int64(0), np.int64(0)
+    node, depth = Wide(0), Wide(0)
     while depth < length:
-        below = np.int64(_child(nodes, heads, node, text[(start + depth) & mask]))
+        below = Wide(_child(nodes, heads, node, text[(start + depth) & mask]))
         nodes[below, COUNT] -= 1
         if nodes[node, BEST] == below:
             nodes[node, BEST] = 0
-        node, depth = below, np.int64(nodes[below, DEPTH])
+        node, depth = below, Wide(nodes[below, DEPTH])
     nodes[node, ENDS] -= ends
     if nodes[node, COUNT] == 0:
-        parent = np.int64(nodes[node, PARENT])
+        parent = Wide(nodes[node, PARENT])
         _leave(nodes, heads, node)
         _free(nodes, node)
         node = parent
@@ -236,16 +238,16 @@ def _walk(nodes: Any, heads: Any, text: Any, tokens: Any, first: int) -> Any:
     """The node at which ``tokens[first:]`` end or which is the next below; 0: nowhere."""
     mask = len(text) - 1
     length = len(tokens) - first
-    node, depth = np.int64(0), np.int64(0)
+    node, depth = Wide(0), Wide(0)
     while depth < length:
-        node = np.int64(_child(nodes, heads, node, tokens[first + depth]))
+        node = Wide(_child(nodes, heads, node, tokens[first + depth]))
         if node == 0:
             return node
-        there, stop = np.int64(nodes[node, AT]), min(np.int64(nodes[node, DEPTH]), length)
+        there, stop = Wide(nodes[node, AT]), min(Wide(nodes[node, DEPTH]), length)
         depth += 1
         while depth < stop:
             if text[(there + depth) & mask] != tokens[first + depth]:
-                return np.int64(0)
+                return Wide(0)
             depth += 1
     return node
 
@@ -261,14 +263,14 @@ def _best(nodes: Any, text: Any, oldest: int, node: int) -> Any:
     """The most frequent child; of equally frequent ones, that which occurred last."""
     if nodes[node, BEST] == 0:
         mask = len(text) - 1
-        most, latest = np.int64(0), np.int64(0)
+        most, latest = Wide(0), Wide(0)
         child = nodes[node, FIRST]
         while child != 0:
-            times, when = nodes[child, COUNT], (np.int64(nodes[child, AT]) - oldest) & mask
+            times, when = nodes[child, COUNT], (Wide(nodes[child, AT]) - oldest) & mask
             if times > most or (times == most and when > latest):
                 nodes[node, BEST], most, latest = child, times, when
             child = nodes[child, NEXT]
-    return np.int64(nodes[node, BEST])
+    return Wide(nodes[node, BEST])
 
 
 @inner
@@ -301,7 +303,7 @@ def _line(
             if share < least:
                 break
             node = below
-        tokens[num] = text[(np.int64(nodes[node, AT]) + depth) & mask]
+        tokens[num] = text[(Wide(nodes[node, AT]) + depth) & mask]
         parents[num] = num
         score += share
         num += 1
@@ -355,13 +357,13 @@ def _branches(
     open_ = _open(nodes, node, depth, 0, 1.0, least, edges, shares, 0)
     score, num = 0.0, 0
     while num < budget and open_ > 0:
-        next_, latest = 0, np.int64(-1)
+        next_, latest = 0, Wide(-1)
         for way in range(open_):
-            when = (np.int64(nodes[edges[way, 0], AT]) - oldest) & mask
+            when = (Wide(nodes[edges[way, 0], AT]) - oldest) & mask
             if shares[way] > shares[next_] or (shares[way] == shares[next_] and when > latest):
                 next_, latest = way, when
-        below, depth, share = np.int64(edges[next_, 0]), np.int64(edges[next_, 1]), shares[next_]
-        tokens[num] = text[(np.int64(nodes[below, AT]) + depth) & mask]
+        below, depth, share = Wide(edges[next_, 0]), Wide(edges[next_, 1]), shares[next_]
+        tokens[num] = text[(Wide(nodes[below, AT]) + depth) & mask]
         parents[num] = edges[next_, 2]
         score += share
         num += 1

@@ -14,6 +14,8 @@ import numpy as np
 
 from loramux_kernels.jit import entry, inner
 
+Wide: Any = np.int64  # numba infers exact types, mypy cannot follow numpy's mixtures
+
 WAYS = 8
 """A set's pairs fill a cache line."""
 SUCCESSORS = 12
@@ -26,7 +28,7 @@ _REWARD, _WEIGHT, _PRIOR, _MEAN, _BONUS = range(5)
 @inner
 def _pair(a: int, b: int) -> Any:
     """Never 0, which is an empty row's."""
-    return (np.int64(a) << 32 | np.int64(b)) + 1
+    return (Wide(a) << 32 | Wide(b)) + 1
 
 
 @inner
@@ -36,7 +38,7 @@ def _set(pairs: Any, pair: int) -> Any:
     mixed ^= mixed >> np.uint64(29)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
     sets = np.uint64(len(pairs) // WAYS)
-    return np.int64((mixed >> np.uint64(32)) & (sets - np.uint64(1))) * WAYS
+    return Wide((mixed >> np.uint64(32)) & (sets - np.uint64(1))) * WAYS
 
 
 @inner
@@ -46,20 +48,20 @@ def _row(pairs: Any, a: int, b: int) -> Any:
     first = _set(pairs, pair)
     for row in range(first, first + WAYS):
         if pairs[row] == pair:
-            return np.int64(row)
-    return np.int64(-1)
+            return Wide(row)
+    return Wide(-1)
 
 
 @inner
 def _room(pairs: Any, learned: Any, pair: int) -> Any:
     """The row for a ``pair`` that has none: an empty one, or the one that gives way."""
     first = _set(pairs, pair)
-    oldest = np.int64(first)
+    oldest = Wide(first)
     for row in range(first, first + WAYS):
         if pairs[row] == 0:
-            return np.int64(row)
+            return Wide(row)
         if learned[row] < learned[oldest]:
-            oldest = np.int64(row)
+            oldest = Wide(row)
     return oldest
 
 
@@ -167,12 +169,12 @@ def _select(tree: Any, values: Any, node: int, c1: float, c2: float) -> Any:
     """The child to visit next: the heaviest that was never visited, else by PUCT."""
     visits = tree[_VISITS, node]
     scale = (c1 + math.log((visits + c2 + 1.0) / c2)) * math.sqrt(visits)
-    first = np.int64(tree[_FIRST, node])
+    first = Wide(tree[_FIRST, node])
     chosen, best = first, -1.0
     for child in range(first, first + tree[_NUM, node]):
         score = values[_MEAN, child] + scale * values[_BONUS, child]
         if score > best:
-            chosen, best = np.int64(child), score
+            chosen, best = Wide(child), score
     return chosen
 
 
@@ -201,7 +203,7 @@ def _play(
     """Go on from ``node`` at random, as the weights have it; the sum of the weights met."""
     met = 0.0
     b = tree[_TOKEN, node]
-    row = np.int64(tree[_ROW, node])
+    row = Wide(tree[_ROW, node])
     for _ in range(tree[_DEPTH, node], deepest):
         if row < 0:
             break
@@ -227,7 +229,7 @@ def _most_visited(
 ) -> Any:
     """The nodes below the root by their visits, each behind its parent, into ``answer``. A line of
     them unless ``branch``."""
-    num, ways, node, weight = 0, 0, np.int64(1), 0.0
+    num, ways, node, weight = 0, 0, Wide(1), 0.0
     tree[_PLACE, node] = 0
     while num < answer.shape[1]:
         if not branch:
@@ -243,7 +245,7 @@ def _most_visited(
         for way in range(1, ways):
             if tree[_VISITS, open_[way]] > tree[_VISITS, open_[next_]]:
                 next_ = way
-        node = np.int64(open_[next_])
+        node = Wide(open_[next_])
         ways -= 1
         for way in range(next_, ways):
             open_[way] = open_[way + 1]
@@ -289,15 +291,15 @@ def search(
     tree[_TOKEN, 0], tree[_TOKEN, 1] = a, b
     num, state = 2, seed
     for _ in range(iterations):
-        node = np.int64(1)
+        node = Wide(1)
         while tree[_NUM, node] > 0:
-            node = np.int64(_select(tree, values, node, c1, c2))
+            node = Wide(_select(tree, values, node, c1, c2))
         if tree[_VISITS, node] == 0 and tree[_DEPTH, node] < deepest:
             num = _expand(pairs, tokens, weights, tree, values, num, node)
         met, state = _play(pairs, tokens, weights, tree, node, deepest, state)
         reward = 1.0 + values[_WEIGHT, node] + met
         while node != 0:
             _visit(tree, values, node, reward)
-            node = np.int64(tree[_PARENT, node])
+            node = Wide(tree[_PARENT, node])
     open_ = np.empty(size, np.int64)
     return _most_visited(tree, values, branch, open_, answer, visits)
