@@ -1,10 +1,8 @@
-"""What a batch of all kinds of requests says, with guesses or without."""
+"""The traffic on which drafted and plain are compared, and what a client sees of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,6 @@ from tests import tiny
 from tests.harness import Harness
 
 from loramux.request import Speculation
-from loramux.speculation.drafter import Drafter
 
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -30,6 +27,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
         "logprobs": 2,
     },
 }
+MOST = 5
 NUM_TOKENS = 14
 
 
@@ -37,14 +35,16 @@ def served(
     model: Path,
     adapters: dict[str, Path],
     knobs: dict[str, Any],
+    drafter: Any = None,
     speculation: Speculation | None = None,
-    drafters: Mapping[str, Drafter] = MappingProxyType({}),
     **config: Any,
 ) -> Harness:
-    """Three adapters, the base, and three choices of one prompt, with or without guesses, which may
-    be those of other ``drafters`` than the engine's."""
+    """Three adapters, the base, and three choices of one prompt, with or without guesses: those of
+    ``drafter``, or of the engine's own as ``speculation`` has it."""
     harness = Harness(model, page_tokens=4, **config)
-    harness.engine.drafting.drafters.update(drafters)
+    if drafter is not None:
+        harness.engine.drafting.drafters["scripted"] = drafter
+        speculation = Speculation(drafters=("scripted",), max_draft_tokens=MOST)
     rng = np.random.default_rng(3)
     for index, name in enumerate([None, *list(adapters)[:3], "three"]):
         prompt = rng.integers(60, tiny.VOCAB_SIZE, 9 + index).tolist()
@@ -72,10 +72,36 @@ def told(harness: Harness) -> dict[str, Any]:
     }
 
 
-def run_with_preemptions(harness: Harness, rng: np.random.Generator) -> None:
-    """To the end, and now and then a running request must wait and is computed anew."""
+def truth(plain: dict[str, Any]) -> dict[str, list[int]]:
+    """What each request says."""
+    return {name: entry[0] for name, entry in plain.items()}
+
+
+def disturbed(
+    model: Path,
+    adapters: dict[str, Path],
+    knobs: dict[str, Any],
+    drafter: Any,
+    rng: np.random.Generator,
+    *,
+    overlap: bool,
+    speculation: Speculation | None = None,
+) -> dict[str, Any]:
+    """What is told when steps are small and, without overlap, rows are preempted at random."""
+    harness = served(
+        model,
+        adapters,
+        knobs,
+        drafter,
+        speculation,
+        overlap=overlap,
+        max_batch_tokens=int(rng.integers(16, 40)),
+    )
     while harness.engine.has_work:
         harness.step()
         running = harness.engine.scheduler.running
-        if running and rng.random() < 0.1:
+        if running and rng.random() < 0.1 and not overlap:
             harness.engine.scheduler._preempt(running[int(rng.integers(len(running)))])
+    found = told(harness)
+    harness.close()
+    return found

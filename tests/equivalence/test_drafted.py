@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests import tiny
-from tests.equivalence.drafted import SAMPLINGS, served, told
+from tests.equivalence.drafted import MOST, SAMPLINGS, disturbed, served, told, truth
 from tests.harness import Harness
 from tests.trees import random_parents, way_to
 
@@ -25,7 +25,6 @@ SLACK = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-MOST = 5
 
 
 class Scripted:
@@ -82,12 +81,6 @@ class ScriptedTrees:
         return Guess(token_ids, parents)
 
 
-def scripted(drafter: Any) -> dict[str, Any]:
-    """What ``served`` needs to have it guess."""
-    speculation = Speculation(drafters=("scripted",), max_draft_tokens=MOST)
-    return {"speculation": speculation, "drafters": {"scripted": drafter}}
-
-
 @pytest.fixture(scope="module", params=SAMPLINGS)
 def knobs(request: pytest.FixtureRequest) -> dict[str, Any]:
     return SAMPLINGS[request.param]
@@ -101,16 +94,12 @@ def plain(llama: Path, adapters: dict[str, Path], knobs: dict[str, Any]) -> dict
     return told(harness)
 
 
-def truth(plain: dict[str, Any]) -> dict[str, list[int]]:
-    return {name: entry[0] for name, entry in plain.items()}
-
-
 @pytest.mark.parametrize("right", range(MOST + 1))
 def test_right_then_wrong_at_each_position(
     llama: Path, adapters: dict[str, Path], knobs: dict[str, Any], plain: Any, right: int
 ) -> None:
     drafter = Scripted(truth(plain), lambda: right, lambda: MOST)
-    harness = served(llama, adapters, knobs, **scripted(drafter))
+    harness = served(llama, adapters, knobs, drafter)
     harness.run()
     assert told(harness) == plain
     steps = sum(step.stats.get("batch_rows", 0) for step in harness.steps)
@@ -132,21 +121,7 @@ def test_any_guesses_across_preemptions_and_small_steps(
         truth(plain), lambda: int(rng.integers(0, MOST + 2)), lambda: int(rng.integers(0, 9))
     )
     overlap = data.draw(st.booleans())
-    harness = served(
-        llama,
-        adapters,
-        knobs,
-        **scripted(drafter),
-        overlap=overlap,
-        max_batch_tokens=int(rng.integers(16, 40)),
-    )
-    while harness.engine.has_work:
-        harness.step()
-        running = harness.engine.scheduler.running
-        if running and rng.random() < 0.1 and not overlap:
-            harness.engine.scheduler._preempt(running[int(rng.integers(len(running)))])
-    assert told(harness) == plain
-    harness.close()
+    assert disturbed(llama, adapters, knobs, drafter, rng, overlap=overlap) == plain
 
 
 def test_a_right_branch_beside_a_wrong_one(
@@ -157,7 +132,7 @@ def test_a_right_branch_beside_a_wrong_one(
         truth(plain), lambda most: [0, 0, *range(2, most)][:most], lambda node: node != 1
     )
     with counting() as calls:
-        harness = served(llama, adapters, knobs, **scripted(drafter))
+        harness = served(llama, adapters, knobs, drafter)
         harness.run()
     assert told(harness) == plain
     steps = sum(step.stats.get("batch_rows", 0) for step in harness.steps)
@@ -182,21 +157,7 @@ def test_any_trees_across_preemptions_and_small_steps(
         lambda node: rng.random() < luck,
     )
     overlap = data.draw(st.booleans())
-    harness = served(
-        llama,
-        adapters,
-        knobs,
-        **scripted(drafter),
-        overlap=overlap,
-        max_batch_tokens=int(rng.integers(16, 40)),
-    )
-    while harness.engine.has_work:
-        harness.step()
-        running = harness.engine.scheduler.running
-        if running and rng.random() < 0.1 and not overlap:
-            harness.engine.scheduler._preempt(running[int(rng.integers(len(running)))])
-    assert told(harness) == plain
-    harness.close()
+    assert disturbed(llama, adapters, knobs, drafter, rng, overlap=overlap) == plain
 
 
 @pytest.mark.parametrize("length", [1, 17])
@@ -231,9 +192,7 @@ def test_the_cache_holds_what_a_fresh_prefill_computes(
     branched = ScriptedTrees(
         truth(plain), lambda most: random_parents(rng, most), lambda node: rng.random() < 0.7
     )
-    harness = served(
-        llama, adapters, SAMPLINGS["greedy"], **scripted(branched if trees else chains)
-    )
+    harness = served(llama, adapters, SAMPLINGS["greedy"], branched if trees else chains)
     names = list(harness.outputs)
     harness.run()
     prompt = list(range(60, 70))
@@ -257,7 +216,7 @@ def test_a_verifier_that_accepts_one_wrong_token_is_caught(
     drafter: Any = Scripted(truth(plain), lambda: 0, lambda: 2)
     if trees:
         drafter = ScriptedTrees(truth(plain), lambda most: [0] * most, lambda node: False)
-    harness = served(llama, adapters, knobs, **scripted(drafter))
+    harness = served(llama, adapters, knobs, drafter)
     harness.run()
     assert told(harness) != plain
     harness.close()

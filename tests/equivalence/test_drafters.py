@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.equivalence.drafted import SAMPLINGS, run_with_preemptions, served, told
+from tests.equivalence.drafted import SAMPLINGS, disturbed, served, told
 from tests.harness import Harness
 
 from loramux.request import Speculation
@@ -46,11 +46,12 @@ def test_with_what_was_learned_and_without(
 ) -> None:
     """The second time the answers are known to drafters that learn."""
     speculation = Speculation(drafters=chain, max_draft_tokens=6, tree=tree)
-    first = served(llama, adapters, knobs, speculation)
+    first = served(llama, adapters, knobs, speculation=speculation)
     first.run()
     first.close()
     assert told(first) == plain
-    second = served(llama, adapters, knobs, speculation, first.engine.drafting.drafters)
+    second = served(llama, adapters, knobs, speculation=speculation)
+    second.engine.drafting.drafters.update(first.engine.drafting.drafters)
     second.run()
     second.close()
     assert told(second) == plain
@@ -63,24 +64,18 @@ def test_with_what_was_learned_and_without(
 
 
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("name", sorted(LEARNING))
 def test_across_preemptions_and_small_steps(
-    llama: Path, adapters: dict[str, Path], knobs: dict[str, Any], plain: Any, name: str, tree: bool
+    llama: Path,
+    adapters: dict[str, Path],
+    knobs: dict[str, Any],
+    plain: Any,
+    name: str,
+    overlap: bool,
+    tree: bool,
 ) -> None:
-    rng = np.random.default_rng(7)
     speculation = Speculation(drafters=(name,), max_draft_tokens=9, tree=tree)
-    drafters: Any = {}
-    for overlap in (False, True):
-        harness = served(
-            llama, adapters, knobs, speculation, drafters, overlap=overlap, max_batch_tokens=24
-        )
-        if overlap:
-            harness.run()
-        else:
-            run_with_preemptions(harness, rng)
-        harness.close()
-        assert told(harness) == plain
-        drafters = harness.engine.drafting.drafters
-    assert all(
-        not vars(drafter).get(kept) for kept in ("_own", "_seen") for drafter in drafters.values()
-    )
+    rng = np.random.default_rng(7)
+    found = disturbed(llama, adapters, knobs, None, rng, overlap=overlap, speculation=speculation)
+    assert found == plain

@@ -42,8 +42,8 @@ class Own:
 
 class Suffix:
     """Guesses from a tree of the request and a tree of its owner's answers, whichever expects more
-    right tokens. Where the request has ids there may also be guesses; only what is known is
-    counted, so none of them ever needs to be taken back."""
+    right tokens. A tree catches up with its request when that is asked about next: only ids that
+    are known are ever counted, so nothing is taken back when guesses were wrong."""
 
     def __init__(self, most_bytes: int = MOST_BYTES, shared_tokens: int = SHARED_TOKENS) -> None:
         self._own: dict[str, Own] = {}
