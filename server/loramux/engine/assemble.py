@@ -35,10 +35,13 @@ from loramux.model.loader import Progress
 from loramux.model.runner import ModelRunner
 from loramux.request import BASE_MODEL_ID
 from loramux.sampling.sampler import Sampler
+from loramux.speculation import suffix, trigram
 from loramux.speculation.drafter import Drafter
 from loramux.speculation.drafting import Drafting
 from loramux.speculation.lookup import COPYSPEC_MATCH, Lookup
 from loramux.speculation.planner import Planner
+from loramux.speculation.suffix import Suffix
+from loramux.speculation.trigram import Trigram
 from loramux.wire import Ready
 from loramux_kernels.jit import keep_compiled_in, set_num_threads
 
@@ -202,8 +205,10 @@ def _connect(
 def drafters() -> dict[str, Drafter]:
     """Those that need nothing but the request."""
     return {
+        suffix.NAME: Suffix(),
         "lookup": Lookup(),
         "copyspec": Lookup(shortest=COPYSPEC_MATCH, longest=COPYSPEC_MATCH, first=True),
+        trigram.NAME: Trigram(),
     }
 
 
