@@ -30,6 +30,12 @@ class ServerConfig(BaseSettings):
     )
 
     model: Path = Field(DEMO_DIR / "base", description="directory of the base model (HF format)")
+    draft_model: Path | None = Field(
+        None, description="directory of a small model that guesses ahead for --model"
+    )
+    small_model: Path | None = Field(
+        None, description="directory of a small model for entropy-adaptive requests"
+    )
     served_model_name: str | None = Field(None, description="name of the base in the API")
     adapter: tuple[str, ...] = Field((), description="NAME=DIR: register this PEFT adapter")
     adapters: Path | None = Field(None, description="register every adapter folder found in here")

@@ -94,6 +94,7 @@ class EngineClient:
                 prompt_ids=spec.prompt_ids,
                 sampling=spec.sampling,
                 cache_salt=spec.cache_salt,
+                companions=dict(spec.companions),
                 deadline_s=deadline_s,
             )
         )

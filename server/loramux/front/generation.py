@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from loramux.errors import LoramuxError
@@ -19,7 +19,8 @@ class GenerationSpec:
     ``request_id`` is unique among unfinished choices (a request with n choices or several prompts
     numbers them). ``stop`` are non-empty strings that end the text. ``arrived_at`` is
     ``time.monotonic()`` when the request reached the server: TTFT counts from there.
-    ``deadline_s`` counts from ``arrived_at`` too.
+    ``deadline_s`` counts from ``arrived_at`` too. ``companions``: what other models wear for it,
+    by model id.
     """
 
     request_id: str
@@ -32,7 +33,15 @@ class GenerationSpec:
     skip_special_tokens: bool = True
     cache_salt: str = ""
     deadline_s: float | None = None
+    companions: Mapping[int, Adapters] = field(default_factory=dict)
     arrived_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def digests(self) -> Iterator[str]:
+        """Every adapter version that it needs the files of."""
+        for adapters in (self.adapters, *self.companions.values()):
+            for adapter in adapters:
+                yield adapter.digest
 
 
 @dataclass(slots=True)

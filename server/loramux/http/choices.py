@@ -84,7 +84,10 @@ def _several(
         adapters += _scaled(served, choice.scale)
         profiles += served.profiles
         versions += served.versions
-    return replace(base, adapters=adapters, profiles=profiles, versions=versions)
+    companions = served.companions if len(choices) == 1 else {}
+    return replace(
+        base, adapters=adapters, profiles=profiles, versions=versions, companions=companions
+    )
 
 
 def _scaled(served: Served, scale: float) -> Adapters:
@@ -204,6 +207,7 @@ class Choices:
                         include_stop=bool(body.include_stop_str_in_output),
                         skip_special_tokens=body.skip_special_tokens is not False,
                         cache_salt=body.cache_salt or "",
+                        companions=self._served.companions,
                         arrived_at=arrived_at,
                     )
                     self.generations.append(front.submit(spec))
