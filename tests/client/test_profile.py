@@ -207,6 +207,24 @@ def test_push_sends_what_was_chosen(connect: Connect, folder: Path, tmp_path: Pa
     assert server.log == [], "refused before anything is sent"
 
 
+def test_one_for_another_model_says_so_and_takes_no_profile_along(
+    connect: Connect, folder: Path
+) -> None:
+    write(folder, "generation_config.json", {"temperature": 0.5})
+    for fields, sent in (
+        ({}, {"profile"}),
+        ({"base": "target"}, {"profile"}),
+        ({"base": "draft"}, {"base"}),
+        ({"base": "small", "profile": False}, {"base"}),
+        ({"base": "draft", "profile": {"system": "x"}}, {"base", "profile"}),
+    ):
+        server = Blobs()
+        connect(server).call("adapters.push", folder, **fields)
+        [body] = server.registered
+        assert body.keys() - {"name", "config", "weights"} == sent
+        assert body.get("base", "target") == fields.get("base", "target")
+
+
 @pytest.mark.parametrize("flags", [[], ["--no-profile"]])
 def test_the_command_can_leave_the_profile_out(
     folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
@@ -233,4 +251,6 @@ def test_the_command_can_leave_the_profile_out(
 
     monkeypatch.setattr(loramux_client, "Client", Recorder)
     assert main(["adapters", "push", str(folder), *flags]) == 0
-    assert seen[0]["profile"] is not bool(flags)
+    assert seen[0]["profile"] is not bool(flags) and seen[0]["base"] == "target"
+    assert main(["adapters", "push", str(folder), "--base", "draft", *flags]) == 0
+    assert seen[1]["base"] == "draft"

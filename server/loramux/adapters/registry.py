@@ -40,7 +40,7 @@ MIN_PREFIX = 12
 class AdapterRow(msgspec.Struct, frozen=True, kw_only=True):
     """One generation of a name.
 
-    ``base`` is the one of the server's models it is for, ``fingerprint`` says which weights that had
+    ``base`` is the one of the server's models it is for, ``fingerprint`` says what that was
     when the adapter was validated ("" before that). ``error`` is ``{"code", "message",
     "problems"}`` when failed; ``report`` is IngestDone's when ready;
     ``created`` and ``expires`` are Unix seconds.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from msgspec.structs import replace
+
 from loramux.errors import InvalidRequest, Overloaded
 from loramux.request import BASE_MODEL_ID, MODEL_IDS, Role
 from loramux.wire import BaseDescription
@@ -17,7 +19,9 @@ class Bases:
 
     def know(self, base: BaseDescription, partners: Mapping[int, BaseDescription]) -> None:
         """An engine is ready: its target, and the other models it has, by model id."""
-        there = {BASE_MODEL_ID: base, **partners}
+        there = {BASE_MODEL_ID: base}
+        for model_id, partner in partners.items():  # in a pool that is cut for the target
+            there[model_id] = replace(partner, frame_slices=base.num_layers)
         self._known = {role: there[i] for role, i in MODEL_IDS.items() if i in there}
 
     def of(self, role: Role) -> BaseDescription:
