@@ -17,10 +17,18 @@ from tests.front.uploading import engine_said, files, upload
 
 from loramux.adapters.pack import packed_path
 from loramux.config import ServerConfig
-from loramux.errors import AdapterInvalid, AdapterLoadFailed, Conflict, InvalidRequest, NotFound
+from loramux.errors import (
+    AdapterInvalid,
+    AdapterLoadFailed,
+    Conflict,
+    GenerationGone,
+    InvalidRequest,
+    NotFound,
+)
 from loramux.front.catalog import Companion
 from loramux.front.front import INGEST, Front
 from loramux.front.generation import GenerationSpec
+from loramux.front.observations import Observations
 from loramux.request import DRAFT_MODEL_ID, SMALL_MODEL_ID, AdapterRef
 
 BOTH = json.dumps({"companions": {"draft": "d", "small": "s"}}).encode()
@@ -277,6 +285,31 @@ def test_a_packed_file_that_is_missing_is_made_again_for_its_model(tmp_path: Pat
     asyncio.run(main())
 
 
+def test_an_alias_that_follows_a_name_never_stands_for_another_models(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(both(tmp_path)) as front:
+            await upload(front, "cat", b"cat")
+            await front.adapters.aliases.set("lion", [("cat", 1)])
+            front.adapters.shelf.registry.mark_failed(
+                front.adapters.shelf.catalog._of("", "cat")[0].id, code="corrupt", problems=["x"]
+            )
+            assert (await upload(front, "cat", b"draft", base="draft")).base == "draft"
+            (target,) = front.adapters.aliases.show("lion").targets
+            assert (target.status, target.digest) == ("gone", None)
+            with pytest.raises(GenerationGone):
+                front.adapters.resolve("lion")
+
+    asyncio.run(main())
+
+
+def test_whoever_uses_a_companion_may_see_where_it_is() -> None:
+    observations = Observations()
+    companions = {DRAFT_MODEL_ID: (AdapterRef("d"),), SMALL_MODEL_ID: (AdapterRef("s", 1.0),)}
+    one = spec(adapters=(AdapterRef("cat"),), companions=companions, tenant="alice")
+    observations.submitted(one)
+    assert observations.snapshot.wearers == {digest: {"alice"} for digest in ("cat", "d", "s")}
+
+
 def test_profiles_of_an_earlier_release_are_read_again(tmp_path: Path) -> None:
     async def main() -> None:
         config = both(tmp_path)
@@ -292,12 +325,12 @@ def test_profiles_of_an_earlier_release_are_read_again(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def weights(width: int, layers: int) -> bytes:
+def weights(width: int, layers: int, rank: int = 4) -> bytes:
     at = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
     tensors = {}
     for layer in range(layers):
-        tensors[at.format(layer, "A")] = np.ones((4, width), np.float32)
-        tensors[at.format(layer, "B")] = np.ones((width, 4), np.float32)
+        tensors[at.format(layer, "A")] = np.ones((rank, width), np.float32)
+        tensors[at.format(layer, "B")] = np.ones((width, rank), np.float32)
     return save(tensors)
 
 
@@ -313,9 +346,11 @@ def test_the_importer_judges_it_by_that_models_widths(tmp_path: Path) -> None:
             with pytest.raises(AdapterInvalid) as caught:
                 await upload(front, "cat", weights(8, 2), **config)
             assert any("layers.1" in text for text in caught.value.problems)
-            view = await upload(front, "d", weights(8, 2), base="draft", **config)
+            wide = {**config, "r": 64}
+            view = await upload(front, "d", weights(8, 2, 64), base="draft", **wide)
             assert view.status == "ready" and view.report["layers"] == [0, 1]
-            assert view.num_frames == 1, "one slice, in frames of the base's one layer"
+            assert view.num_bytes == 4 * 4096
+            assert view.num_frames == 4, "a frame of this pool has the base's one layer"
             cat = await upload(front, "cat", weights(16, 1), profile=DRAFT, **config)
             assert cat.report["companions"] == {"draft": "d"}
             assert cat.companions["draft"].digest == view.digest
