@@ -51,7 +51,7 @@ class Harness:
         assembled = assemble(self.config, poison=True, num_frames=num_frames, overlap=overlap)
         self.engine = assembled.engine
         self._loaded = threading.Event()
-        self.engine.residency.on_loaded = self._loaded.set
+        self.engine.on_loaded(self._loaded.set)
         self.ready = assembled.ready
         self.check = check
         self.digests: dict[str, str] = {}
@@ -115,7 +115,7 @@ class Harness:
         """One step, its outputs appended where they belong; when nothing could run, sleep until a
         load has landed, as the server does."""
         done = self.engine.step()
-        if not done.moved and self.engine.residency.num_loading:
+        if not done.moved and self.engine.num_loading:
             self._loaded.wait(timeout=1)
         self._loaded.clear()
         self.steps.append(done)

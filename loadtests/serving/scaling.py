@@ -130,8 +130,8 @@ class Bench:
                 -(-request.num_ids // served.assembled.ready.page_tokens), Owner.KV
             )
             assert frames is not None
-            request.add_frames(frames)
-            request.num_computed = request.num_ids - 1
+            request.kv.add_frames(frames)
+            request.kv.num_computed = request.num_ids - 1
             return 0
 
         with mock.patch.object(scheduler, "_take_cached_pages", in_place):

@@ -127,7 +127,7 @@ class Served:
         self.vocabulary = self.assembled.ready.vocab_size
         self.data_dir = data_dir
         self._loaded = threading.Event()
-        self.engine.residency.on_loaded = self._loaded.set
+        self.engine.on_loaded(self._loaded.set)
         self._serial = 0
 
     def install(self, rank: int, count: int, *, different: int = 8) -> list[str]:

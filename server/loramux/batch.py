@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from loramux.request import Adapters, Request
+from loramux.request import Adapters, Kv, Request
 
 
 @dataclass(slots=True)
 class Row:
-    """``num_tokens`` tokens of ``request``, beginning at its ``num_computed``-th. It ``samples``
-    when it reaches the request's last token, so that there is a next. The last tokens may be
-    ``drafts``, guesses of ``drafter`` at what comes after that, of a ``grade`` of its own; behind
-    each it samples too.
+    """``num_tokens`` tokens of ``request``, beginning where ``kv`` ends: the request's own, or what
+    another model has of it. It ``samples`` when it reaches the request's last token, so that there
+    is a next. The last tokens may be ``drafts``, guesses of ``drafter`` at what comes after that,
+    of a ``grade`` of its own; behind each it samples too.
 
     Guesses may be a tree: then the row has one known token, its node 0, the guesses are nodes 1, 2,
     ..., and ``parents[i]`` is the node that guess i would follow, an earlier one. None: a chain.
@@ -21,6 +21,7 @@ class Row:
 
     request: Request
     num_tokens: int
+    kv: Kv = field(init=False)
     samples: bool = field(init=False)
     drafts: Sequence[int] = ()
     parents: Sequence[int] | None = None
@@ -29,7 +30,8 @@ class Row:
 
     def __post_init__(self) -> None:
         request = self.request
-        reached = request.num_computed + self.num_tokens
+        self.kv = request.kv
+        reached = self.kv.num_computed + self.num_tokens
         self.samples = reached == request.num_ids < request.max_ids
 
     @property
@@ -70,7 +72,7 @@ class Batch:
         """Group ``rows`` by adapter list, in order of first appearance."""
         groups: dict[Adapters, list[Row]] = {}
         for row in rows:
-            groups.setdefault(row.request.adapters, []).append(row)
+            groups.setdefault(row.kv.adapters, []).append(row)
         return cls(model_id, [row for group in groups.values() for row in group], len(groups))
 
     @property

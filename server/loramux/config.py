@@ -31,10 +31,12 @@ class ServerConfig(BaseSettings):
 
     model: Path = Field(DEMO_DIR / "base", description="directory of the base model (HF format)")
     draft_model: Path | None = Field(
-        None, description="directory of a small model that guesses ahead for --model"
+        None, description="directory of a small model with the base's tokenizer, to guess ahead"
     )
     small_model: Path | None = Field(
-        None, description="directory of a small model for entropy-adaptive requests"
+        None,
+        description="directory of a smaller model with the base's tokenizer, for entropy-adaptive"
+        " decoding",
     )
     served_model_name: str | None = Field(None, description="name of the base in the API")
     adapter: tuple[str, ...] = Field((), description="NAME=DIR: register this PEFT adapter")

@@ -81,7 +81,12 @@ def _base(config: ServerConfig) -> BaseDescription:
     )
     # How large its pool would be nobody knows; nor is its fingerprint needed where nothing is kept.
     return describe(
-        config, architecture, fingerprint="", slice_bytes=kv.frame.slice_bytes, pool_bytes=0
+        config,
+        architecture,
+        config.model,
+        fingerprint="",
+        slice_bytes=kv.frame.slice_bytes,
+        pool_bytes=0,
     )
 
 

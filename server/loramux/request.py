@@ -97,15 +97,55 @@ class Status(IntEnum):
     DONE = 2
 
 
+class Kv:
+    """What a model has computed of a request's ids, wearing ``adapters``, and where.
+
+    ``num_computed`` ids have their KV in the pool, in the frames ``page_table[:num_pages]``, of
+    which the first ``num_shared`` are full and in the prefix cache. ``page_keys`` are the content
+    keys of the first pages, as far as they were needed yet.
+    """
+
+    __slots__ = (
+        "adapters",
+        "model_id",
+        "num_computed",
+        "num_pages",
+        "num_shared",
+        "page_keys",
+        "page_table",
+    )
+
+    def __init__(self, model_id: int = BASE_MODEL_ID, adapters: Adapters = ()) -> None:
+        self.model_id = model_id
+        self.adapters = adapters
+        self.num_computed = 0
+        self.page_table: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self.num_pages = 0
+        self.num_shared = 0
+        self.page_keys: list[bytes] = []
+
+    def reserve(self, num_pages: int) -> None:
+        """Make room in the page table for so many pages."""
+        self.page_table.resize(num_pages, refcheck=False)
+
+    def add_frames(self, frames: Sequence[int]) -> None:
+        """The next pages live in ``frames``."""
+        self.page_table[self.num_pages : self.num_pages + len(frames)] = frames
+        self.num_pages += len(frames)
+
+    def take_frames(self) -> list[int]:
+        """Forget all KV and hand back the frames it was in, in order."""
+        frames: list[int] = self.page_table[: self.num_pages].tolist()
+        self.num_pages = self.num_shared = self.num_computed = 0
+        return frames
+
+
 class Request:
     """One choice of one request as the engine carries it.
 
-    ``ids[:num_ids]`` is prompt then output; ``num_computed`` of them have their KV in the pool, in
-    the frames ``page_table[:num_pages]``, of which the first ``num_shared`` are full and in the
-    prefix cache. ``page_keys`` are the content keys of the first pages of ``ids``, as far as they
-    were needed yet. A step computes some of ``ids[num_computed:num_ids]``; when it reaches the
-    end, one more id is sampled. While that step is on its way the id counts already, but is not
-    known (``expects``).
+    ``ids[:num_ids]`` is prompt then output; ``kv`` is what the model that serves it now has of
+    them. A step computes some of those it has not; when it reaches the end, one more id is sampled.
+    While that step is on its way the id counts already, but is not known (``expects``).
     """
 
     def __init__(
@@ -139,12 +179,8 @@ class Request:
         self.num_ids = self.num_prompt + len(output_ids)
         self.ids[: self.num_prompt] = prompt_ids
         self.ids[self.num_prompt : self.num_ids] = output_ids
-        self.num_computed = 0
+        self.kv = Kv(model_id, adapters)
         self.expects = False
-        self.page_table: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self.num_pages = 0
-        self.num_shared = 0
-        self.page_keys: list[bytes] = []
         self.num_cached: int | None = None
         self.first_scheduled: float | None = None
         self.first_sampled: float | None = None
@@ -162,7 +198,7 @@ class Request:
     @property
     def num_pending(self) -> int:
         """Ids whose KV is still to be computed."""
-        return self.num_ids - self.num_computed
+        return self.num_ids - self.kv.num_computed
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -187,14 +223,3 @@ class Request:
         self.expects = False
         self.num_ids += len(token_ids) - 1
         self.ids[self.num_ids - len(token_ids) : self.num_ids] = token_ids
-
-    def add_frames(self, frames: Sequence[int]) -> None:
-        """The next pages of KV live in ``frames``."""
-        self.page_table[self.num_pages : self.num_pages + len(frames)] = frames
-        self.num_pages += len(frames)
-
-    def take_frames(self) -> list[int]:
-        """Forget all KV and hand back the frames it was in, in order."""
-        frames: list[int] = self.page_table[: self.num_pages].tolist()
-        self.num_pages = self.num_shared = self.num_computed = 0
-        return frames

@@ -24,6 +24,7 @@ from loramux.adapters.residency import Residency
 from loramux.adapters.staging import CudaDevice, TieredStore
 from loramux.memory.arena import Arena
 from loramux.memory.formats import AdapterFormat, FrameShape
+from loramux.memory.frames import Owner
 from loramux.memory.pool import Pool
 from loramux.wire import TABLE_MODULES
 
@@ -238,7 +239,9 @@ class Bench:
 
     def check(self) -> None:
         self.pool.check()
-        self.residency.check()
+        frames = self.pool.frames
+        books = frames.count(Owner.ADAPTER), frames.count(Owner.LOADING)
+        assert self.residency.check() == books
 
     def near(self, name: str) -> None:
         """Loaded from disk and evicted again: in the host tier only."""

@@ -105,7 +105,9 @@ class Bench:
 
     def check(self) -> None:
         self.pool.check()
-        self.residency.check()
+        frames = self.pool.frames
+        books = frames.count(Owner.ADAPTER), frames.count(Owner.LOADING)
+        assert self.residency.check() == books
 
 
 def test_a_load_lands_where_the_table_says() -> None:

@@ -31,6 +31,7 @@ from loramux.memory.formats import AdapterFormat
 from loramux.memory.frames import Owner
 from loramux.memory.pool import Pool
 from loramux.metrics.stats import AdapterLoad
+from loramux.request import BASE_MODEL_ID
 
 ASSUMED_LOAD_S_PER_BYTE = 1e-9
 """Until a first load is measured: what bringing one byte back costs (1 GB/s)."""
@@ -45,7 +46,7 @@ PINNED_SHARE = 0.5
 
 
 class Residency:
-    """Adapters in the pool by digest.
+    """Adapters of one model in the pool, by digest; ``model_id`` tells those of several apart.
 
     ``on_loaded`` is called on the loader's thread when there is something to ``poll``.
     """
@@ -56,8 +57,11 @@ class Residency:
         layout: AdapterFormat,
         store: Store,
         table: Table,
+        *,
+        model_id: int = BASE_MODEL_ID,
     ) -> None:
         self._pool = pool
+        self._model_id = model_id
         self._layout = layout
         self._store = store
         self._table = table
@@ -307,7 +311,7 @@ class Residency:
     def _withdraw(self, digest: str, resident: Resident) -> None:
         """It must not be evicted from now on, nor its basis."""
         self._num_leased_frames += len(resident.frames)
-        self._pool.order.withdraw(digest)
+        self._pool.order.withdraw((self._model_id, digest))
         if (basis := resident.packed.basis) is not None:
             self.hold(basis)
 
@@ -315,7 +319,7 @@ class Residency:
         """It may be evicted from now on."""
         self._num_leased_frames -= len(resident.frames)
         self._pool.order.offer(
-            digest,
+            (self._model_id, digest),
             num_frames=len(resident.frames),
             cost_s=self._cost_s(resident.packed),
             uses=self._uses(digest),
@@ -335,7 +339,7 @@ class Residency:
         resident = self._adapters.pop(digest)
         assert resident.slot is not None and resident.leases == 0
         for dependent in list(resident.dependents):  # all idle, or this one would be held
-            self._pool.order.withdraw(dependent)
+            self._pool.order.withdraw((self._model_id, dependent))
             self._evict(dependent)
         basis = resident.packed.basis
         if basis is not None and basis in self._adapters:
@@ -413,9 +417,9 @@ class Residency:
         """Drop a warm adapter now; False while it is leased, pinned or loading."""
         if digest not in self._adapters:
             return True
-        if digest not in self._pool.order:
+        if (self._model_id, digest) not in self._pool.order:
             return False
-        self._pool.order.withdraw(digest)
+        self._pool.order.withdraw((self._model_id, digest))
         self._evict(digest)
         return True
 
@@ -436,10 +440,10 @@ class Residency:
         """Stop the loader's threads after the loads they are at."""
         self._loader.close()
 
-    def check(self) -> None:
-        """Recount; an error here is a bug of ours."""
+    def check(self) -> tuple[int, int]:
+        """Recount; an error here is a bug of ours. Frames of adapters that are here, and of those
+        that are loading."""
         held = sum(len(r.frames) for r in self._adapters.values() if r.slot is not None)
-        assert self._pool.frames.count(Owner.ADAPTER) == held
         leased = sum(
             len(r.frames)
             for r in self._adapters.values()
@@ -449,9 +453,8 @@ class Residency:
         arriving = sum(len(r.frames) for r in self._adapters.values() if r.arrival is not None)
         assert self._num_arriving_frames == arriving
         loading = sum(len(r.frames) for r in self._adapters.values() if r.slot is None)
-        assert self._pool.frames.count(Owner.LOADING) == loading
         for digest, r in self._adapters.items():
-            assert r.is_idle == (digest in self._pool.order), digest
+            assert r.is_idle == ((self._model_id, digest) in self._pool.order), digest
             if r.packed.basis is not None:
                 assert self._is_here(r.packed.basis), digest
                 assert digest in self._adapters[r.packed.basis].dependents, digest
@@ -459,3 +462,4 @@ class Residency:
                 busy = sum(not self._adapters[d].is_idle for d in r.dependents)
                 comes = r.arrival is not None
                 assert r.leases == busy + self._kept.count(digest) + comes, digest
+        return held, loading

@@ -17,7 +17,7 @@ def build_runs(rows: list[Row], slot: Callable[[str], int]) -> Runs:
     """
     counts: list[int] = []
     entries: list[list[tuple[int, float]]] = []
-    for adapters, run in groupby(rows, key=lambda row: row.request.adapters):
+    for adapters, run in groupby(rows, key=lambda row: row.kv.adapters):
         counts.append(sum(row.num_tokens for row in run))
         entries.append([(slot(ref.digest), ref.scale) for ref in adapters])
     return Runs.build(counts, entries)

@@ -7,11 +7,12 @@ it is ``main.py``; most tests step it in-process.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
 from loramux.adapters.residency import Residency
+from loramux.engine.models import Partner
 from loramux.engine.scheduler import Scheduler
 from loramux.engine.step import StepLoop
 from loramux.errors import LoramuxError
@@ -30,8 +31,8 @@ in it."""
 
 
 class Engine:
-    """One model, its pool, and the requests running on it. With ``overlap`` a step's results come
-    from the next call of ``step``."""
+    """A model and its ``partners`` by model id, their pool, and the requests running on them. With
+    ``overlap`` a step's results come from the next call of ``step``."""
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class Engine:
         runner: ModelRunner,
         sampler: Sampler,
         drafting: Drafting,
+        partners: Mapping[int, Partner],
         epoch: int = 0,
         clock: Callable[[], float] = time.monotonic,
         overlap: bool = False,
@@ -49,9 +51,10 @@ class Engine:
         self.pool = pool
         self.residency = residency
         self.drafting = drafting
+        self.partners = partners
         self.scheduler = scheduler
         self._loop = StepLoop(
-            scheduler, residency, runner, sampler, drafting, clock, overlap=overlap
+            scheduler, residency, runner, sampler, drafting, partners, clock, overlap=overlap
         )
         self._sampler = sampler
         self._epoch = epoch
@@ -68,6 +71,16 @@ class Engine:
     def has_work(self) -> bool:
         """True while a request is unfinished, or a refusal has still to be reported."""
         return bool(self._requests or self._refused)
+
+    @property
+    def num_loading(self) -> int:
+        """Adapters on their way into the pool."""
+        return sum(residency.num_loading for residency in self._residencies)
+
+    def on_loaded(self, call: Callable[[], None]) -> None:
+        """``call`` is called, on a thread of a loader, when there may be more to do."""
+        for residency in self._residencies:
+            residency.on_loaded = call
 
     def submit(self, message: Submit) -> None:
         """Queue a request; one that can never run is refused in the next step's report."""
@@ -135,13 +148,20 @@ class Engine:
     def check(self) -> None:
         """The books balance; an error here is a bug of ours."""
         self.pool.check()
-        self.residency.check()
-        if not self.has_work and not self.residency.num_loading:
+        books = [residency.check() for residency in self._residencies]
+        assert self.pool.frames.count(Owner.ADAPTER) == sum(held for held, _ in books)
+        assert self.pool.frames.count(Owner.LOADING) == sum(loading for _, loading in books)
+        if not self.has_work and not self.num_loading:
             assert self.pool.frames.count(Owner.KV) == 0
 
     def close(self) -> None:
-        """Stop the loader's thread."""
-        self.residency.close()
+        """Stop the loaders' threads."""
+        for residency in self._residencies:
+            residency.close()
+
+    @property
+    def _residencies(self) -> list[Residency]:
+        return [self.residency, *(partner.residency for partner in self.partners.values())]
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.id]
@@ -150,7 +170,7 @@ class Engine:
 
     def _fill(self, stats: StepStats) -> None:
         frames = self.pool.frames
-        leased = self.residency.num_leased_frames()
+        leased = sum(residency.num_leased_frames() for residency in self._residencies)
         idle = self.pool.prefix.num_idle
         stats.pool = PoolStats(
             total=frames.num_frames,
@@ -163,7 +183,7 @@ class Engine:
         )
         stats.num_running = len(self.scheduler.running)
         stats.num_waiting = len(self.scheduler.waiting)
-        stats.num_loading = self.residency.num_loading
+        stats.num_loading = self.num_loading
         stats.loads, self.residency.finished_loads = self.residency.finished_loads, []
         stats.arrival_wait_s = self.residency.take_waited_s()
         evicted_adapters, self.residency.num_evicted = self.residency.num_evicted, 0

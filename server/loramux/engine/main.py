@@ -44,7 +44,7 @@ class EngineProcess:
         self._epoch = epoch
         self._told = 0.0
         self._loaded = os.eventfd(0, os.EFD_NONBLOCK)
-        engine.residency.on_loaded = lambda: os.eventfd_write(self._loaded, 1)
+        engine.on_loaded(lambda: os.eventfd_write(self._loaded, 1))
         self._poller = zmq.Poller()
         self._poller.register(inbox, zmq.POLLIN)
         self._poller.register(self._loaded, zmq.POLLIN)

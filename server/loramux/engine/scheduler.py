@@ -109,7 +109,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a ``request`` that fits."""
-        request.page_table.resize(self._kv.num_pages(request.max_ids), refcheck=False)
+        request.kv.reserve(self._kv.num_pages(request.max_ids))
         self.waiting.push(request)
         if request.deadline is not None:
             self._timed.add(request)
@@ -145,13 +145,13 @@ class Scheduler:
         return True
 
     def _obtain_pages(self, request: Request, num_tokens: int) -> bool:
-        need = self._kv.num_pages(request.num_computed + num_tokens) - request.num_pages
+        need = self._kv.num_pages(request.kv.num_computed + num_tokens) - request.kv.num_pages
         if need <= 0:
             return True
         frames = self._pool.obtain(need, Owner.KV)
         if frames is None:
             return False
-        request.add_frames(frames)
+        request.kv.add_frames(frames)
         return True
 
     def _preempt(self, request: Request) -> None:
@@ -163,7 +163,7 @@ class Scheduler:
     def _vacate(self, request: Request, *, keep: bool = True) -> None:
         """Take ``request`` off the batch: its pages are freed or stay cached, its leases end."""
         self.running.remove(request)
-        self._pool.prefix.release(request.take_frames(), keep=keep)
+        self._pool.prefix.release(request.kv.take_frames(), keep=keep)
         for ref in request.adapters:
             self._adapters.release(ref.digest)
 
@@ -238,10 +238,10 @@ class Scheduler:
         num_hit = self._take_cached_pages(request)
         num_tokens = min(request.num_pending, budget)
         # One page for each row that runs, so that admitting does not mean preempting next step.
-        need = self._kv.num_pages(request.num_computed + num_tokens) - request.num_pages
+        need = self._kv.num_pages(request.kv.num_computed + num_tokens) - request.kv.num_pages
         short = self.running and need + len(self.running) > self._pool.num_available
         if short or not self._obtain_pages(request, num_tokens):
-            self._pool.prefix.release(request.take_frames())
+            self._pool.prefix.release(request.kv.take_frames())
             return Wait.FRAMES
         self._enter(request, num_hit)
         return Row(request, num_tokens)
@@ -269,14 +269,14 @@ class Scheduler:
             return 0
         num_pages = (request.num_ids - 1) // self._kv.page_tokens
         hits = self._pool.prefix.match(self._keys(request, num_pages))
-        request.add_frames(hits)
-        request.num_shared = len(hits)
-        request.num_computed = len(hits) * self._kv.page_tokens
-        return request.num_computed
+        request.kv.add_frames(hits)
+        request.kv.num_shared = len(hits)
+        request.kv.num_computed = len(hits) * self._kv.page_tokens
+        return request.kv.num_computed
 
     def _keys(self, request: Request, num_pages: int) -> list[bytes]:
         """Content keys of the first ``num_pages`` pages, all of them full."""
-        keys = request.page_keys
+        keys = request.kv.page_keys
         parent = keys[-1] if keys else self._root(request)
         size = self._kv.page_tokens
         for page in range(len(keys), num_pages):
@@ -356,11 +356,11 @@ class Scheduler:
         """The batch is on its way: the next can be scheduled as if it had been computed."""
         for row in batch.rows:
             request = row.request
-            prompt_left = max(request.num_prompt - request.num_computed, 0)
+            prompt_left = max(request.num_prompt - request.kv.num_computed, 0)
             self.waiting.charge(
                 request, inputs=min(prompt_left, row.num_tokens), outputs=row.samples
             )
-            request.num_computed += row.num_tokens - len(row.drafts)
+            request.kv.num_computed += row.num_tokens - len(row.drafts)
             if row.samples:
                 request.expect()
 
@@ -375,19 +375,19 @@ class Scheduler:
             if row.samples:
                 request.receive(token_ids)
             if guessed := len(token_ids[1:]):
-                request.num_computed += guessed
+                request.kv.num_computed += guessed
                 self.waiting.charge(request, inputs=0, outputs=guessed)
             if self._limits.prefix_caching:
                 self._cache_full_pages(request)
 
     def _cache_full_pages(self, request: Request) -> None:
-        full = request.num_computed // self._kv.page_tokens
-        if full == request.num_shared:
+        full = request.kv.num_computed // self._kv.page_tokens
+        if full == request.kv.num_shared:
             return
         keys = self._keys(request, full)
-        for page in range(request.num_shared, full):
-            self._pool.prefix.insert(keys[page], int(request.page_table[page]))
-        request.num_shared = full
+        for page in range(request.kv.num_shared, full):
+            self._pool.prefix.insert(keys[page], int(request.kv.page_table[page]))
+        request.kv.num_shared = full
 
     def finish(self, request: Request, *, keep: bool = True) -> None:
         """``request`` is over, for whatever reason. ``keep=False``: do not trust its KV."""

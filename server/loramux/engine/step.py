@@ -12,13 +12,14 @@ taken out of the plan again before that is launched, so nothing is ever computed
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from loramux.adapters.residency import Residency
 from loramux.batch import Batch, Row
+from loramux.engine.models import Partner
 from loramux.engine.scheduler import Counts, Scheduler
 from loramux.metrics.stats import StepStats
 from loramux.model.runner import ModelRunner, Plan, Scored
@@ -61,6 +62,7 @@ class StepLoop:
         runner: ModelRunner,
         sampler: Sampler,
         drafting: Drafting,
+        partners: Mapping[int, Partner],
         clock: Callable[[], float],
         *,
         overlap: bool = False,
@@ -70,6 +72,7 @@ class StepLoop:
         self._runner = runner
         self._sampler = sampler
         self._drafting = drafting
+        self._partners = partners
         self._clock = clock
         self._overlap = overlap
         self._flight: Flight | None = None
@@ -79,6 +82,8 @@ class StepLoop:
         report = Report()
         timer = _PhaseTimer()
         self._residency.poll()
+        for partner in self._partners.values():
+            partner.residency.poll()
         self._expire(report)
         if self._flight is not None and any(
             row.request.speculation is not None for row in self._flight.plan.batch.rows
@@ -266,7 +271,7 @@ class StepLoop:
         stats.batch_tokens = batch.num_tokens
         stats.batch_adapters = batch.num_adapters
         stats.prompt_tokens = sum(
-            min(row.num_tokens, max(row.request.num_prompt - row.request.num_computed, 0))
+            min(row.num_tokens, max(row.request.num_prompt - row.kv.num_computed, 0))
             for row in batch.rows
         )
 
@@ -284,7 +289,7 @@ def _collect_prompt_logprobs(row: Row, logits: torch.Tensor) -> None:
     collected = request.prompt_logprobs
     if not collected:
         collected.append(None)  # nothing comes before the first id
-    first = request.num_computed + 1
+    first = row.kv.num_computed + 1
     stop = min(first + row.num_tokens, request.num_prompt)
     # A row recomputed after a preemption has the beginning already.
     start = max(first, len(collected))

@@ -68,6 +68,11 @@ class Decoder:
         """Where ``forward`` leaves its logits; another number once there had to be more room."""
         return self._logit_rows.data_ptr()
 
+    def scored_hidden(self, count: int) -> torch.Tensor:
+        """``[count, hidden]``: what the output matrix read in the last ``forward``, for the first
+        scored rows. Good until the next call, as the logits are."""
+        return self._workspace.hidden[:count]
+
     def forward(self, inputs: ModelInputs) -> torch.Tensor:
         """Run the batch, storing its keys and values; float32 logits ``[S, vocab]``.
 

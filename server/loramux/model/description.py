@@ -1,6 +1,8 @@
-"""What the other processes are told of the base an engine serves; no torch."""
+"""What the other processes are told of the models an engine serves; no torch."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from loramux.config import ServerConfig
 from loramux.model.architecture import Architecture
@@ -12,6 +14,7 @@ _FLOAT32_BYTES = 4
 def describe(
     config: ServerConfig,
     architecture: Architecture,
+    directory: Path,
     *,
     fingerprint: str,
     slice_bytes: int,
@@ -36,7 +39,7 @@ def describe(
         vocab_size=architecture.vocab_size,
         max_adapter_bytes=config.max_adapter_bytes or 0,
         pool_bytes=pool_bytes,
-        directory=str(config.model),
+        directory=str(directory),
         step_bytes=architecture.matrix_elements * held,
         quantized=quantized,
         tied=architecture.tie_embeddings,

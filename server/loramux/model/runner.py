@@ -21,13 +21,15 @@ from loramux_kernels.attention import Pages, Paths, compact
 
 @dataclass(frozen=True)
 class Scored:
-    """The logits of one step: fp32 ``[S, vocab]``.
+    """The logits of one step: fp32 ``[S, vocab]``, and the hidden states ``[S, hidden]`` they were
+    made of; both are good until the next step.
 
     ``sampling`` are the lines that are drawn from, row after row. ``prompt[j]`` is
     (index of a row, its first line): the row's every token was scored, for prompt log-probs.
     """
 
     logits: torch.Tensor
+    hidden: torch.Tensor
     sampling: npt.NDArray[np.int64]
     prompt: list[tuple[int, int]]
 
@@ -72,7 +74,7 @@ class ModelRunner:
         """Get ready to compute ``batch``."""
         rows = batch.rows
         counts = np.fromiter((row.num_tokens for row in rows), np.int64, len(rows))
-        starts = np.fromiter((row.request.num_computed for row in rows), np.int64, len(rows))
+        starts = np.fromiter((row.kv.num_computed for row in rows), np.int64, len(rows))
         row_start = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(counts, out=row_start[1:])
         scored, sampling, prompt = _scored(rows, row_start)
@@ -95,13 +97,14 @@ class ModelRunner:
         """Compute the batch, whose ids are all known: its KV is in the pool afterwards."""
         rows = plan.batch.rows
         np.concatenate([_ids(row) for row in rows], out=plan.step.token_ids)
-        digests = (ref.digest for row in rows for ref in row.request.adapters)
+        digests = (ref.digest for row in rows for ref in row.kv.adapters)
         step = replace(plan.step, before_layer=self._adapters.before_layer(digests))
         if self._on_device is None:
             logits = self._decoder.forward(step.on_cpu())
         else:
             logits = self._on_device.forward(step)
-        return Scored(logits, plan.sampling, plan.prompt)
+        hidden = self._decoder.scored_hidden(len(logits))
+        return Scored(logits, hidden, plan.sampling, plan.prompt)
 
     def compact(self, plan: Plan, kept: Mapping[int, Sequence[int]]) -> None:
         """Of the trees of ``plan``, which was computed, keep the nodes ``kept[row]``: their KV lies
@@ -115,11 +118,10 @@ class ModelRunner:
         context: npt.NDArray[np.int64],
         paths: Paths | None,
     ) -> Pages:
-        widest = max(row.request.num_pages for row in rows)
+        widest = max(row.kv.num_pages for row in rows)
         frames = np.zeros((len(rows), widest), np.int64)
         for index, row in enumerate(rows):
-            request = row.request
-            frames[index, : request.num_pages] = request.page_table[: request.num_pages]
+            frames[index, : row.kv.num_pages] = row.kv.page_table[: row.kv.num_pages]
         if self._on_device is None:
             offsets, layer_start = self._kv.offsets(frames), None
         else:
@@ -140,8 +142,8 @@ class ModelRunner:
 
 
 def _ids(row: Row) -> npt.NDArray[np.int64]:
-    request = row.request
-    return request.ids[request.num_computed : request.num_computed + row.num_tokens]
+    first = row.kv.num_computed
+    return row.request.ids[first : first + row.num_tokens]
 
 
 def _scored(
