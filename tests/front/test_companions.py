@@ -264,9 +264,9 @@ def test_a_packed_file_that_is_missing_is_made_again_for_its_model(tmp_path: Pat
     async def main() -> None:
         config = both(tmp_path)
         async with running(config) as front:
-            draft = await upload(front, "d", base="draft")
+            draft = await upload(front, "d", base="draft", wait=0.2)
             # The same files for the base: one digest, two packed forms.
-            assert (await upload(front, "cat", profile=b"")).digest == draft.digest
+            assert (await upload(front, "cat", wait=0.2)).digest == draft.digest
             dog = await upload(front, "dog", b"dog", profile=DRAFT)
         paths = [packed_path(config.data_dir, draft.digest, base) for base in ("tiny", "fake-base")]
         paths[0].unlink()
@@ -278,6 +278,7 @@ def test_a_packed_file_that_is_missing_is_made_again_for_its_model(tmp_path: Pat
                 path.unlink()
             with pytest.raises(AdapterLoadFailed):
                 await collect(front.submit(asked(front, "dog", script="fail=adapter_load_failed")))
+            assert state(front, "dog") == Companion(name="d", status="validating")
             await until(lambda: all(path.exists() for path in paths))
             await until(lambda: state(front, "dog").status == "ready")
             assert front.adapters.resolve("dog").label == dog.digest
