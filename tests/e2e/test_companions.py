@@ -18,7 +18,7 @@ HALF = {"hidden_size": 32, "num_hidden_layers": 1, "head_dim": 8}
 def test_an_adapter_and_its_companion_on_the_draft_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Two models and two adapters are made, and a server started, which compiles its kernels twice: 40 s.
+    # Two models and two adapters are made, and a server compiles the kernels of both: 40 s.
     model = tiny.write_model(tmp_path / "model")
     draft = tiny.write_model(tmp_path / "draft", seed=1, **HALF)
     on_base = tiny.write_adapter(tmp_path / "cat", model, r=4)
