@@ -29,7 +29,7 @@ from loramux.front.catalog import Companion
 from loramux.front.front import INGEST, Front
 from loramux.front.generation import GenerationSpec
 from loramux.front.observations import Observations
-from loramux.request import DRAFT_MODEL_ID, SMALL_MODEL_ID, AdapterRef
+from loramux.request import DRAFT_MODEL_ID, SMALL_MODEL_ID, AdapterRef, EntropyAdaptive
 
 BOTH = json.dumps({"companions": {"draft": "d", "small": "s"}}).encode()
 DRAFT = json.dumps({"companions": {"draft": "d"}}).encode()
@@ -222,12 +222,14 @@ def test_without_the_small_models_adapter_the_answer_would_be_another(tmp_path: 
         async with running(both(tmp_path)) as front:
             await upload(front, "s", b"small", base="small")
             await upload(front, "cat", b"cat", profile=BOTH)
-            late = asked(front, "cat")
+            adaptive = asked(front, "cat", entropy=EntropyAdaptive(threshold=1))
+            plain = asked(front, "cat", "plain")
             await front.adapters.delete("s")
             with pytest.raises(Conflict) as caught:
-                front.submit(late)
+                front.submit(adaptive)
             assert caught.value.code == "adapter_not_ready"
-            await collect(front.submit(asked(front, "cat")))
+            await collect(front.submit(plain))
+            assert (await engine_said(front))["companions"] == {"plain": {}}
 
     asyncio.run(main())
 

@@ -150,14 +150,17 @@ class AdapterService:
                 "the adapter was deleted meanwhile", param="model", code="adapter_not_ready"
             )
 
-    def still_there(self, companions: Mapping[int, Adapters]) -> dict[int, Adapters]:
-        """Of a request's companions those that are still served. Without the draft model's a
-        request gets the same tokens; without the small model's it would not: Conflict."""
+    def still_there(
+        self, companions: Mapping[int, Adapters], *, adaptive: bool
+    ) -> dict[int, Adapters]:
+        """Of a request's companions those that are still served. Without the draft model's it gets
+        the same tokens; without the small model's one that is entropy-``adaptive`` would not:
+        Conflict (adapter_not_ready)."""
         kept = {}
         for model_id, adapters in companions.items():
             if all(self._catalog.serves(adapter.digest) for adapter in adapters):
                 kept[model_id] = adapters
-            elif model_id == SMALL_MODEL_ID:
+            elif adaptive and model_id == SMALL_MODEL_ID:
                 raise Conflict(
                     "the adapter's companion on the small model was deleted meanwhile",
                     param="model",

@@ -235,7 +235,9 @@ class Front:
         for adapter in spec.adapters:
             self.adapters.require(adapter.digest)
         if spec.companions:
-            spec = replace(spec, companions=self.adapters.still_there(spec.companions))
+            adaptive = spec.entropy is not None
+            there = self.adapters.still_there(spec.companions, adaptive=adaptive)
+            spec = replace(spec, companions=there)
         deadline_s = None
         if spec.deadline_s is not None:
             deadline_s = spec.arrived_at + spec.deadline_s - time.monotonic()
@@ -248,10 +250,10 @@ class Front:
             min_tokens=spec.sampling.min_tokens,
         )
         generation = Generation(spec, self._cancel)
-        self._ledger.add(spec, generation, text)
+        entry = self._ledger.add(spec, generation, text)
         self.quotas.start(spec)
         self._observations.submitted(spec)
-        self._engine.submit(spec, deadline_s)
+        self._engine.submit(entry.submission(deadline_s))
         return generation
 
     def _cancel(self, request_id: str) -> None:
