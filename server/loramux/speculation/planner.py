@@ -43,12 +43,12 @@ TRUST = 50.0
 WINDOW = 500.0
 PRICES = np.array([0, 0.02, *np.arange(0.05, 0.925, 0.05)])
 """How likely a guess must be to be worth it: what it takes of a step, in tokens."""
-ASKS_TRUST = 16.0
-ASKS_WINDOW = 64.0
+ASKS_TRUST = 1.0
+ASKS_WINDOW = 16.0
 USUAL_MOST = 8
 PLAN_STEPS = 32
 """So long who is asked stays decided while the load is the same."""
-BROUGHT_STEPS = 4
+BROUGHT_STEPS = 2
 """What an ask brings is counted so often: that takes time too."""
 PROBE_SHARE = 0.005
 """Of the time of plain steps, for asking those who are not worth it, in case they are by now."""
@@ -385,7 +385,8 @@ class Planner:
             means = self._right.means(cells)
             for mean, count in zip(means, self._right.counts(cells), strict=True):
                 if known := int(np.argmin(count >= TRUST)):  # what is further may go on as it began
-                    mean[known:] = mean[known - 1] * PRIOR[: LONGEST - known]
+                    each = max(mean[known - 1] ** (1 / known), PRIOR[0])
+                    mean[known:] = mean[known - 1] * each ** np.arange(1, LONGEST - known + 1)
             falling = np.minimum.accumulate(means, axis=1)
             self._believed.update(zip(missing, falling, strict=True))
         return np.stack([self._believed[of] for of in classes])
