@@ -21,7 +21,7 @@ from loramux.engine.models import (
     partners,
     read_weights,
 )
-from loramux.engine.scheduler import Limits, Scheduler
+from loramux.engine.scheduler import Limits, Scheduler, Served
 from loramux.errors import ConfigError
 from loramux.memory.arena import Arena
 from loramux.memory.formats import KvFormat
@@ -32,7 +32,7 @@ from loramux.model.description import describe
 from loramux.model.fingerprint import fingerprint
 from loramux.model.loader import Progress
 from loramux.model.runner import ModelRunner
-from loramux.request import BASE_MODEL_ID
+from loramux.request import BASE_MODEL_ID, SMALL_MODEL_ID
 from loramux.sampling.sampler import Sampler
 from loramux.speculation.drafter import Drafter, Drafting
 from loramux.speculation.lookup import COPYSPEC_MATCH, Lookup
@@ -178,6 +178,11 @@ def _connect(
             config.prefix_caching,
         ),
         fingerprint=base,
+        partners={
+            model_id: Served(partner.kv, partner.residency, partner.description.fingerprint)
+            for model_id, partner in beside.items()
+            if model_id == SMALL_MODEL_ID
+        },
     )
     return Engine(
         pool=pool,

@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from loramux.request import Request
+from loramux.request import BASE_MODEL_ID, Request
+
+OF_THE_TARGET = frozenset({"draft", "medusa"})
+"""Drafters that know how the target goes on: by a model made after it, or from what it computed. Of
+a request that another model serves now they are not asked."""
 
 
 class Ask(NamedTuple):
@@ -68,7 +72,11 @@ class Drafting:
         """For each of ``asks`` the guess of the first of its request's drafters that has one, as
         far as a ``budget`` of guessed tokens goes."""
         drafts: list[Draft | None] = [None] * len(asks)
-        unanswered = [index for index, ask in enumerate(asks) if min(ask.most, budget) > 0]
+        unanswered = [
+            index
+            for index, ask in enumerate(asks)
+            if min(ask.most, budget) > 0 and _drafters(ask)
+        ]
         place = 0
         while unanswered:
             for name, those in self._by_drafter(asks, unanswered, place).items():
@@ -101,7 +109,10 @@ class Drafting:
 
 def _drafters(ask: Ask) -> Sequence[str]:
     assert ask.request.speculation is not None
-    return ask.request.speculation.drafters
+    drafters = ask.request.speculation.drafters
+    if ask.request.kv.model_id == BASE_MODEL_ID:
+        return drafters
+    return [name for name in drafters if name not in OF_THE_TARGET]
 
 
 def _within(drafts: list[Draft | None], budget: int) -> list[Draft | None]:
