@@ -215,7 +215,9 @@ class Scheduler:
         frames go. One whose adapter is not here yet starts its load and is passed over; for those
         next in line the adapters are fetched ahead."""
         admitted: list[Row] = []
-        held: list[tuple[Adapters, str]] = []  # what those ahead in line wait for must not be evicted by the rest
+        held: list[
+            tuple[Adapters, str]
+        ] = []  # what those ahead in line wait for must not be evicted by the rest
         passed: list[Request] = []
         with closing(self.waiting.walk()) as line:
             while self._has_room(budget) and len(passed) < LOOKAHEAD:
@@ -242,9 +244,7 @@ class Scheduler:
             adapters.release(digest)
         return admitted
 
-    def _fetch_ahead(
-        self, line: list[Request], held: list[tuple[Adapters, str]]
-    ) -> list[Request]:
+    def _fetch_ahead(self, line: list[Request], held: list[tuple[Adapters, str]]) -> list[Request]:
         """Load the adapters of those in ``line`` as far as frames go, leaving one to every row that
         runs; whom that was tried for."""
         worn = [self._worn(request) for request in line]

@@ -117,7 +117,9 @@ class StepLoop:
             return plan
         batch = plan.batch
         rows = [row for row in batch.rows if row.request.status is Status.RUNNING]
-        return self._runner_of(batch.model_id).plan(Batch.of(batch.model_id, rows)) if rows else None
+        return (
+            self._runner_of(batch.model_id).plan(Batch.of(batch.model_id, rows)) if rows else None
+        )
 
     def _launch(self, plan: Plan, report: Report, timer: _PhaseTimer) -> None:
         timer.done("schedule")

@@ -73,9 +73,7 @@ class Drafting:
         far as a ``budget`` of guessed tokens goes."""
         drafts: list[Draft | None] = [None] * len(asks)
         unanswered = [
-            index
-            for index, ask in enumerate(asks)
-            if min(ask.most, budget) > 0 and _drafters(ask)
+            index for index, ask in enumerate(asks) if min(ask.most, budget) > 0 and _drafters(ask)
         ]
         place = 0
         while unanswered:
