@@ -157,10 +157,7 @@ class Pair:
         for threshold in thresholds or _quantiles(seen, SMALL_ALONE.window):
             how = EntropyAdaptive(threshold=threshold)
             entropy = run(how, Router.resumed)
-            lots = Random(SEED)
-            share = entropy.tokens
-            coin = run(how, lambda how, *_, share=share, lots=lots: Coin(how, share, lots))  # type: ignore[misc]
-            tried.append(Tried(threshold, entropy, coin))
+            tried.append(Tried(threshold, entropy, run(how, _coins(entropy.tokens))))
         return Frontier(large, small, tried)
 
     def _run(self, how: EntropyAdaptive, routers: Routers) -> Point:
@@ -249,8 +246,8 @@ def pair(
     ids = [tokenizer.encode(prompt).ids for prompt in prompts]
     with tempfile.TemporaryDirectory(prefix="loramux-") as temporary:
         data_dir = Path(temporary)
-        config = ServerConfig(model=model, small_model=small_model, data_dir=data_dir)
-        assembled = assemble(config)
+        models: dict[str, Any] = {"model": model, "small_model": small_model}
+        assembled = assemble(ServerConfig(**models, data_dir=data_dir))
         ready, engine = assembled.ready, assembled.engine
         small = ready.partners[SMALL_MODEL_ID]
         try:
@@ -276,6 +273,11 @@ def pair(
 
 def _installed(folder: Path | None, data_dir: Path, base: Any) -> Adapters:
     return () if folder is None else (AdapterRef(install(folder, data_dir, base)),)
+
+
+def _coins(share: float) -> Routers:
+    lots = Random(SEED)
+    return lambda how, state, num_outputs: Coin(how, share, lots)
 
 
 def _watching(seen: list[list[float]]) -> Routers:

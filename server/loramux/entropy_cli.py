@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import math
@@ -64,12 +63,12 @@ def _calibrate(args: dict[str, Any]) -> int:
     thresholds = read_thresholds(args["thresholds"])
     from loramux.calibration import pair
 
-    names = ("model", "small_model", "adapter", "small_adapter")
+    asked = {
+        name: args[name]
+        for name in ("model", "small_model", "adapter", "small_adapter", "max_tokens")
+    }
     try:
-        with (
-            pair(*(args[name] for name in names), prompts, args["max_tokens"]) as models,
-            Progress() as progress,
-        ):
+        with pair(prompts=prompts, **asked) as models, Progress() as progress:
             bar = progress.add_task("runs over the prompts", total=None)
             frontier = models.frontier(
                 thresholds, lambda done, total: progress.update(bar, completed=done, total=total)
@@ -152,7 +151,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
                 *sorted((tried[way] for tried in report["tried"]), key=lambda point: point[by]),
                 report["large"],
             ]
-            axis.plot([p[by] for p in points], [p["quality_share"] for p in points], style, label=way)
+            axis.plot(
+                [p[by] for p in points], [p["quality_share"] for p in points], style, label=way
+            )
         axis.set_xlabel(label)
         axis.grid(True, color="#dddddd", linewidth=0.6)
     axes[0].plot(

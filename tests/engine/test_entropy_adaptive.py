@@ -68,8 +68,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def worn(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("worn")
-    large = tiny.write_adapter(folder / "large", models[0], seed=3)
-    return large, tiny.write_adapter(folder / "small", models[1], r=4, seed=4)
+    large = tiny.write_adapter(folder / "large", models[0], r=1, seed=3, b_scale=0.3)
+    return large, tiny.write_adapter(folder / "small", models[1], r=1, seed=4, b_scale=0.3)
 
 
 def engine(models: tuple[Path, Path], **config: Any) -> Harness:
@@ -102,7 +102,9 @@ def how(shared: Harness) -> EntropyAdaptive:
 
 
 def run(harness: Harness, prompt: Sequence[int] = PROMPT, adapter: Any = None, **knobs: Any) -> str:
-    """The id of one request from beginning to end."""
+    """The id of one request from beginning to end; unless a ``tenant`` is named, one that finds
+    nothing in the cache."""
+    knobs = {"tenant": f"of {harness._serial}", **knobs}
     name = harness.submit(prompt, adapter, **knobs)
     harness.run()
     assert name not in harness.failed, harness.failed[name]
@@ -140,7 +142,6 @@ def fresh(
         PROMPT,
         adapters[0] if adapters else None,
         small_adapter=adapters[1] if adapters else None,
-        tenant=f"fresh {harness._serial}",
         output_ids=outputs,
         entropy=never,
         resume=router.state if outputs else None,
@@ -154,8 +155,8 @@ def fresh(
 
 @pytest.mark.parametrize("knobs", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_a_threshold_below_all_is_the_large_model(shared: Harness, knobs: dict[str, Any]) -> None:
-    plain = run(shared, tenant="plain", logprobs=1, **knobs)
-    routed = run(shared, tenant="routed", logprobs=1, entropy=NEVER_SMALL, **knobs)
+    plain = run(shared, logprobs=1, **knobs)
+    routed = run(shared, logprobs=1, entropy=NEVER_SMALL, **knobs)
     assert shared.outputs[routed] == shared.outputs[plain]
     said = [[o.logprobs for o in shared.details[name]] for name in (plain, routed)]
     assert said[0] == said[1]
@@ -168,7 +169,7 @@ def test_an_infinite_threshold_is_the_small_model(
 ) -> None:
     alone = Harness(models[1])
     for knobs in SAMPLINGS.values():
-        name = run(shared, tenant="small", entropy=NEVER_LARGE, **knobs)
+        name = run(shared, entropy=NEVER_LARGE, **knobs)
         assert shared.outputs[name] == alone.generate(PROMPT, **knobs)
     alone.close()
 
@@ -182,10 +183,7 @@ def test_every_token_is_what_a_fresh_prefill_of_its_model_says(
     shared: Harness, how: EntropyAdaptive, worn: Any, knobs: dict[str, Any], with_adapters: bool
 ) -> None:
     adapters = worn if with_adapters else (None, None)
-    tenant = f"between {with_adapters}"
-    name = run(
-        shared, PROMPT, adapters[0], small_adapter=adapters[1], tenant=tenant, entropy=how, **knobs
-    )
+    name = run(shared, PROMPT, adapters[0], small_adapter=adapters[1], entropy=how, **knobs)
     outputs, told = shared.outputs[name], drawn_by(shared, name)
     assert moves(told) >= 3, told
     for at, model_id in enumerate(told):
@@ -347,7 +345,7 @@ def at_ease(models: tuple[Path, Path], how: EntropyAdaptive, worn: Any) -> list[
     return [harness.outputs[name] for name in names]
 
 
-@pytest.mark.parametrize("num_frames", [30, 45])
+@pytest.mark.parametrize("num_frames", [22, 45])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_nothing_changes_under_pressure(
     models: tuple[Path, Path],
@@ -373,7 +371,7 @@ def test_nothing_changes_under_pressure(
     harness.run()
     assert not harness.failed
     assert [harness.outputs[name] for name in names] == at_ease
-    if num_frames == 30:
+    if num_frames == 22:
         preemptions = sum(step.stats.get("preemptions", 0) for step in harness.steps)
         assert dropped > 0 and preemptions > 0, "no pressure"
     assert harness.engine.pool.frames.count(Owner.KV) == 0
@@ -412,7 +410,7 @@ def test_preempted_anywhere_is_uninterrupted(
     while harness.engine.has_work:
         harness.step()
         running = harness.engine.scheduler.running
-        if running and rng.random() < 0.3:
+        if running and rng.random() < 0.5:
             count += 1
             harness.engine.scheduler._preempt(running[int(rng.integers(len(running)))])
     assert count > 10
@@ -437,7 +435,7 @@ def test_both_adapters_are_there_before_it_begins(
 
 def test_another_engine_goes_on_from_every_position(shared: Harness, how: EntropyAdaptive) -> None:
     knobs = SAMPLINGS["processed"]
-    name = run(shared, tenant="whole", entropy=how, **knobs)
+    name = run(shared, entropy=how, **knobs)
     details, outputs = list(shared.details[name]), shared.outputs[name]
     assert [len(output.token_ids) for output in details] == [1] * 24
     for at in range(1, 24):
@@ -445,7 +443,6 @@ def test_another_engine_goes_on_from_every_position(shared: Harness, how: Entrop
         assert state is not None
         again = run(
             shared,
-            tenant=f"again {at}",
             entropy=how,
             output_ids=outputs[:at],
             resume=state,
@@ -491,32 +488,30 @@ class Knowing:
 def test_guesses_change_nothing_and_never_reach_over_a_move(
     shared: Harness, how: EntropyAdaptive, knobs: dict[str, Any], tree: bool
 ) -> None:
-    name = run(shared, tenant="unguessed", entropy=how, **knobs)
+    name = run(shared, entropy=how, **knobs)
     knowing = Knowing(shared.outputs[name], tree=tree)
     shared.engine.drafting.drafters["knowing"] = knowing
     speculation = Speculation(drafters=("knowing",), max_draft_tokens=6, tree=tree)
-    guessed = run(shared, tenant=f"guessed {tree}", entropy=how, speculation=speculation, **knobs)
+    guessed = run(shared, tenant="guessed", entropy=how, speculation=speculation, **knobs)
     assert shared.outputs[guessed] == shared.outputs[name]
     assert drawn_by(shared, guessed) == drawn_by(shared, name)
     ends = [[(o.ledger or ())[:2] for o in shared.details[each]][-1] for each in (guessed, name)]
     assert ends[0] == ends[1]
     accepted = sum(len(o.token_ids) - 1 for o in shared.details[guessed])
     assert accepted >= 4 and {BASE_MODEL_ID, SMALL_MODEL_ID} == set(knowing.asked)
-    again = run(shared, tenant=f"cached {tree}", entropy=how, speculation=speculation, **knobs)
+    again = run(shared, tenant="guessed", entropy=how, speculation=speculation, **knobs)
     assert shared.outputs[again] == shared.outputs[name]
 
 
 def test_who_knows_only_the_target_is_not_asked_about_the_small_model(
     shared: Harness, how: EntropyAdaptive
 ) -> None:
-    name = run(shared, tenant="asked", entropy=how, **SAMPLINGS["sampled"])
+    name = run(shared, entropy=how, **SAMPLINGS["sampled"])
     of_target, free = (Knowing(shared.outputs[name], tree=False) for _ in range(2))
     shared.engine.drafting.drafters.update({"draft": of_target, "free": free})
     for chain in (("draft",), ("draft", "free")):
         speculation = Speculation(drafters=chain, max_draft_tokens=2)
-        again = run(
-            shared, tenant="asked", entropy=how, speculation=speculation, **SAMPLINGS["sampled"]
-        )
+        again = run(shared, entropy=how, speculation=speculation, **SAMPLINGS["sampled"])
         assert shared.outputs[again] == shared.outputs[name]
     del shared.engine.drafting.drafters["draft"]
     assert set(of_target.asked) == {BASE_MODEL_ID}

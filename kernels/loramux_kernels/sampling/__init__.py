@@ -120,8 +120,8 @@ def logprobs(logits: torch.Tensor, ids: Int64, counts: Int64) -> Logprobs:
 
 
 def entropy_bits(logits: torch.Tensor) -> Float64:
-    """``-sum p log2 p`` of each row of ``logits`` float32 [R, V], from 0 to log2 V; a row's does not
-    depend on the others'. NaN for bad rows."""
+    """``-sum p log2 p`` of each row of ``logits`` float32 [R, V], from 0 to log2 V, whatever the
+    other rows are. NaN for bad rows."""
     if logits.is_cuda:
         from loramux_kernels.sampling import reference
 

@@ -126,8 +126,8 @@ def logprobs(logits: Tensor, ids: Int64, counts: Int64) -> Logprobs:
 
 
 def entropy_bits(logits: Tensor) -> Float64:
-    """See ``loramux_kernels.sampling.entropy_bits``. Row by row: a reduction over several may sum in
-    an order that depends on how many there are."""
+    """See ``loramux_kernels.sampling.entropy_bits``. Row by row: how a reduction over several sums
+    may depend on how many there are."""
     bits = [_entropy_bits(row) for row in logits]
     return np.array([float(row) for row in bits], np.float64)
 

@@ -83,8 +83,8 @@ class Counts:
 
 
 class Scheduler:
-    """The waiting and running requests of one engine. ``partners`` are the models, by model id, that
-    requests may move to from the one whose ``kv``, ``adapters`` and ``fingerprint`` these are."""
+    """The waiting and running requests of one engine. ``partners``, by model id, are those that
+    requests may move to from the model whose ``kv``, ``adapters`` and ``fingerprint`` these are."""
 
     def __init__(
         self,

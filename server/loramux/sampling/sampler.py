@@ -53,8 +53,9 @@ class _Request:
 class _Batch:
     """What a sequence of requests, one a row, needs at every step.
 
-    ``num_logprobs`` [R] is -1 for none. ``watched`` are the rows whose entropy is asked for. ``held`` and ``penalized`` are the rows that may need their
-    stop tokens masked and their penalties applied; both depend on how far the output is.
+    ``num_logprobs`` [R] is -1 for none; ``watched`` are the rows whose entropy is asked for.
+    ``held`` and ``penalized`` are those that may need their stop tokens masked and their penalties
+    applied; both depend on how far the output is.
     """
 
     request_ids: list[str]

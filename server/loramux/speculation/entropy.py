@@ -5,9 +5,9 @@ decoding, arXiv 2502.06833).
     next = the large model   if mean(H of the last ``window``) > threshold
            the small model   otherwise
 
-Nobody moves within ``min_dwell`` tokens of the last move, nor before there are ``window`` entropies.
-A move empties the window: how unsure one model was says nothing about the other. Where the paper is
-silent (the dwell's length, the window at a move) these are our choices.
+Nobody moves within ``min_dwell`` tokens of the last move, nor before there are ``window``
+entropies. A move empties the window: how unsure one model was says nothing about the other. On both
+the paper is silent.
 """
 
 from __future__ import annotations

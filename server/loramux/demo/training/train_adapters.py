@@ -1,5 +1,5 @@
-"""Six LoRAs on the base, saved by PEFT; ranks, targets, layers and scaling differ on purpose. Two of
-them have a partner on the draft, which is the small model of the demo."""
+"""Six LoRAs on the base, saved by PEFT; ranks, targets, layers and scaling differ on purpose. Two
+have a partner on the draft, which is the small model of the demo."""
 
 from __future__ import annotations
 
