@@ -139,6 +139,7 @@ class Pair:
         self._stop_token_ids = stop_token_ids
         self._relative_cost = relative_cost
         self._large_alone = 0.0
+        self._num_runs = 0
 
     def frontier(self, thresholds: Sequence[float], progress: Progress) -> Frontier:
         """The sweep; with no ``thresholds``, over quantiles of what the small model shows."""
@@ -162,6 +163,7 @@ class Pair:
 
     def _run(self, how: EntropyAdaptive, routers: Routers) -> Point:
         self._engine.new_router = routers
+        self._num_runs += 1
         outputs = self._serve(
             [self._ask(index, prompt, how) for index, prompt in enumerate(self._prompts)]
         )
@@ -186,6 +188,7 @@ class Pair:
             adapters=self._adapters,
             companions={SMALL_MODEL_ID: self._companions},
             prompt_ids=list(prompt),
+            cache_salt=f"run {self._num_runs}",  # or a later run would find its prompts computed
             sampling=SamplingParams(
                 seed=index, max_tokens=self._max_tokens, stop_token_ids=self._stop_token_ids
             ),

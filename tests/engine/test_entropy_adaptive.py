@@ -287,10 +287,9 @@ def test_plain_rows_beside_it_are_unchanged_and_cost_the_small_model_nothing(
     shared: Harness, how: EntropyAdaptive, worn: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def plain(tenant: str) -> list[str]:
+        knobs = {"logprobs": 2, "temperature": 0.8, "max_tokens": 20, "frequency_penalty": 0.5}
         return [
-            shared.submit(
-                PROMPT[index:], adapter, tenant=tenant, logprobs=2, temperature=0.8, max_tokens=20
-            )
+            shared.submit(PROMPT[index:], adapter, tenant=tenant, **knobs)
             for index, adapter in enumerate([None, worn[0], None])
         ]
 
