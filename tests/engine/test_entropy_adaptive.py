@@ -3,9 +3,8 @@ whoever shares the pool, and however often it is interrupted."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,16 @@ import numpy.typing as npt
 import pytest
 import torch
 from tests import tiny
+from tests.engine.routed import (
+    NEVER_LARGE,
+    NEVER_SMALL,
+    PROMPT,
+    SAMPLINGS,
+    drawn_by,
+    engine,
+    moves,
+    run,
+)
 from tests.harness import Harness
 
 from loramux.memory.frames import Owner
@@ -22,111 +31,10 @@ from loramux.request import (
     SMALL_MODEL_ID,
     EntropyAdaptive,
     Kv,
-    Request,
-    Speculation,
 )
-from loramux.speculation.drafter import Ask, Guess
 from loramux.speculation.entropy import Router
 
 MODELS = {BASE_MODEL_ID: "large", SMALL_MODEL_ID: "small"}
-PROMPT = list(range(60, 73))
-SAMPLINGS: dict[str, dict[str, Any]] = {
-    "greedy": {"max_tokens": 24},
-    "sampled": {"max_tokens": 24, "temperature": 1.0, "seed": 5},
-    "processed": {
-        "max_tokens": 24,
-        "temperature": 0.9,
-        "seed": 6,
-        "top_p": 0.9,
-        "repetition_penalty": 1.2,
-        "frequency_penalty": 0.3,
-        "logit_bias": {9: 3.0},
-        "choice": 1,
-    },
-}
-NEVER_SMALL = EntropyAdaptive(threshold=-1.0, start="large")
-NEVER_LARGE = EntropyAdaptive(threshold=math.inf, start="small")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A target, and a small model of other widths whose page holds another number of tokens."""
-    folder = tmp_path_factory.mktemp("pair")
-    large = tiny.write_model(folder / "large", num_hidden_layers=6)
-    small = tiny.write_model(
-        folder / "small",
-        "qwen3",
-        seed=1,
-        num_hidden_layers=4,
-        hidden_size=32,
-        head_dim=8,
-        num_key_value_heads=1,
-    )
-    return large, small
-
-
-@pytest.fixture(scope="module")
-def worn(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("worn")
-    large = tiny.write_adapter(folder / "large", models[0], r=1, seed=3, b_scale=0.3)
-    return large, tiny.write_adapter(folder / "small", models[1], r=1, seed=4, b_scale=0.3)
-
-
-def engine(models: tuple[Path, Path], **config: Any) -> Harness:
-    return Harness(models[0], small_model=models[1], page_tokens=4, **config)
-
-
-@pytest.fixture(scope="module")
-def shared(models: tuple[Path, Path]) -> Iterator[Harness]:
-    harness = engine(models, max_batch_tokens=32)
-    yield harness
-    harness.close()
-
-
-@pytest.fixture(scope="module")
-def how(shared: Harness) -> EntropyAdaptive:
-    """Moves often: the threshold is the median of what the two models' entropies are."""
-    seen: list[float] = []
-
-    class Watching(Router):
-        def observe(self, entropy: float) -> int:
-            seen.append(entropy)
-            return super().observe(entropy)
-
-    shared.engine.new_router = Watching.resumed
-    for alone in (NEVER_SMALL, NEVER_LARGE):
-        run(shared, entropy=alone, max_tokens=24, temperature=1.0)
-    shared.engine.new_router = Router.resumed
-    assert len(seen) == 48 and 0 < min(seen) < max(seen) < math.log2(tiny.VOCAB_SIZE)
-    return EntropyAdaptive(threshold=float(np.median(seen)), window=1, min_dwell=2)
-
-
-def run(harness: Harness, prompt: Sequence[int] = PROMPT, adapter: Any = None, **knobs: Any) -> str:
-    """The id of one request from beginning to end; unless a ``tenant`` is named, one that finds
-    nothing in the cache."""
-    knobs = {"tenant": f"of {harness._serial}", **knobs}
-    name = harness.submit(prompt, adapter, **knobs)
-    harness.run()
-    assert name not in harness.failed, harness.failed[name]
-    return name
-
-
-def drawn_by(harness: Harness, name: str) -> list[int]:
-    """The model that each token is from, as the ledgers say."""
-    told: list[int] = []
-    for output in harness.details[name]:
-        assert output.ledger is not None
-        large, small = output.ledger[:2]
-        new_large = large - told.count(BASE_MODEL_ID)
-        new_small = small - told.count(SMALL_MODEL_ID)
-        assert 0 in (new_large, new_small), "one step's tokens are all from one model"
-        told += [BASE_MODEL_ID] * new_large + [SMALL_MODEL_ID] * new_small
-        assert len(told) == output.start_index + len(output.token_ids)
-    return told
-
-
-def moves(told: Sequence[int]) -> int:
-    return sum(a != b for a, b in zip(told, told[1:], strict=False))
 
 
 def fresh(
@@ -421,14 +329,30 @@ def test_both_adapters_are_there_before_it_begins(
     models: tuple[Path, Path], how: EntropyAdaptive, worn: tuple[Path, Path]
 ) -> None:
     harness = engine(models)
-    name = harness.submit(PROMPT, worn[0], small_adapter=worn[1], entropy=how, max_tokens=24)
+    knobs = {"entropy": how, "max_tokens": 24, "temperature": 1.0, "seed": 1}
+    name = harness.submit(PROMPT, worn[0], small_adapter=worn[1], **knobs)
     residencies = [harness.engine.residency, harness.engine.partners[SMALL_MODEL_ID].residency]
     while harness.engine.has_work:
         harness.step()
         leased = [residency.num_leased_frames() > 0 for residency in residencies]
         running = bool(harness.engine.scheduler.running)
         assert leased == [running, running]
-    assert len(harness.outputs[name]) == 24
+    assert moves(drawn_by(harness, name)) > 1
+    harness.close()
+
+
+def test_what_one_model_computed_is_never_taken_for_the_others(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Two models whose pages are alike, over the same text."""
+    twin = tiny.write_model(tmp_path / "twin", num_hidden_layers=6, seed=9)
+    harness = engine((models[0], twin))
+    said = [
+        harness.outputs[run(harness, entropy=never, tenant=tenant, max_tokens=12)]
+        for tenant in ("one", "two")
+        for never in ((NEVER_SMALL, NEVER_LARGE) if tenant == "one" else (NEVER_LARGE, NEVER_SMALL))
+    ]
+    assert said[0] == said[3] != said[1] == said[2]
     harness.close()
 
 
@@ -450,131 +374,3 @@ def test_another_engine_goes_on_from_every_position(shared: Harness, how: Entrop
         assert shared.outputs[again] == outputs
         assert shared.details[again][-1].ledger is not None
         assert (shared.details[again][-1].ledger or ())[:2] == (details[-1].ledger or ())[:2]
-
-
-# -- guesses ---------------------------------------------------------------------------------------
-
-
-class Knowing:
-    """Guesses what was said before, as a chain or as a comb with a wrong sibling everywhere."""
-
-    def __init__(self, future: Sequence[int], *, tree: bool) -> None:
-        self._future, self._tree = future, tree
-        self.asked: list[int] = []
-
-    def propose(self, asks: Sequence[Ask]) -> list[Guess]:
-        return [self._guess(ask.request, ask.most) for ask in asks]
-
-    def ended(self, request: Request) -> None: ...
-
-    def _guess(self, request: Request, most: int) -> Guess:
-        self.asked.append(request.kv.model_id)
-        future = self._future[request.num_outputs :]
-        if not self._tree:
-            return Guess(future[:most])
-        tokens: list[int] = []
-        parents: list[int] = []
-        parent = 0
-        for token in future[: most // 2]:
-            tokens += [(token + 1) % tiny.VOCAB_SIZE, token]
-            parents += [parent, parent]
-            parent = len(tokens)
-        return Guess(tokens, parents)
-
-
-@pytest.mark.parametrize("tree", [False, True])
-@pytest.mark.parametrize("knobs", SAMPLINGS.values(), ids=SAMPLINGS)
-def test_guesses_change_nothing_and_never_reach_over_a_move(
-    shared: Harness, how: EntropyAdaptive, knobs: dict[str, Any], tree: bool
-) -> None:
-    name = run(shared, entropy=how, **knobs)
-    knowing = Knowing(shared.outputs[name], tree=tree)
-    shared.engine.drafting.drafters["knowing"] = knowing
-    speculation = Speculation(drafters=("knowing",), max_draft_tokens=6, tree=tree)
-    guessed = run(shared, tenant="guessed", entropy=how, speculation=speculation, **knobs)
-    assert shared.outputs[guessed] == shared.outputs[name]
-    assert drawn_by(shared, guessed) == drawn_by(shared, name)
-    ends = [[(o.ledger or ())[:2] for o in shared.details[each]][-1] for each in (guessed, name)]
-    assert ends[0] == ends[1]
-    accepted = sum(len(o.token_ids) - 1 for o in shared.details[guessed])
-    assert accepted >= 4 and {BASE_MODEL_ID, SMALL_MODEL_ID} == set(knowing.asked)
-    again = run(shared, tenant="guessed", entropy=how, speculation=speculation, **knobs)
-    assert shared.outputs[again] == shared.outputs[name]
-
-
-def test_who_knows_only_the_target_is_not_asked_about_the_small_model(
-    shared: Harness, how: EntropyAdaptive
-) -> None:
-    name = run(shared, entropy=how, **SAMPLINGS["sampled"])
-    of_target, free = (Knowing(shared.outputs[name], tree=False) for _ in range(2))
-    shared.engine.drafting.drafters.update({"draft": of_target, "free": free})
-    for chain in (("draft",), ("draft", "free")):
-        speculation = Speculation(drafters=chain, max_draft_tokens=2)
-        again = run(shared, entropy=how, speculation=speculation, **SAMPLINGS["sampled"])
-        assert shared.outputs[again] == shared.outputs[name]
-    del shared.engine.drafting.drafters["draft"]
-    assert set(of_target.asked) == {BASE_MODEL_ID}
-    assert set(free.asked) == {SMALL_MODEL_ID}, "the draft has an answer on the target"
-
-
-# -- refusals --------------------------------------------------------------------------------------
-
-
-def refused(harness: Harness, **knobs: Any) -> tuple[str, str]:
-    name = harness.submit(PROMPT, **knobs)
-    harness.run()
-    return harness.failed[name].code, harness.failed[name].message
-
-
-def test_what_cannot_be_done_is_refused_by_name(
-    models: tuple[Path, Path], shared: Harness, how: EntropyAdaptive, tmp_path: Path
-) -> None:
-    code, message = refused(shared, entropy=how, output_ids=[5], resume=b"?")
-    assert code == "invalid_request" and "resume" in message
-    without = Harness(models[0])
-    code, message = refused(without, entropy=how)
-    assert (
-        code == "invalid_request" and "entropy_adaptive" in message and "--small-model" in message
-    )
-    without.close()
-    short = tiny.write_model(tmp_path / "short", max_position_embeddings=32)
-    harness = engine((models[0], short), num_frames=20)
-    code, message = refused(harness, entropy=how, max_tokens=20)
-    assert code == "invalid_request" and "entropy_adaptive" in message
-    assert len(harness.generate(PROMPT, max_tokens=20)) == 20, "nobody else is bound by it"
-    assert len(harness.generate(PROMPT, max_tokens=19, entropy=how)) == 19
-    harness.close()
-
-
-def test_it_must_fit_on_both_models_at_once(
-    models: tuple[Path, Path], how: EntropyAdaptive
-) -> None:
-    probe = engine(models, num_frames=64)
-    formats = [model.kv for model in probe.engine.scheduler._models.values()]
-    need = sum(kv.num_pages(len(PROMPT) + 40) for kv in formats)
-    probe.close()
-    for num_frames, fits in ((need, True), (need - 1, False)):
-        harness = engine(models, num_frames=num_frames)
-        if fits:
-            assert len(harness.generate(PROMPT, max_tokens=40, entropy=how)) == 40
-        else:
-            assert refused(harness, max_tokens=40, entropy=how)[0] == "request_too_large"
-        harness.close()
-
-
-def test_a_broken_row_fails_alone(
-    shared: Harness, how: EntropyAdaptive, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoder = shared.engine.partners[SMALL_MODEL_ID].decoder
-    forward: Callable[[Any], torch.Tensor] = decoder.forward
-
-    def poisoned(inputs: Any) -> torch.Tensor:
-        logits = forward(inputs)
-        logits[:] = torch.nan
-        return logits
-
-    monkeypatch.setattr(decoder, "forward", poisoned)
-    bad = shared.submit(PROMPT, tenant="bad", entropy=NEVER_LARGE)
-    good = shared.submit(PROMPT, tenant="bad", entropy=NEVER_SMALL)
-    shared.run()
-    assert shared.failed[bad].code == "numerical_error" and len(shared.outputs[good]) == 8

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramux_kernels.sampling import cpu, entropy_bits, reference
+from loramux_kernels.sampling import cpu_entropy, entropy_bits, reference
 
 torch.set_num_threads(1)
 
@@ -27,7 +27,7 @@ def test_entropy_by_definition(size: int, values: list[float], seed: int) -> Non
     # Over 10 s only where the kernels are not in numba's cache yet: they compile here.
     rng = np.random.default_rng(seed)
     logits = np.asarray(values, np.float32)[rng.integers(len(values), size=(3, size))]
-    for implementation in (cpu, reference):
+    for implementation in (cpu_entropy, reference):
         out = implementation.entropy_bits(torch.from_numpy(logits))
         for bits, row in zip(out.tolist(), logits.astype(np.float64), strict=True):
             if not np.isfinite(row).any():
@@ -39,7 +39,7 @@ def test_entropy_by_definition(size: int, values: list[float], seed: int) -> Non
             assert bits >= 0.0
 
 
-@pytest.mark.parametrize("implementation", [cpu, reference])
+@pytest.mark.parametrize("implementation", [cpu_entropy, reference])
 def test_what_is_certain_has_none_and_what_is_even_all(implementation: object) -> None:
     logits = torch.full((3, 256), -math.inf)
     logits[0, 255] = -3.0
@@ -61,6 +61,6 @@ def test_a_row_does_not_see_its_neighbours() -> None:
 def test_bad_rows_have_none(value: float) -> None:
     logits = torch.zeros(2, 200)
     logits[1, 199] = value
-    for implementation in (cpu, reference):
+    for implementation in (cpu_entropy, reference):
         bits = implementation.entropy_bits(logits)
         assert bits[0] == pytest.approx(math.log2(200)) and math.isnan(bits[1])

@@ -126,6 +126,6 @@ def entropy_bits(logits: torch.Tensor) -> Float64:
         from loramux_kernels.sampling import reference
 
         return reference.entropy_bits(logits)
-    from loramux_kernels.sampling import cpu
+    from loramux_kernels.sampling import cpu_entropy
 
-    return cpu.entropy_bits(logits)
+    return cpu_entropy.entropy_bits(logits)

@@ -152,7 +152,7 @@ class Sampler:
         """Compile everything a step can need, so that no request waits for it."""
         logits = torch.zeros((1, self.vocab_size), device=self.device)
         params = SamplingParams(seed=0, min_p=0.1, top_k=1, top_p=0.9, logprobs=1)
-        self.add("warm-up", params, (), ())
+        self.add("warm-up", params, (), (), watched=True)
         self.sample(logits, [("warm-up", 0)])
         self.remove("warm-up")
 
