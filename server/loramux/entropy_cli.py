@@ -145,14 +145,17 @@ def draw(report: dict[str, Any], path: Path) -> None:
         ("share of tokens by the large model", "cost against the large model alone"),
         strict=True,
     ):
-        for way, style in (("entropy", "o-"), ("coin", "s--")):
+        for way, name, style in (
+            ("entropy", "by entropy", "o-"),
+            ("coin", "by lot, the same share of tokens", "s--"),
+        ):
             points = [
                 report["small"],
-                *sorted((tried[way] for tried in report["tried"]), key=lambda point: point[by]),
+                *sorted((t[way] for t in report["tried"]), key=lambda point: point["tokens"]),
                 report["large"],
             ]
             axis.plot(
-                [p[by] for p in points], [p["quality_share"] for p in points], style, label=way
+                [p[by] for p in points], [p["quality_share"] for p in points], style, label=name
             )
         axis.set_xlabel(label)
         axis.grid(True, color="#dddddd", linewidth=0.6)
@@ -162,7 +165,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         "*",
         color="black",
         markersize=11,
-        label="published (accuracy)",
+        label="published, accuracy on MATH",
     )
     axes[0].set_ylabel("likelihood of a token, against\nthe large model's own")
     axes[0].legend()
