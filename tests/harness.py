@@ -52,9 +52,8 @@ class Harness:
         **config: Any,
     ) -> None:
         self.data_dir = Path(config.pop("data_dir", None) or tempfile.mkdtemp())
-        self.config = ServerConfig(
-            model=model, data_dir=self.data_dir, device="cpu", **{"max_num_seqs": 16, **config}
-        )
+        settings = {"max_num_seqs": 16, "speculation": "off", **config}  # off: all is verified
+        self.config = ServerConfig(model=model, data_dir=self.data_dir, device="cpu", **settings)
         assembled = assemble(self.config, poison=True, num_frames=num_frames, overlap=overlap)
         self.engine = assembled.engine
         self._loaded = threading.Event()

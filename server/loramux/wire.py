@@ -152,7 +152,8 @@ class Output(msgspec.Struct, array_like=True):
     Finished's (cached_tokens, queue_s, prefill_s), for requests the front ends (a stop string).
     ``resume``: what another engine needs beside the ids so far to go on just so.
     ``ledger`` of an entropy-adaptive request, so far: output tokens by the large model and by the
-    small one, then tokens each of them has computed, prompts and catching up included.
+    small one, then tokens each of them has computed, prompts and catching up included. Another
+    engine counts on: it travels in ``resume``.
     """
 
     request_id: str

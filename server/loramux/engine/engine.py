@@ -22,7 +22,7 @@ from loramux.metrics.stats import PoolStats, StepStats
 from loramux.model.runner import ModelRunner
 from loramux.request import SMALL_MODEL_ID, EntropyAdaptive, Kv, Request
 from loramux.sampling.sampler import Sampler
-from loramux.speculation.drafter import Drafting
+from loramux.speculation.drafting import Drafting
 from loramux.speculation.entropy import Router
 from loramux.wire import Command, Failed, StepDone, Submit
 
