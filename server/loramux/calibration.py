@@ -249,7 +249,7 @@ def pair(
     ids = [tokenizer.encode(prompt).ids for prompt in prompts]
     with tempfile.TemporaryDirectory(prefix="loramux-") as temporary:
         data_dir = Path(temporary)
-        models: dict[str, Any] = {"model": model, "small_model": small_model}
+        models: dict[str, Any] = {"model": model, "small_model": small_model, "speculation": "off"}
         assembled = assemble(ServerConfig(**models, data_dir=data_dir))
         ready, engine = assembled.ready, assembled.engine
         small = ready.partners[SMALL_MODEL_ID]
