@@ -32,6 +32,13 @@ def add_adapters(commands: Any) -> None:
         "source", help="folder with adapter_config.json and weights, archive, or hf:ORG/REPO"
     )
     push.add_argument("--name", help="name to serve it under (default: the folder's)")
+    push.add_argument(
+        "--base",
+        choices=("target", "draft", "small"),
+        default="target",
+        help="the model it is for (default: target); a companion of other adapters is for the"
+        " server's --draft-model or --small-model",
+    )
     push.add_argument("--ttl", type=int, metavar="SECONDS", help="delete it after that time")
     push.add_argument(
         "--compress",
@@ -159,6 +166,7 @@ def _push(client: Any, args: dict[str, Any]) -> Any:
             return client.adapters.push(
                 source,
                 name=args["name"],
+                base=args["base"],
                 ttl_s=args["ttl"],
                 profile=args["profile"],
                 progress=progress,

@@ -16,13 +16,14 @@ from rich.text import Text
 def adapter_table(views: Iterable[Any], *, full: bool = False) -> None:
     """Adapters, a line each; ``full`` adds the validator's report."""
     table = Table(box=None, header_style="bold")
-    for column in ("name", "generation", "status", "where", "rank", "MiB", "digest"):
+    for column in ("name", "generation", "base", "status", "where", "rank", "MiB", "digest"):
         table.add_column(column, justify="right" if column in ("rank", "MiB") else "left")
     rows = list(views)
     for view in rows:
         table.add_row(
             view.name + (" (pinned)" if view.pinned else ""),
             str(view.generation),
+            view.base,
             view.status,
             view.residency,
             "" if view.rank is None else str(view.rank),
@@ -34,6 +35,10 @@ def adapter_table(views: Iterable[Any], *, full: bool = False) -> None:
     for view in rows:
         if view.error:
             console.print(f"{view.name}: {view.error}", style="red")
+        for base, companion in view.companions.items():
+            if companion["status"] != "ready":
+                told = f"{companion['name']!r} for the {base} model: {companion['status']}"
+                console.print(f"{view.name}: does without its companion {told}", style="yellow")
         if full and view.report:
             console.print(JSON.from_data(view.report))
         if full and view.profile:

@@ -24,6 +24,14 @@ DRAFT_MODEL_ID = 1
 SMALL_MODEL_ID = 2
 """``--small-model``, which takes over where a text is easy (entropy-adaptive decoding)."""
 
+Role = Literal["target", "draft", "small"]
+MODEL_IDS: dict[Role, int] = {
+    "target": BASE_MODEL_ID,
+    "draft": DRAFT_MODEL_ID,
+    "small": SMALL_MODEL_ID,
+}
+"""What the models are called where an adapter says which one it is for."""
+
 
 class AdapterRef(msgspec.Struct, frozen=True, array_like=True):
     """One adapter of a request: its content digest (64 lower-case hex) and the request's scale."""

@@ -64,7 +64,8 @@ def table_widths(
 class BaseDescription(msgspec.Struct, frozen=True, kw_only=True):
     """What the ingest process must know of the base model to validate and pack for it.
 
-    ``widths[module] = (in_features, out_features)``; ``slice_bytes`` is the pool's slice.
+    ``widths[module] = (in_features, out_features)``; ``slice_bytes`` is the pool's slice, of which
+    a frame has ``frame_slices`` (0: one per layer, as where the target's pool is concerned).
     ``max_adapter_bytes`` is what one may take of the pool's ``pool_bytes``, 0 when nothing is set.
     ``directory`` holds the checkpoint; ``step_bytes`` of its matrices are read in a step, however
     many rows it has; ``quantized``: it is served rounded; ``tied``: lm_head is
@@ -75,6 +76,7 @@ class BaseDescription(msgspec.Struct, frozen=True, kw_only=True):
     num_layers: int
     widths: dict[str, tuple[int, int]]
     slice_bytes: int
+    frame_slices: int = 0
     max_rank: int
     vocab_size: int = 0
     max_adapter_bytes: int = 0

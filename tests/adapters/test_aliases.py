@@ -57,6 +57,15 @@ def two(registry: Registry) -> tuple[AdapterRow, AdapterRow]:
     return ready(registry, "cat", 0), ready(registry, "cat", 1, expected=1)
 
 
+def test_a_target_is_for_the_target_model(registry: Registry, aliases: Aliases) -> None:
+    row, _ = registry.create("d", config_digest="c" * 64, weights_digest="d" * 64, base="draft")
+    registry.partner_fingerprints = {"draft": "tiny"}
+    row = registry.mark_ready(row.id, fingerprint="tiny", report={})
+    assert row.status == "ready"
+    for target in (pin_to(row), Target(name="d")):
+        refused("adapter_not_ready", aliases.set, "a", [target])
+
+
 def test_revisions_count_changes(registry: Registry, aliases: Aliases) -> None:
     one, other = two(registry)
     row, before = aliases.set("prod", [pin_to(one)], expected_revision=0)

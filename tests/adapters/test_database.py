@@ -95,7 +95,7 @@ def test_an_old_registry_keeps_its_rows(old: Path) -> None:
     registry = Registry(old)
     row = registry.get("cat")
     assert (row.generation, row.pinned, row.report, row.created) == (3, True, {"rank": 4}, 5.0)
-    assert row.expires is None
+    assert row.expires is None and row.base == "target"
     blobs = registry.database.connection.execute("SELECT digest FROM tenant_blobs").fetchall()
     assert [digest for (digest,) in blobs] == ["w"] * granted
     aliases = Aliases(registry.database)

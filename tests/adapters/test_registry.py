@@ -15,7 +15,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from loramux.adapters.blobs import adapter_digest
 from loramux.adapters.database import SCHEMA_VERSION
 from loramux.adapters.registry import AdapterRow, Registry
-from loramux.errors import ConfigError, Conflict, GenerationGone, NotFound, StorageFull
+from loramux.errors import (
+    ConfigError,
+    Conflict,
+    GenerationGone,
+    InvalidRequest,
+    NotFound,
+    StorageFull,
+)
+from loramux.request import Role
 
 CONFIG = "c" * 64
 WEIGHTS = [f"{i:x}" * 64 for i in range(4)]
@@ -170,6 +178,48 @@ def test_another_base_makes_incompatible_and_changes_nothing(registry: Registry)
     registry.base_fingerprint = BASE
     assert registry.get("a") == row
     assert [r.status for r in registry.list()] == ["incompatible", "ready"]
+
+
+def test_a_row_is_for_one_of_several_models(registry: Registry) -> None:
+    registry.partner_fingerprints = {"draft": "tiny"}
+
+    def made(name: str, base: Role, fingerprint: str = "") -> AdapterRow:
+        files = {"config_digest": CONFIG, "weights_digest": WEIGHTS[0]}
+        row, _ = registry.create(name, base=base, **files)
+        if fingerprint:
+            return registry.mark_ready(row.id, fingerprint=fingerprint, report={})
+        return row
+
+    statuses = {
+        ("draft", "tiny"): "ready",
+        ("draft", BASE): "incompatible",
+        ("draft", ""): "validating",
+        ("target", BASE): "ready",
+        ("target", "tiny"): "incompatible",
+        ("small", "tiny"): "incompatible",
+        ("small", ""): "incompatible",
+    }
+    rows = {}
+    for number, (base, fingerprint) in enumerate(statuses):
+        rows[base, fingerprint] = made(f"a{number}", base, fingerprint)
+    assert {key: row.status for key, row in rows.items()} == statuses
+    assert [row.base for row in registry.list()] == [base for base, _ in statuses]
+    registry.partner_fingerprints = {}
+    assert {r.status for r in registry.list() if r.base != "target"} == {"incompatible"}
+    registry.base_fingerprint = ""
+    assert "incompatible" not in {r.status for r in registry.list()}, "nothing is known yet"
+    registry.base_fingerprint = BASE
+    for base in ("target", "small"):
+        with pytest.raises(Conflict, match="for the draft model") as caught:
+            made("a1", base)  # also one that cannot serve here
+        assert (caught.value.param, caught.value.code) == ("base", "name_reserved")
+    registry.mark_failed(rows["draft", ""].id, code="x", problems=["one"])
+    again = made("a2", "small")
+    assert (again.id, again.base, again.error) == (rows["draft", ""].id, "small", None)
+    registry.delete("a0")
+    assert made("a0", "target", BASE).generation == 2
+    with pytest.raises(InvalidRequest, match="draft"):
+        registry.set_pinned("a1", True)
 
 
 def test_a_pin_protects_and_follows_the_name(registry: Registry) -> None:

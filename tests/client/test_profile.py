@@ -13,7 +13,7 @@ from tests.client.conftest import Connect
 from tests.client.doubles import write_adapter_files
 from tests.client.test_push import Blobs
 
-from loramux_client import AdapterFilesError, _profile
+from loramux_client import Adapter, AdapterFilesError, _profile
 from loramux_client._files import find_adapter
 from loramux_client._profile import profile_of
 
@@ -207,6 +207,43 @@ def test_push_sends_what_was_chosen(connect: Connect, folder: Path, tmp_path: Pa
     assert server.log == [], "refused before anything is sent"
 
 
+def test_one_for_another_model_says_so_and_takes_no_profile_along(
+    connect: Connect, folder: Path
+) -> None:
+    write(folder, "generation_config.json", {"temperature": 0.5})
+    for fields, sent in (
+        ({}, {"profile"}),
+        ({"base": "target"}, {"profile"}),
+        ({"base": "draft"}, {"base"}),
+        ({"base": "small", "profile": False}, {"base"}),
+        ({"base": "draft", "profile": {"system": "x"}}, {"base", "profile"}),
+    ):
+        server = Blobs()
+        connect(server).call("adapters.push", folder, **fields)
+        [body] = server.registered
+        assert body.keys() - {"name", "config", "weights"} == sent
+        assert body.get("base", "target") == fields.get("base", "target")
+
+
+def test_the_list_says_which_companions_an_adapter_does_without(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from loramux.console import adapter_table
+
+    companions = {
+        "draft": {"name": "swift", "status": "missing", "digest": None},
+        "small": {"name": "short", "status": "ready", "digest": "d" * 64},
+    }
+    adapter_table(
+        Adapter.from_json({"name": "cat", "status": "ready", **fields})
+        for fields in ({"companions": companions}, {"base": "small"})
+    )
+    told = " ".join(capsys.readouterr().out.split())
+    assert "cat 0 target ready" in told and "cat 0 small ready" in told
+    assert "cat: does without its companion 'swift' for the draft model: missing" in told
+    assert "short" not in told
+
+
 @pytest.mark.parametrize("flags", [[], ["--no-profile"]])
 def test_the_command_can_leave_the_profile_out(
     folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
@@ -233,4 +270,6 @@ def test_the_command_can_leave_the_profile_out(
 
     monkeypatch.setattr(loramux_client, "Client", Recorder)
     assert main(["adapters", "push", str(folder), *flags]) == 0
-    assert seen[0]["profile"] is not bool(flags)
+    assert seen[0]["profile"] is not bool(flags) and seen[0]["base"] == "target"
+    assert main(["adapters", "push", str(folder), "--base", "draft", *flags]) == 0
+    assert seen[1]["base"] == "draft"

@@ -16,7 +16,7 @@ from tests.client.doubles import write_adapter_files
 from tests.client.test_push import WEIGHTS, Blobs, sha
 
 from loramux.cli import main
-from loramux_client import AdapterFilesError, Compressed, _sources, compress
+from loramux_client import Adapter, AdapterFilesError, Compressed, _sources, compress
 from loramux_client._files import BESIDE
 
 CONFIG = "adapter_config.json"
@@ -180,20 +180,9 @@ def pushed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
 
     seen: list[tuple[Any, Any]] = []
 
-    def push(source: Any, name: str | None, ttl_s: int | None, profile: Any, progress: Any) -> Any:
+    def push(source: Any, name: str | None, **_: Any) -> Any:
         seen.append((source, name))
-        return SimpleNamespace(
-            name=name or "a",
-            pinned=False,
-            generation=1,
-            status="ready",
-            residency="disk",
-            rank=4,
-            num_bytes=4096,
-            digest="d" * 64,
-            error=None,
-            report={},
-        )
+        return Adapter(name=name or "a", status="ready")
 
     class Double:
         def __init__(self, *_: Any, **__: Any) -> None:

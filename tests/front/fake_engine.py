@@ -20,13 +20,16 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import zmq
+from msgspec.structs import replace
 
 from loramux import wire
 from loramux.metrics.stats import StepStats
+from loramux.request import DRAFT_MODEL_ID, SMALL_MODEL_ID, Adapters
 
 
 @dataclass
@@ -40,7 +43,7 @@ class FakeEngine:
     def __init__(self, address: str, epoch: int, parent: int, config: dict[str, Any]) -> None:
         self.epoch = epoch
         self.heartbeat_s = config["heartbeat_s"]
-        self.model = config["model"]
+        self.models = [config[key] for key in ("model", "draft_model", "small_model")]
         self.socket = zmq.Context().socket(zmq.PAIR)
         self.socket.connect(address)
         self.rows: dict[str, Row] = {}
@@ -50,6 +53,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.commands: list[tuple[str, str | None]] = []
         self.tenants: list[str] = []
+        self.companions: dict[str, dict[int, Adapters]] = {}
         self.wishes: list[Any] = []
         self.parent = parent
 
@@ -57,7 +61,7 @@ class FakeEngine:
         self.socket.send(wire.encode(message))
 
     def run(self) -> None:
-        self.send(ready(self.epoch, self.model))
+        self.send(ready(self.epoch, *self.models))
         beat = 0.0
         while True:
             if not self.mute and time.monotonic() - beat > self.heartbeat_s:
@@ -76,6 +80,7 @@ class FakeEngine:
             case wire.Submit():
                 words = (word.partition("=") for word in message.cache_salt.split())
                 self.tenants.append(message.tenant)
+                self.companions[message.request_id] = message.companions
                 self.wishes.append([message.speculation, message.entropy, message.companions])
                 self.rows[message.request_id] = Row(message, {a: b for a, _, b in words})
             case wire.Abort():
@@ -89,6 +94,7 @@ class FakeEngine:
                     "aborted": self.aborted,
                     "commands": self.commands,
                     "tenants": self.tenants,
+                    "companions": self.companions,
                     "wishes": msgspec.to_builtins(self.wishes),
                     "pid": os.getpid(),
                 }
@@ -155,7 +161,10 @@ class FakeEngine:
             del self.rows[request_id]
 
 
-def ready(epoch: int, model: str = "") -> wire.Ready:
+def ready(
+    epoch: int, model: str = "", draft: str | None = None, small: str | None = None
+) -> wire.Ready:
+    """Partners are what their folders are called; half as wide as the base, and twice as deep."""
     base = wire.BaseDescription(
         fingerprint="fake-base",
         num_layers=1,
@@ -165,9 +174,18 @@ def ready(epoch: int, model: str = "") -> wire.Ready:
         vocab_size=320,
         directory=model,
     )
+    halves = {module: (8, 8) for module in wire.MODULES}
+    partners = {
+        model_id: replace(
+            base, fingerprint=Path(folder).name, num_layers=2, widths=halves, directory=folder
+        )
+        for model_id, folder in {DRAFT_MODEL_ID: draft, SMALL_MODEL_ID: small}.items()
+        if folder is not None
+    }
     return wire.Ready(
         engine_epoch=epoch,
         base=base,
+        partners=partners,
         vocab_size=288,
         max_model_len=512,
         page_tokens=16,

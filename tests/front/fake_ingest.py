@@ -42,6 +42,9 @@ def main() -> None:
         if not done.problems:
             done.digest = adapter_digest(job.config_digest, job.weights_digest, job.profile_digest)
             done.report = {"rank": 4, "num_bytes": 128, "num_frames": 1}
+            if job.profile_digest:
+                profile = json.loads(store.path(job.profile_digest).read_bytes())
+                done.report["companions"] = profile.get("companions", {})
             if basis:
                 done.report["basis"] = {"digest": basis, "num_bytes": 1024, "num_frames": 2}
             if job.pack:

@@ -21,14 +21,16 @@ HERE = Path(__file__).parent
 SERVER = HERE.parents[1] / "server"
 ENGINE = (sys.executable, str(HERE / "fake_engine.py"))
 INGEST = (sys.executable, str(HERE / "fake_ingest.py"))
+PARTNERS = ("draft_model", "small_model")
 PROMPT = [40, 41, 42, 43, 44]
 
 
 def configure(folder: Path, **fields: Any) -> ServerConfig:
-    """A configuration with short times; the model directory is made when missing."""
+    """A configuration with short times; the model directories are made when missing."""
+    for name in ("model", *(fields[key].name for key in PARTNERS if fields.get(key))):
+        if not (folder / name).exists():
+            write_model(folder / name)
     model = folder / "model"
-    if not model.exists():
-        write_model(model)
     values: dict[str, Any] = {
         "model": model,
         "served_model_name": "base",

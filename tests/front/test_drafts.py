@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.front.house import collect, configure, expected, running, spec
 from tests.front.test_ledger import IDS, TOKENIZER, Desk, read
+from tests.front.uploading import upload
 
 from loramux.front.drafts import SEATS, Drafted, DraftTotals
 from loramux.front.generation import Done
@@ -125,10 +126,14 @@ def test_another_engine_is_told_all_that_the_first_one_was_and_said() -> None:
 
 
 def test_an_engine_hears_of_it_and_its_guesses_are_counted(tmp_path: Path) -> None:
-    wishes = {"speculation": SPECULATION, "entropy": ENTROPY, "companions": COMPANIONS}
-
     async def play() -> None:
-        async with running(configure(tmp_path)) as front:
+        async with running(configure(tmp_path, small_model=tmp_path / "small")) as front:
+            companion = AdapterRef((await upload(front, "s", base="small")).digest)
+            wishes = {
+                "speculation": SPECULATION,
+                "entropy": ENTROPY,
+                "companions": {2: (companion,)},
+            }
             plain = front.submit(spec("plain", "burst=3 draft=4", max_tokens=9))
             asked = front.submit(spec("asked", "burst=3 draft=4", max_tokens=9, **wishes))
             for generation in (plain, asked):
@@ -140,7 +145,7 @@ def test_an_engine_hears_of_it_and_its_guesses_are_counted(tmp_path: Path) -> No
             assert state["wishes"][0] == [None, None, {}]
             assert speculation["drafters"] == ["lookup", "suffix"] and speculation["tree"]
             assert speculation["max_draft_tokens"] == 4 and entropy["threshold"] == 1.5
-            assert list(companions) == [2]
+            assert companions == {2: [[companion.digest, 1.0]]}
 
     asyncio.run(play())
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.front.house import configure
 from tests.front.model_dir import CHAT, write_model
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from loramux.adapters.chat_template import ChatTemplate, find_template
+from loramux.config import DEMO_DIR
 from loramux.errors import ConfigError, InvalidRequest
-from loramux.front.tokenizer import TokenizerService
+from loramux.front.front import Front
+from loramux.front.tokenizer import TokenizerService, check_partner
 
 
 @pytest.fixture
@@ -177,3 +180,50 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps([1]))
     with pytest.raises(ConfigError, match="not a JSON object"):
         TokenizerService(model)
+
+
+@pytest.mark.parametrize("param", ["draft_model", "small_model"])
+def test_a_partner_has_to_read_the_same_token_ids(tmp_path: Path, param: str) -> None:
+    base, partner = write_model(tmp_path / "base"), write_model(tmp_path / "partner")
+    flag = "--" + param.replace("_", "-")
+    tokenizer, config = partner / "tokenizer.json", partner / "config.json"
+    fields = json.loads(tokenizer.read_text())
+    # Written otherwise, and with limits that nobody obeys: the same.
+    assert fields["truncation"] is not None
+    tokenizer.write_text(json.dumps({**fields, "truncation": None}, indent=3, sort_keys=True))
+    check_partner(base, partner, param)
+    vocabulary = fields["model"]["vocab"]
+    first, second = list(vocabulary)[40:42]
+    swapped = {**vocabulary, first: vocabulary[second], second: vocabulary[first]}
+    for other in (
+        {**fields, "model": {**fields["model"], "vocab": swapped}},
+        {**fields, "added_tokens": fields["added_tokens"][:-1]},
+        {**fields, "normalizer": {"type": "Lowercase"}},
+    ):
+        tokenizer.write_text(json.dumps(other))
+        with pytest.raises(ConfigError, match=f"{flag}: .*another tokenizer") as caught:
+            check_partner(base, partner, param)
+        assert caught.value.param == param
+    tokenizer.unlink()
+    check_partner(base, partner, param)
+    for vocab_size in (319, 321, None):
+        config.write_text(json.dumps({"vocab_size": vocab_size}))
+        with pytest.raises(ConfigError, match=f"{flag}: .*vocab_size of {vocab_size}.*320"):
+            check_partner(base, partner, param)
+    config.unlink()
+    with pytest.raises(ConfigError, match=f"{flag}: .*config.json"):
+        check_partner(base, partner, param)
+
+
+def test_a_front_does_not_start_with_a_partner_that_reads_otherwise(tmp_path: Path) -> None:
+    for param in ("draft_model", "small_model"):
+        partner = write_model(tmp_path / param)
+        (partner / "config.json").write_text('{"vocab_size": 5}')
+        config = configure(tmp_path, **{param: partner})
+        with pytest.raises(ConfigError) as caught:
+            Front(config)
+        assert caught.value.param == param
+
+
+def test_the_demos_draft_is_a_partner_of_its_base() -> None:
+    check_partner(DEMO_DIR / "base", DEMO_DIR / "draft", "draft_model")

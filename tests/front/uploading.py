@@ -21,6 +21,7 @@ async def upload(
     validate_only = config.pop("validate_only", False)
     tenant = config.pop("tenant", "")
     profile = config.pop("profile", b"")
+    base = config.pop("base", "target")
     writer = await front.adapters.begin()
     try:
         for start in range(0, len(weights), 3):
@@ -34,6 +35,7 @@ async def upload(
             expected_generation=expected,
             validate_only=validate_only,
             tenant=tenant,
+            base=base,
         )
     finally:
         await writer.abort()

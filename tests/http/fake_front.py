@@ -30,6 +30,7 @@ from loramux.front.observations import Observations
 from loramux.front.quotas import Quotas
 from loramux.front.tokenizer import TokenizerService
 from loramux.front.voices import Voices
+from loramux.request import Role
 from loramux.wire import (
     BaseDescription,
     Failed,
@@ -146,6 +147,7 @@ class FakeAdapters:
         ttl_s: int | None = None,
         tenant: str = "",
         blend: None = None,
+        base: Role = "target",
     ) -> AdapterView:
         if name == "base":
             raise Conflict("the name is the base model's", param="name", code="name_reserved")
@@ -159,6 +161,7 @@ class FakeAdapters:
             digest=hashlib.sha256(config + weights_digest.encode() + profile).hexdigest(),
             tenant=tenant,
             expires=None if ttl_s is None else int(time.time()) + ttl_s,
+            base=base,
         )
         if not validate_only:
             self.put(made)

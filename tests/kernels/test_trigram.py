@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from loramux_kernels import trigram
@@ -40,6 +40,7 @@ def weights(texts: list[list[int]]) -> dict[tuple[int, int], dict[int, float]]:
 
 @settings(deadline=None)
 @given(texts=st.lists(st.lists(st.integers(0, 3), max_size=300), max_size=3))
+@example(texts=[[0] * 300])
 def test_a_weight_grows_by_its_step_up_to_the_cap(texts: list[list[int]]) -> None:
     table, expected = table_of(*texts), weights(texts)
     for a in range(4):

@@ -190,6 +190,7 @@ def push(
     source: AnySource,
     name: str | None = None,
     *,
+    base: Literal["target", "draft", "small"] = "target",
     expected_generation: int | None = None,
     ttl_s: int | None = None,
     compress: Compression | None = None,
@@ -201,7 +202,9 @@ def push(
     model in memory, ``hf:org/repo`` on the Hugging Face hub (extra ``hub``), or what ``compress``
     gave.
 
-    ``name`` is that of the folder, archive or repository if not given. ``compress``: send it
+    ``name`` is that of the folder, archive or repository if not given. ``base``: which of the
+    server's models it is for; one for the draft or the small model is asked for by no request, but
+    named among the ``companions`` of another's profile, and has none itself. ``compress``: send it
     compressed, ``{"density": 0.1}``; ``report`` of the answer says what that did. A name that holds
     other weights is only given these when ``expected_generation`` is its present one. Files that
     the server has are not sent again, large ones are resumed after a broken connection.
@@ -217,13 +220,15 @@ def push(
         name = name or files.name
         if not name:
             raise TypeError("push() of a model in memory needs a name")
-        voice = profile_of(files, profile)
+        voice = profile_of(files, profile if base == "target" or profile is not True else False)
         if compress is not None:
             files = _compress.compress(files, **compress).files
         fields = yield from send(files, progress)
     if voice:
         fields["profile"] = voice
     fields["name"] = name
+    if base != "target":
+        fields["base"] = base
     if expected_generation is not None:
         fields["expected_generation"] = expected_generation
     if ttl_s is not None:

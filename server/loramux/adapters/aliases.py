@@ -141,6 +141,7 @@ def _check_target(db: sqlite3.Connection, target: Target) -> None:
         return
     ready = (
         "SELECT 1 FROM adapters WHERE tenant = ?1 AND name = ?2 AND status = 'ready'"
+        " AND base = 'target'"
         " AND (?3 = 0 OR (generation = ?3 AND digest = ?4))"
     )
     key = (target.owner, target.name, target.generation, target.digest)

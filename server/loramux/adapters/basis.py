@@ -77,5 +77,5 @@ def facts(basis: Basis, base: BaseDescription) -> dict[str, Any]:
     return {
         "digest": basis.digest,
         "num_bytes": layout.num_bytes,
-        "num_frames": layout.num_frames(base.slice_bytes),
+        "num_frames": layout.num_frames(base.slice_bytes, base.frame_slices),
     }

@@ -74,6 +74,10 @@ CREATE TABLE aliases (
 ALTER TABLE adapters ADD COLUMN expires INTEGER;
 """,
     4: "ALTER TABLE adapters ADD COLUMN profile_digest TEXT NOT NULL DEFAULT '';",
+    5: """
+ALTER TABLE adapters ADD COLUMN base TEXT NOT NULL DEFAULT 'target'
+    CHECK (base IN ('target', 'draft', 'small'));
+""",
 }
 """What makes a database of each version out of one of the version before; each is a transaction."""
 

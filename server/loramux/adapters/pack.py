@@ -148,9 +148,9 @@ class Layout:
         slice_elems = slice_bytes // ITEMSIZE[self.dtype]
         return -(-self.num_elems // slice_elems)
 
-    def num_frames(self, slice_bytes: int) -> int:
-        """Pool frames (one slice per layer of the base) that hold those slices."""
-        return -(-self.num_slices(slice_bytes) // self.num_layers)
+    def num_frames(self, slice_bytes: int, frame_slices: int = 0) -> int:
+        """Pool frames that hold those slices; 0: a frame has one slice per layer of the base."""
+        return -(-self.num_slices(slice_bytes) // (frame_slices or self.num_layers))
 
 
 @dataclass(frozen=True, eq=False)

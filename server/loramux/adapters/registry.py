@@ -5,7 +5,8 @@
 
 A name has generations, counted from 1 and never used twice. Several may be ready at once; a bare
 name means the newest that can serve. Which base an adapter was validated against is part of its
-row: under another base it is listed as ``incompatible``, which is derived, never stored.
+row: under another base it is listed as ``incompatible``, which is derived, never stored. A name is
+for one of the server's models (``base``) as long as it holds an adapter.
 
 A generation may have a time to live. When that is over it is deleted, even if it is pinned, but not
 while an alias holds it: then it stays until the alias lets go.
@@ -22,11 +23,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from loramux.adapters.aliases import AliasRow, aliases_of
 from loramux.adapters.blobs import adapter_digest, check_digest
 from loramux.adapters.database import Database
-from loramux.errors import Conflict, GenerationGone, NotFound, in_short
+from loramux.errors import Conflict, GenerationGone, InvalidRequest, NotFound, in_short
+from loramux.request import Role
 
 Status = Literal["validating", "ready", "failed", "deleting", "incompatible"]
 
@@ -37,8 +40,9 @@ MIN_PREFIX = 12
 class AdapterRow(msgspec.Struct, frozen=True, kw_only=True):
     """One generation of a name.
 
-    ``fingerprint`` is the base it was validated against ("" before that). ``error`` is
-    ``{"code", "message", "problems"}`` when failed; ``report`` is IngestDone's when ready;
+    ``base`` is the one of the server's models it is for, ``fingerprint`` says what that was
+    when the adapter was validated ("" before that). ``error`` is ``{"code", "message",
+    "problems"}`` when failed; ``report`` is IngestDone's when ready;
     ``created`` and ``expires`` are Unix seconds.
     """
 
@@ -57,6 +61,7 @@ class AdapterRow(msgspec.Struct, frozen=True, kw_only=True):
     created: float
     expires: int | None = None
     profile_digest: str = ""
+    base: Role = "target"
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -71,13 +76,15 @@ Rows = list[AdapterRow]
 class Registry:
     """The adapters of one data directory.
 
-    ``base_fingerprint`` is the base being served, once known; it decides what is incompatible.
+    ``base_fingerprint`` is the base being served, once known, and ``partner_fingerprints`` are
+    those of the other models there are; they decide what is incompatible.
     Every method is one transaction; calls from several threads take turns. A disk that refuses to
     write raises StorageFull.
     """
 
     def __init__(self, data_dir: Path) -> None:
         self.base_fingerprint = ""
+        self.partner_fingerprints: Mapping[Role, str] = {}
         self.database = Database(data_dir)
         self._transaction, self._reading = self.database.transaction, self.database.reading
 
@@ -96,6 +103,7 @@ class Registry:
         ttl_s: int | None = None,
         tenant: str = "",
         blend: Mapping[str, Any] | None = None,
+        base: Role = "target",
     ) -> tuple[AdapterRow, bool]:
         """Give a name an adapter; the row, and whether it has yet to be validated.
 
@@ -103,7 +111,8 @@ class Registry:
         again). Other files need ``expected_generation``, the generation being replaced (0: the name
         must be free), else Conflict; they become the next generation, and the old one stays until
         deleted. A failed or incompatible adapter does not hold its name. With ``ttl_s`` the row,
-        also one that was there, lives that many seconds from now. An alias's name is reserved.
+        also one that was there, lives that many seconds from now. An alias's name is reserved, and
+        so is that of an adapter for another model than ``base``, unless it failed.
         ``blend``: how the files were made here; it stays in the report.
         """
         files = (config_digest, weights_digest, profile_digest)
@@ -113,13 +122,15 @@ class Registry:
             if any(alias.name == name for alias in aliases):
                 raise Conflict("an alias has this name", param="name", code="name_reserved")
             rows = [r for r in self._rows(db, tenant, name) if r.status != "deleting"]
+            _check_base(rows, base)
             held = next((r for r in rows if r.status in ("validating", "ready")), None)
             if held is not None and held.digest == digest:
                 return self._renew(db, held.id, ttl_s), False
             if rows and rows[0].status == "failed" and rows[0].digest == digest:
                 db.execute(
-                    "UPDATE adapters SET status = 'validating', error = 'null' WHERE id = ?",
-                    (rows[0].id,),
+                    "UPDATE adapters SET status = 'validating', error = 'null', base = ?"
+                    " WHERE id = ?",
+                    (base, rows[0].id),
                 )
                 return self._renew(db, rows[0].id, ttl_s), True
             current = held.generation if held else 0
@@ -137,7 +148,7 @@ class Registry:
                 "DELETE FROM adapters WHERE tenant = ? AND name = ? AND status = 'failed'",
                 (tenant, name),
             )
-            row = self._insert(db, tenant, name, digest, files)
+            row = self._insert(db, tenant, name, digest, files, base)
             if blend is not None:
                 report = _json({"blend": blend})
                 db.execute("UPDATE adapters SET report = ? WHERE id = ?", (report, row.id))
@@ -150,6 +161,7 @@ class Registry:
         name: str,
         digest: str,
         files: tuple[str, str, str],
+        base: Role,
     ) -> AdapterRow:
         (generation,) = db.execute(
             "INSERT INTO names VALUES (?, ?, 1) ON CONFLICT DO UPDATE"
@@ -158,8 +170,9 @@ class Registry:
         ).fetchone()
         cursor = db.execute(
             "INSERT INTO adapters (tenant, name, generation, digest, config_digest, weights_digest,"
-            " profile_digest, status, created) VALUES (?, ?, ?, ?, ?, ?, ?, 'validating', ?)",
-            (tenant, name, generation, digest, *files, time.time()),
+            " profile_digest, base, status, created)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'validating', ?)",
+            (tenant, name, generation, digest, *files, base, time.time()),
         )
         assert cursor.lastrowid is not None
         return self._row(db, cursor.lastrowid)
@@ -316,11 +329,17 @@ class Registry:
     def set_pinned(self, name: str, pinned: bool, *, tenant: str = "") -> AdapterRow:
         """Pin or unpin what the bare name means (the same row as ``get``).
 
-        Raises NotFound, and Conflict (adapter_not_ready) unless it is ready.
+        Raises NotFound, InvalidRequest for one that is not for the target model, and Conflict
+        (adapter_not_ready) unless it is ready.
         """
         with self._transaction() as db:
             self._expire(db, tenant, name)
             row = best(self._visible(db, tenant, name))
+            if row.base != "target":
+                raise InvalidRequest(
+                    f"the adapter is for the {row.base} model, whose adapters cannot be pinned",
+                    param="name",
+                )
             if row.status != "ready":
                 raise Conflict(f"the adapter is {row.status}", code="adapter_not_ready")
             db.execute("UPDATE adapters SET pinned = ? WHERE id = ?", (int(pinned), row.id))
@@ -388,10 +407,18 @@ class Registry:
         fields["error"] = msgspec.json.decode(fields["error"])
         fields["report"] = msgspec.json.decode(fields["report"])
         fields["pinned"] = bool(fields["pinned"])
-        base = self.base_fingerprint
-        if base and fields["status"] == "ready" and fields["fingerprint"] != base:
-            fields["status"] = "incompatible"
-        return AdapterRow(**fields)
+        row = AdapterRow(**fields)
+        return replace(row, status="incompatible") if self._is_incompatible(row) else row
+
+    def _is_incompatible(self, row: AdapterRow) -> bool:
+        """Also while it is being validated, when there is nothing to validate it against."""
+        if not self.base_fingerprint:
+            return False
+        known = {"target": self.base_fingerprint, **self.partner_fingerprints}
+        served = known.get(row.base, "")
+        if row.status == "validating":
+            return not served
+        return row.status == "ready" and row.fingerprint != served
 
 
 def holders(row: AdapterRow, rows: Rows, aliases: Iterable[AliasRow]) -> list[str]:
@@ -404,6 +431,16 @@ def holders(row: AdapterRow, rows: Rows, aliases: Iterable[AliasRow]) -> list[st
         if (target.owner, target.name) == (row.tenant, row.name)
         and (row.id == best(rows).id if target.follows else row.generation == target.generation)
     ]
+
+
+def _check_base(rows: Rows, base: Role) -> None:
+    for row in rows:
+        if row.base != base and row.status != "failed":
+            raise Conflict(
+                f"this name holds an adapter for the {row.base} model: delete that first",
+                param="base",
+                code="name_reserved",
+            )
 
 
 def best(rows: Rows) -> AdapterRow:

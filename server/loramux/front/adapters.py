@@ -22,6 +22,7 @@ from loramux.errors import (
 )
 from loramux.front.aliases import AliasService
 from loramux.front.background import Background
+from loramux.front.bases import Bases
 from loramux.front.blends import Blends
 from loramux.front.blobs import BlobService
 from loramux.front.catalog import SHARED, AdapterView, Catalog, Served, split
@@ -34,6 +35,7 @@ from loramux.front.resumable import ResumableUploads
 from loramux.front.shelf import Shelf
 from loramux.front.uploads import UploadWriter
 from loramux.front.verdicts import Files, Verdicts, refusal
+from loramux.request import SMALL_MODEL_ID, Adapters, Role
 from loramux.wire import BaseDescription
 
 __all__ = ["AdapterService", "AdapterView", "Served", "UploadWriter"]
@@ -47,7 +49,8 @@ class AdapterService:
     """Every adapter this server knows. Synchronous methods read memory and never block.
 
     The registry on disk is the truth and is used on one thread; ``Catalog`` mirrors it. Validation
-    needs the base's description, so uploads are refused until an engine has been ready once.
+    needs the description of the model an adapter is for (``bases``), so uploads are refused until
+    an engine has been ready once.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class AdapterService:
         """Opens the data directory; raises ConfigError or StorageFull when it cannot be used."""
         self._config = config
         self._ask_engine = ask_engine
-        self._base: BaseDescription | None = None
+        self.bases = Bases()
         self._registry = Registry(config.data_dir)
         self.packed = PackedFiles(config.data_dir, self._registry)
         self._store = BlobStore(config.data_dir)
@@ -147,6 +150,24 @@ class AdapterService:
                 "the adapter was deleted meanwhile", param="model", code="adapter_not_ready"
             )
 
+    def still_there(
+        self, companions: Mapping[int, Adapters], *, adaptive: bool
+    ) -> dict[int, Adapters]:
+        """Of a request's companions those that are still served. Without the draft model's it gets
+        the same tokens; without the small model's one that is entropy-``adaptive`` would not:
+        Conflict (adapter_not_ready)."""
+        kept = {}
+        for model_id, adapters in companions.items():
+            if all(self._catalog.serves(adapter.digest) for adapter in adapters):
+                kept[model_id] = adapters
+            elif adaptive and model_id == SMALL_MODEL_ID:
+                raise Conflict(
+                    "the adapter's companion on the small model was deleted meanwhile",
+                    param="model",
+                    code="adapter_not_ready",
+                )
+        return kept
+
     def retain(self, digest: str) -> None:
         """A request uses this version: its files stay."""
         self._references[digest] += 1
@@ -177,24 +198,29 @@ class AdapterService:
         ttl_s: int | None = None,
         tenant: str = SHARED,
         blend: Mapping[str, Any] | None = None,
+        base: Role = "target",
     ) -> AdapterView:
-        """Register an uploaded adapter and have it validated and packed.
+        """Register an uploaded adapter and have it validated and packed for one of the models.
 
         ``profile`` is as ``adapters.profile.spell`` writes it, empty for none; ``blend``: how the
         files were made here, for the report. Waits up to ``wait_s`` for the verdict; the view's
-        status is "validating" when it is not in yet. Raises InvalidRequest (name), PayloadTooLarge
-        (config), NotFound (blob_not_found), QuotaExceeded, Conflict (generation_conflict,
-        name_reserved), and for a bad verdict that is in AdapterInvalid, or StorageFull or
-        ServiceError when only this server is to blame. ``ttl_s`` is as ``set_ttl``'s, for one that
-        was there too. ``validate_only`` always waits and registers nothing; its view has
-        generation 0.
+        status is "validating" when it is not in yet. Raises InvalidRequest (name; base, when there
+        is no such model; profile, which nobody would read of an adapter that is not for the
+        target), PayloadTooLarge (config), NotFound (blob_not_found), QuotaExceeded, Conflict
+        (generation_conflict, name_reserved), and for a bad verdict that is in AdapterInvalid, or
+        StorageFull or ServiceError when only this server is to blame. ``ttl_s`` is as
+        ``set_ttl``'s, for one that was there too. ``validate_only`` always waits and registers
+        nothing; its view has generation 0.
         """
         if not ADAPTER_NAME.fullmatch(name):
             raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
         if name == self._catalog.base_name:
             raise Conflict("the name is the base model's", param="name", code="name_reserved")
-        if self._base is None:
-            raise Overloaded("no engine has been ready yet", code="engine_starting")
+        model = self.bases.of(base)
+        if profile and base != "target":
+            raise InvalidRequest(
+                f"profile: nobody speaks to an adapter for the {base} model", param="profile"
+            )
         async with AsyncExitStack() as kept:
             config_digest = await self._keep(kept, "config", config, self._config.max_config_bytes)
             profile_digest = ""
@@ -202,17 +228,25 @@ class AdapterService:
                 profile_digest = await self._keep(kept, "profile", profile, MAX_PROFILE_BYTES)
             files = (config_digest, weights_digest, profile_digest)
             if validate_only:
-                return await self.verdicts.preview(name, files, self._base, blend)
+                return await self.verdicts.preview(name, files, model, blend, base=base)
             await self.shelf.expire()  # what is over takes no place
             row, fresh = await self.shelf.change(
                 tenant,
                 name,
-                lambda: self._register(tenant, name, files, expected_generation, ttl_s, blend),
+                lambda: self._register(
+                    tenant,
+                    name,
+                    files,
+                    expected_generation=expected_generation,
+                    ttl_s=ttl_s,
+                    blend=blend,
+                    base=base,
+                ),
             )
         if fresh:
             if tenant == SHARED:
                 self._catalog.broken.pop(name, None)
-            self.verdicts.begin(row, self._base)
+            self.verdicts.begin(row, model)
         if wait_s > 0:
             await self.verdicts.wait(row, wait_s)
         row = self._catalog.row(row)
@@ -252,13 +286,7 @@ class AdapterService:
             await upload.abort()
 
     def _register(
-        self,
-        tenant: str,
-        name: str,
-        files: Files,
-        expected_generation: int | None,
-        ttl_s: int | None,
-        blend: Mapping[str, Any] | None,
+        self, tenant: str, name: str, files: Files, **fields: Any
     ) -> tuple[AdapterRow, bool]:
         config_digest, weights_digest, profile_digest = files
         if not self._store.has(weights_digest):
@@ -270,15 +298,14 @@ class AdapterService:
             config_digest=config_digest,
             weights_digest=weights_digest,
             profile_digest=profile_digest,
-            expected_generation=expected_generation,
-            ttl_s=ttl_s,
-            blend=blend,
+            **fields,
         )
 
     # Pins, times to live, and deletion.
 
     async def set_pinned(self, name: str, pinned: bool, *, tenant: str = SHARED) -> AdapterView:
-        """Keep it in the pool, or no longer. Raises NotFound, Conflict (not ready; no room)."""
+        """Keep it in the pool, or no longer. Raises NotFound, InvalidRequest for one that is not
+        for the target, Conflict (not ready; no room)."""
 
         async def note(pin: bool) -> AdapterRow:
             return await self.shelf.change(
@@ -354,10 +381,14 @@ class AdapterService:
 
     # Beginning and end.
 
-    async def serve_for(self, base: BaseDescription) -> None:
-        """This is the base from now on: it decides which adapters are compatible."""
-        self._base = self.blends.base = base
+    async def serve_for(
+        self, base: BaseDescription, partners: Mapping[int, BaseDescription]
+    ) -> None:
+        """These are the models from now on: they decide which adapters are compatible."""
+        self.blends.base = base
+        self.bases.know(base, partners)
         self._registry.base_fingerprint = base.fingerprint
+        self._registry.partner_fingerprints = self.bases.partner_fingerprints
         self.pins.forget()
         await self.shelf.refresh_all()
 

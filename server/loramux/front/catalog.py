@@ -3,6 +3,10 @@
 Names are a tenant's own. What tenant "" has (the command line's adapters, and all without keys) is
 shared: every tenant sees it under every name that is not the tenant's own. So it is with aliases,
 which stand for adapters wherever a request names a model.
+
+Requests name adapters for the target model. Those for the draft and the small model come along as
+companions: an adapter's profile names them, and they are looked up where that adapter is at home,
+so that what it means depends on nobody who asks.
 """
 
 from __future__ import annotations
@@ -18,10 +22,10 @@ import msgspec
 
 from loramux.adapters.aliases import AliasRow, Target
 from loramux.adapters.registry import MIN_PREFIX, AdapterRow, Rows, best, holders
-from loramux.errors import Conflict, GenerationGone, NotFound
+from loramux.errors import Conflict, GenerationGone, InvalidRequest, NotFound
 from loramux.front.observations import Snapshot
 from loramux.front.shares import choose
-from loramux.request import AdapterRef, Adapters
+from loramux.request import MODEL_IDS, AdapterRef, Adapters, Role
 
 Status = Literal["receiving", "validating", "ready", "failed", "deleting", "incompatible"]
 
@@ -31,17 +35,28 @@ SHARED = ""
 _MODEL = re.compile(r"([^@]+)(?:@(?:(\d{1,18})|sha256:([0-9a-f]{1,64})))?")
 
 
+class Companion(msgspec.Struct, kw_only=True):
+    """An adapter for another model that goes with one for the target. Only a ready one has a
+    ``digest`` and is used; ``other_base``: the name's adapter is for yet another model."""
+
+    name: str
+    status: Status | Literal["missing", "other_base"]
+    digest: str | None = None
+
+
 class AdapterView(msgspec.Struct, kw_only=True):
     """An adapter as HTTP shows it. ``report`` is what the import found; ``error`` why it failed
     (``{"code", "message", "problems"}``). ``created`` and ``expires_at`` are Unix seconds.
     ``profile_digest`` is "" for an adapter without a profile; ``profile`` itself is there when one
-    adapter is asked for."""
+    adapter is asked for. ``base`` is the model it is for, ``companions`` are those its profile
+    names, by the model that each of them should be for."""
 
     id: str
     object: str = "adapter"
     name: str
     digest: str
     generation: int
+    base: Role = "target"
     status: Status
     residency: Literal["pool", "disk"] = "disk"
     pinned: bool = False
@@ -54,6 +69,7 @@ class AdapterView(msgspec.Struct, kw_only=True):
     error: dict[str, Any] | None = None
     profile_digest: str = ""
     profile: dict[str, Any] | None = None
+    companions: dict[Role, Companion] = {}
 
 
 @dataclass(frozen=True)
@@ -71,7 +87,7 @@ class Served:
     versions: tuple[str, ...] = ()
     """``name@generation`` of each of the adapters."""
     companions: Mapping[int, Adapters] = field(default_factory=dict)
-    """What other models wear for it, by model id."""
+    """What other models wear meanwhile, by model id: of one adapter alone, those that are ready."""
 
     @property
     def label(self) -> str:
@@ -170,7 +186,7 @@ class Catalog:
 
     def target(self, target: Target) -> AdapterView | None:
         """What a target, which is not the base, is now; None when it has gone."""
-        rows = self._visible(target.owner, target.name)
+        rows = [r for r in self._visible(target.owner, target.name) if r.base == "target"]
         if not target.follows:
             rows = [row for row in rows if row.generation == target.generation]
         return self.view(best(rows)) if rows else None
@@ -258,11 +274,7 @@ class Catalog:
 
     def view(self, row: AdapterRow) -> AdapterView:
         """A row as HTTP shows it."""
-        status: Status = row.status
-        if status == "ready" and row.digest in self.unpacked:
-            status = "validating"
-        if row.expires is not None and self.is_over(row):
-            status = "deleting"
+        status = self._status(row)
         # A tenant must not see that another one uses a file with the same bytes.
         wearers = self._snapshot.wearers.get(row.digest, ())
         here = row.tenant == SHARED or row.pinned or row.tenant in wearers
@@ -271,6 +283,7 @@ class Catalog:
             name=row.name,
             digest=row.digest,
             generation=row.generation,
+            base=row.base,
             status=status,
             residency="pool" if here and row.digest in self._snapshot.resident else "disk",
             pinned=row.pinned and status != "deleting",
@@ -282,6 +295,28 @@ class Catalog:
             report=row.report,
             error=row.error,
             profile_digest=row.profile_digest,
+            companions={
+                role: self._companion(row, role, name)
+                for role, name in row.report.get("companions", {}).items()
+            },
+        )
+
+    def _status(self, row: AdapterRow) -> Status:
+        if row.expires is not None and self.is_over(row):
+            return "deleting"
+        return "validating" if row.status == "ready" and row.digest in self.unpacked else row.status
+
+    def _companion(self, row: AdapterRow, role: Role, name: str) -> Companion:
+        """What the row's profile means by a name."""
+        rows = self._visible(self.owner(name, tenant=row.tenant), name)
+        if not rows:
+            return Companion(name=name, status="missing")
+        found = best(rows)
+        if found.base != role:
+            return Companion(name=name, status="other_base")
+        status = self._status(found)
+        return Companion(
+            name=name, status=status, digest=found.digest if status == "ready" else None
         )
 
     def holder(self, name: str) -> int:
@@ -311,7 +346,14 @@ def model_of(target: Target) -> str:
 
 
 def _served(view: AdapterView) -> Served:
-    """A ready adapter as a request gets it; raises Conflict for any other."""
+    """A ready adapter for the target as a request gets it; raises InvalidRequest for one that is
+    for another model, and Conflict for one that is not ready."""
+    if view.base != "target":
+        raise InvalidRequest(
+            f"the adapter {view.name!r} is for the {view.base} model: ask for the adapter whose"
+            " companion it is",
+            param="model",
+        )
     if view.status == "ready":
         return Served(
             (AdapterRef(view.digest),),
@@ -320,6 +362,11 @@ def _served(view: AdapterView) -> Served:
             combines="input_gain" not in view.report.get("vectors", ()),
             profiles=(view.profile_digest,),
             versions=(view.id,),
+            companions={
+                MODEL_IDS[role]: (AdapterRef(companion.digest),)
+                for role, companion in view.companions.items()
+                if companion.digest is not None
+            },
         )
     name = repr(view.name)
     if view.status == "failed":

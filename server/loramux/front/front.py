@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +33,7 @@ from loramux.front.ledger import Ledger
 from loramux.front.observations import Observations, Observer, Snapshot
 from loramux.front.quotas import Quotas
 from loramux.front.stock import Stock
-from loramux.front.tokenizer import TokenizerService
+from loramux.front.tokenizer import TokenizerService, check_partner
 from loramux.front.voices import Voices
 from loramux.wire import Ready
 
@@ -93,6 +94,9 @@ class Front:
         self.base_name = config.served_model_name or _default_name(config.model)
         self.created = int(time.time())
         self.tokenizer = TokenizerService(config.model)
+        for param in ("draft_model", "small_model"):
+            if (partner := getattr(config, param)) is not None:
+                check_partner(config.model, partner, param)
         self.reserved = 0
         self._lock = lock_data_dir(config.data_dir)
         self._observations = Observations(observer)
@@ -154,7 +158,7 @@ class Front:
 
     def _engine_ready(self, info: Ready) -> None:
         self._ever_ready = True
-        self._stock.base_ready(info.base)
+        self._stock.base_ready(info.base, info.partners)
 
     async def stop(self) -> None:
         """Refuse new requests, let running ones go on for ``config.drain_s``, end everything.
@@ -219,8 +223,8 @@ class Front:
         """Hand one choice to the engine; never blocks.
 
         Raises InvalidRequest or ContextLengthExceeded for a prompt the engine cannot take, Conflict
-        when its adapter has gone since it was resolved, DeadlineExceeded, Overloaded when the
-        engine has gone since ``admit``.
+        when its adapter, or the small model's, has gone since it was resolved, DeadlineExceeded,
+        Overloaded when the engine has gone since ``admit``.
         """
         info = self.info
         if info is None or self._draining:
@@ -230,6 +234,10 @@ class Front:
         _check_prompt(spec, info)
         for adapter in spec.adapters:
             self.adapters.require(adapter.digest)
+        if spec.companions:
+            adaptive = spec.entropy is not None
+            there = self.adapters.still_there(spec.companions, adaptive=adaptive)
+            spec = replace(spec, companions=there)
         deadline_s = None
         if spec.deadline_s is not None:
             deadline_s = spec.arrived_at + spec.deadline_s - time.monotonic()

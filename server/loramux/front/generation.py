@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from loramux.errors import LoramuxError
@@ -37,6 +37,13 @@ class GenerationSpec:
     cache_salt: str = ""
     deadline_s: float | None = None
     arrived_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def digests(self) -> Iterator[str]:
+        """Every adapter version that it needs the files of."""
+        for adapters in (self.adapters, *self.companions.values()):
+            for adapter in adapters:
+                yield adapter.digest
 
 
 @dataclass(slots=True)

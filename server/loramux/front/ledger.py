@@ -87,9 +87,10 @@ class Ledger:
     """Every unfinished choice by request id.
 
     Outputs count only at the position where the delivered ones end. A choice leaves the ledger with
-    its terminal event, so there is exactly one; until then its adapters' files are held
-    (``retain``/``release`` of their digests). ``ended`` hears of every terminal event how many
-    tokens were delivered before it, ``unreadable`` of adapters that the engine could not load.
+    its terminal event, so there is exactly one; until then its adapters' files are held, and those
+    of their companions (``retain``/``release`` of their digests). ``ended`` hears of every terminal
+    event how many tokens were delivered before it, ``unreadable`` of adapters that the engine could
+    not load.
     """
 
     def __init__(
@@ -117,8 +118,8 @@ class Ledger:
         """A choice was accepted. Its request id is new: ids are the server's own."""
         assert spec.request_id not in self._entries, "request ids are unique"
         self._entries[spec.request_id] = entry = Entry(spec, generation, text)
-        for adapter in spec.adapters:
-            self._retain(adapter.digest)
+        for digest in spec.digests:
+            self._retain(digest)
         return entry
 
     def apply(self, step: StepDone) -> list[str]:
@@ -141,8 +142,8 @@ class Ledger:
             if entry := self._entries.get(failure.request_id):
                 self.fail(failure.request_id, _error_of(failure))
                 if failure.code in UNREADABLE:
-                    for adapter in entry.spec.adapters:
-                        self._unreadable(adapter.digest)
+                    for digest in entry.spec.digests:
+                        self._unreadable(digest)
         return aborts
 
     def _append(self, entry: Entry, output: Output, last: Finished | None, now: float) -> bool:
@@ -268,8 +269,8 @@ class Ledger:
 
     def _remove(self, request_id: str) -> Entry:
         entry = self._entries.pop(request_id)
-        for adapter in entry.spec.adapters:
-            self._release(adapter.digest)
+        for digest in entry.spec.digests:
+            self._release(digest)
         self._ended(entry.spec, len(entry.output_ids))
         return entry
 

@@ -105,8 +105,8 @@ class Observations:
     def submitted(self, spec: GenerationSpec) -> None:
         """See Observer."""
         self.snapshot.unfinished += 1
-        for adapter in spec.adapters:
-            self.snapshot.wearers.setdefault(adapter.digest, set()).add(spec.tenant)
+        for digest in spec.digests:
+            self.snapshot.wearers.setdefault(digest, set()).add(spec.tenant)
         if self.observer:
             self.observer.submitted(spec)
 

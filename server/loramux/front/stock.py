@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from loramux.adapters.registry import AdapterRow
 from loramux.config import DEMO_DIR, ServerConfig
@@ -27,24 +29,26 @@ class Stock:
         self._config = config
         self._adapters = adapters
         self._background = adapters.background
-        self._base: BaseDescription | None = None
+        self._began = False
         self._mended: dict[str, float] = {}
         self.starting_up = True
         """Until the adapters of earlier runs and of the command line have their verdicts."""
 
-    def base_ready(self, base: BaseDescription) -> None:
-        """An engine is ready. Nothing an adapter does wrong is raised from here: it is listed as
-        failed."""
-        self._background.spawn(self._take(base))
+    def base_ready(
+        self, base: BaseDescription, partners: Mapping[int, BaseDescription] = MappingProxyType({})
+    ) -> None:
+        """An engine is ready, with these models. Nothing an adapter does wrong is raised from here:
+        it is listed as failed."""
+        self._background.spawn(self._take(base, partners))
 
-    async def _take(self, base: BaseDescription) -> None:
-        adapters, first, self._base = self._adapters, self._base is None, base
+    async def _take(self, base: BaseDescription, partners: Mapping[int, BaseDescription]) -> None:
+        adapters, first, self._began = self._adapters, not self._began, True
         try:
-            await adapters.serve_for(base)
+            await adapters.serve_for(base, partners)
             if first:
                 await self._background.on_disk(adapters.collect_files)
                 self._background.spawn(self._sweep_for_ever())
-            self._make_good(base)
+            self._make_good()
             if first:
                 adapters.forget_deleted()
                 for name, folder in configured(self._config):
@@ -54,17 +58,23 @@ class Stock:
             if first:
                 self.starting_up = False
 
-    def _make_good(self, base: BaseDescription) -> None:
-        """Give the engine its pins; validate, or pack again, what lacks it."""
+    def _make_good(self) -> None:
+        """Give the engine its pins; validate, or pack again, what lacks it, each for its model."""
         self._background.spawn(self._adapters.pins.tell())
         catalog = self._adapters.shelf.catalog
         for row in catalog.rows():
-            if catalog.is_over(row):
+            base = self._adapters.bases.find(row.base)
+            if base is None or catalog.is_over(row):
                 continue
-            if row.status == "ready" and self._adapters.packed.lacks(row, base.fingerprint):
+            if row.status == "ready" and self._lacks(row, base):
                 self._pack_again(row, base)
             if row.status == "validating":
                 self._adapters.verdicts.begin(row, base)
+
+    def _lacks(self, row: AdapterRow, base: BaseDescription) -> bool:
+        # The report of a profile that was tried out by an earlier release names no companions.
+        is_old = row.profile_digest and "companions" not in row.report
+        return bool(is_old) or self._adapters.packed.lacks(row, base.fingerprint)
 
     def _pack_again(self, row: AdapterRow, base: BaseDescription) -> None:
         self._adapters.shelf.catalog.unpacked.add(row.digest)
@@ -74,13 +84,14 @@ class Stock:
         """The engine could not load this version: have it packed again, from files that are hashed
         again, and meanwhile not served. Not twice in MEND_S: it may be the disk or the memory."""
         now = time.monotonic()
-        if self._base is None or now - self._mended.get(digest, -MEND_S) < MEND_S:
+        if now - self._mended.get(digest, -MEND_S) < MEND_S:
             return
         self._mended[digest] = now
         for row in list(self._adapters.shelf.catalog.rows()):
-            if row.digest == digest and row.status == "ready":
+            base = self._adapters.bases.find(row.base)
+            if base is not None and row.digest == digest and row.status == "ready":
                 log.warning("adapter %s is packed again: it could not be loaded", digest[:12])
-                self._pack_again(row, self._base)
+                self._pack_again(row, base)
 
     async def _sweep_for_ever(self) -> None:
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -140,6 +141,30 @@ class TokenizerService:
     def close(self) -> None:
         """Stop the thread pool."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def check_partner(model: Path, partner: Path, param: str) -> None:
+    """Whether another model reads and writes the same token ids as the base: equal numbers of them,
+    and equal tokenizers. A folder without tokenizer.json is taken to share the base's. Raises
+    ConfigError, which names the flag of ``param``.
+    """
+    flag = "--" + param.replace("_", "-")
+    if not (partner / "config.json").exists():
+        raise ConfigError(f"{flag}: {partner} has no config.json", param=param)
+    sizes = [_read_json(folder / "config.json").get("vocab_size") for folder in (model, partner)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"{flag}: {partner} has a vocab_size of {sizes[1]}, --model has {sizes[0]}", param=param
+        )
+    files = [folder / "tokenizer.json" for folder in (model, partner)]
+    if files[1].exists() and _identity(files[0]) != _identity(files[1]):
+        raise ConfigError(f"{flag}: {files[1]} is another tokenizer than --model's", param=param)
+
+
+def _identity(path: Path) -> bytes:
+    """What a tokenizer.json does, however it is written; limits on lengths are not obeyed."""
+    fields = {**_read_json(path), "truncation": None, "padding": None}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).digest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from loramux.front.observations import Observations
 from loramux.front.packed import PackedFiles
 from loramux.front.pins import Pins
 from loramux.front.shelf import Shelf
+from loramux.request import Role
 from loramux.wire import BaseDescription, IngestDone
 
 log = logging.getLogger(__name__)
@@ -150,11 +151,13 @@ class Verdicts:
         self,
         name: str,
         files: Files,
-        base: BaseDescription,
+        model: BaseDescription,
         blend: Mapping[str, Any] | None = None,
+        *,
+        base: Role,
     ) -> AdapterView:
         """What an upload would become: generation 0, registered nowhere. Raises as ``refusal``."""
-        done = await self._ingest.examine(*files, base, pack=False)
+        done = await self._ingest.examine(*files, model, pack=False)
         if done.problems:
             raise refusal(done.code, in_short(done.problems), done.problems)
         return AdapterView(
@@ -162,6 +165,7 @@ class Verdicts:
             name=name,
             digest=done.digest,
             generation=0,
+            base=base,
             status="ready",
             rank=done.report.get("rank", 0),
             num_bytes=done.report.get("num_bytes", 0),

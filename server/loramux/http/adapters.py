@@ -69,8 +69,9 @@ class Adapters:
     ) -> Response:
         """Upload an adapter as multipart parts ``name``, ``config`` (adapter_config.json),
         ``weights`` (adapter_model.safetensors) and, if it has one, ``profile`` (see
-        ``adapters.profile``), or as JSON that names files sent before, or in ``blend`` adapters to
-        make it of: that is computed before the answer.
+        ``adapters.profile``) and ``base`` (target, draft or small: the model it is for), or as JSON
+        that names files sent before, or in ``blend`` adapters to make it of: that is computed
+        before the answer.
 
         201 when it is ready, 202 while it is being validated (``wait``: seconds to stay for the
         verdict), 200 when exactly this was there before. ``validate_only`` registers nothing.
@@ -98,6 +99,7 @@ class Adapters:
                 ttl_s=ttl_s,
                 tenant=tenant,
                 blend=upload.blend,
+                base=upload.base,
             )
         except LoramuxError as exc:
             # The front counts the verdicts on what it registered.
@@ -227,7 +229,8 @@ class Models:
         """The base comes first: tools take ``data[0]`` for it."""
         adapters, tenant = self._front.adapters, caller(request).tenant
         aliases = adapters.aliases.list(tenant=tenant)
-        ready = {v.name: v.created for v in adapters.list(tenant=tenant) if v.status == "ready"}
+        views = [v for v in adapters.list(tenant=tenant) if v.base == "target"]
+        ready = {view.name: view.created for view in views if view.status == "ready"}
         for alias in aliases:  # one takes the place of a shared adapter of its name
             ready.pop(alias.id, None)
             if any(target.status == "ready" for target in alias.targets):

@@ -34,6 +34,7 @@ from loramux.http.schemas import (
     TokenizeRequest,
 )
 from loramux.metrics.prometheus import Exporter
+from loramux.request import MODEL_IDS
 
 Handler = Callable[..., Coroutine[Any, Any, Response]]
 Table = Sequence[tuple[str, str, Handler, auth.Needs]]
@@ -48,6 +49,7 @@ _JSON_BODIES: dict[str, type[BaseModel]] = {
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
+_BASE = {"type": "string", "enum": list(MODEL_IDS), "default": "target"}
 _UPLOAD = {
     "type": "object",
     "required": ["name", "config", "weights"],
@@ -55,6 +57,7 @@ _UPLOAD = {
         "name": {"type": "string"},
         "config": {"type": "string", "format": "binary"},
         "weights": {"type": "string", "format": "binary"},
+        "base": _BASE,
     },
 }
 _REGISTRATION = {
@@ -66,6 +69,7 @@ _REGISTRATION = {
         "config": {"type": ["string", "object"]},
         "weights": {"type": "string"},
         "blend": {"type": "object", "required": ["method", "sources"]},
+        "base": _BASE,
         "expected_generation": {"type": "integer"},
         "ttl_s": {"type": "integer"},
     },

@@ -18,10 +18,11 @@ from loramux.http.auth import caller
 from loramux.http.blobs import digest_in
 from loramux.http.limits import read_json
 from loramux.http.recipes import parse_blend
+from loramux.request import MODEL_IDS, Role
 
 FIELDS = ("name", "config", "weights")
 BLEND_FIELDS = ("name", "blend")
-OPTIONAL = ("profile", "expected_generation", "ttl_s")
+OPTIONAL = ("profile", "base", "expected_generation", "ttl_s")
 MAX_TTL_S = 10 * 366 * 86400
 
 
@@ -32,9 +33,9 @@ def is_json(request: Request) -> bool:
 
 
 class Registration:
-    """``{"name", "config", "weights", "profile"?, "expected_generation"?, "ttl_s"?}``, used like
-    ``Upload``; or with ``blend`` (see ``recipes``) in place of the files, which are made while it
-    is read.
+    """``{"name", "config", "weights", "profile"?, "base"?, "expected_generation"?, "ttl_s"?}``,
+    used like ``Upload``; or with ``blend`` (see ``recipes``) in place of the files, which are made
+    while it is read.
 
     ``config`` is a digest or the adapter_config.json itself; of the latter the file that is stored
     is the object with sorted keys and no spaces, so equal configs are one file. ``profile`` is a
@@ -44,6 +45,7 @@ class Registration:
     name: str
     config: bytes
     profile: bytes
+    base: Role
     weights_digest: str
     expected_generation: int | None
     ttl_s: int | None
@@ -74,10 +76,15 @@ class Registration:
         if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
             raise InvalidRequest(f"name: must match {ADAPTER_NAME.pattern}", param="name")
         self.name = name
+        self.base = role_in(body.get("base", "target"))
         self.expected_generation = _generation(body.get("expected_generation"))
         self.profile = await self._spoken(tenant, body.get("profile"))
         self.ttl_s = seconds(body.get("ttl_s"))
         if "blend" in body:
+            if self.base != "target":
+                raise InvalidRequest(
+                    f"base: adapters for the {self.base} model cannot be blended", param="base"
+                )
             await self._make(tenant, body["blend"])
             return
         config, weights = body["config"], body["weights"]
@@ -118,6 +125,14 @@ class Registration:
     async def abort(self) -> None:
         """The end of the claims."""
         await self._claims.aclose()
+
+
+def role_in(value: Any) -> Role:
+    """The ``base`` of an upload. Raises InvalidRequest."""
+    for role in MODEL_IDS:
+        if value == role:
+            return role
+    raise InvalidRequest(f"base: must be one of {', '.join(MODEL_IDS)}", param="base")
 
 
 def _digest(value: Any, param: str) -> str:

@@ -14,15 +14,18 @@ from loramux.config import ADAPTER_NAME, ServerConfig
 from loramux.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from loramux.front.adapters import AdapterService
 from loramux.front.uploads import UploadWriter
+from loramux.http.registration import role_in
+from loramux.request import Role
 
 PARTS = ("name", "config", "weights")
-OPTIONAL = ("profile",)
+OPTIONAL = ("profile", "base")
 _MAX_NAME_BYTES = 256
+_MAX_BASE_BYTES = 64
 _IDENTITY = re.compile(rb"(binary|8bit|7bit)?", re.IGNORECASE)
 
 
 class Upload:
-    """The parts of one upload; ``name``, ``config``, ``profile`` (b"" for none) and
+    """The parts of one upload; ``name``, ``config``, ``profile`` (b"" for none), ``base`` and
     ``weights_digest`` after ``read``.
 
     A file name in a part is never looked at. Call ``abort`` at the end, whatever happened.
@@ -31,6 +34,7 @@ class Upload:
     name: str
     config: bytes
     profile: bytes = b""
+    base: Role = "target"
     weights_digest: str
     expected_generation: int | None = None
     ttl_s: int | None = None
@@ -42,6 +46,7 @@ class Upload:
             "name": _MAX_NAME_BYTES,
             "config": config.max_config_bytes,
             "profile": MAX_PROFILE_BYTES,
+            "base": _MAX_BASE_BYTES,
         }
         self._small: dict[str, bytearray] = {}
         self._seen: list[str] = []
@@ -115,6 +120,8 @@ class Upload:
         self.config = bytes(self._small["config"])
         if "profile" in self._small:
             self.profile = spell(bytes(self._small["profile"]))
+        if "base" in self._small:
+            self.base = role_in(self._small["base"].decode("latin-1"))
         assert self._writer is not None, "a seen weights part has a writer"
         self.weights_digest = await self._writer.commit()
 

@@ -16,7 +16,7 @@ from loramux.adapters.canonical import CanonicalAdapter
 from loramux.adapters.formats import MAX_CONFIG_BYTES
 from loramux.adapters.profile import MAX_PROFILE_BYTES
 from loramux.errors import AdapterInvalid, LoramuxError, in_short
-from loramux.ingest.profile import problems_of
+from loramux.ingest.profile import companions_of, problems_of
 from loramux.ingest.reading import Read, read_adapter
 from loramux.ingest.report import report_of
 from loramux.wire import BaseDescription, BlendJob, IngestDone, IngestJob
@@ -58,7 +58,8 @@ def _opened(blobs: BlobStore, files: tuple[str, str], base: BaseDescription) -> 
 def _run(job: IngestJob, data_dir: Path) -> IngestDone:
     blobs, files = BlobStore(data_dir), (job.config_digest, job.weights_digest)
     digest = adapter_digest(*files, job.profile_digest)
-    spoken = _problems_of_profile(blobs, job) if job.profile_digest else []
+    profile = _read_profile(blobs, job) if job.profile_digest else b""
+    spoken = problems_of(profile, job.base) if profile else []
     with ExitStack() as stack:
         try:
             read = stack.enter_context(_opened(blobs, files, job.base))
@@ -80,14 +81,15 @@ def _run(job: IngestJob, data_dir: Path) -> IngestDone:
         else:
             layout = pack.lay_out(adapter, job.base)
         report = report_of(adapter, layout, basis, job.base, read)
+    if profile:
+        report["companions"] = companions_of(profile)
     return IngestDone(job_id=job.job_id, digest=digest, report=report)
 
 
-def _problems_of_profile(blobs: BlobStore, job: IngestJob) -> list[str]:
+def _read_profile(blobs: BlobStore, job: IngestJob) -> bytes:
     _verify(blobs, job.profile_digest)
     with blobs.open(job.profile_digest) as file:
-        data = file.read(MAX_PROFILE_BYTES)
-    return problems_of(data, job.base)
+        return file.read(MAX_PROFILE_BYTES)
 
 
 def _refuse(problems: list[str]) -> NoReturn:

@@ -43,6 +43,11 @@ def problems_of(data: bytes, base: BaseDescription) -> list[str]:
         return _try_out(profile, Path(base.directory), renderer)
 
 
+def companions_of(data: bytes) -> dict[str, str]:
+    """The names of the adapters that go with it on other models, of a profile without problems."""
+    return parse_profile(data).companions.model_dump(exclude_defaults=True)
+
+
 def _try_out(profile: Profile, base: Path, renderer: Renderer) -> list[str]:
     config = _tokenizer_config(base)
     own = [{"role": "system", "content": profile.system}] if profile.system else []

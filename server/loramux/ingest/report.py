@@ -45,7 +45,7 @@ def report_of(
     report: dict[str, Any] = {
         "rank": layout.max_rank,
         "num_bytes": layout.num_bytes,
-        "num_frames": layout.num_frames(base.slice_bytes),
+        "num_frames": layout.num_frames(base.slice_bytes, base.frame_slices),
         "dtype": layout.dtype,
         "vectors": [kind for kind in VECTOR_KINDS if any(v.kind == kind for v in adapter.vectors)],
         "tensors": len(read.upload.tensors),
