@@ -12,7 +12,14 @@ from loramux.adapters.blobs import BlobStore
 from loramux.config import ServerConfig
 from loramux.engine.assemble import assemble
 from loramux.ingest.job import run
-from loramux.request import AdapterRef, SamplingParams, Speculation
+from loramux.request import (
+    BASE_MODEL_ID,
+    SMALL_MODEL_ID,
+    AdapterRef,
+    EntropyAdaptive,
+    SamplingParams,
+    Speculation,
+)
 from loramux.wire import BaseDescription, Failed, Finished, IngestJob, Output, StepDone, Submit
 
 
@@ -65,11 +72,13 @@ class Harness:
     def arena_bytes(self) -> int:
         return self.ready.num_frames * self.ready.frame_bytes
 
-    def install(self, folder: Path) -> str:
+    def install(self, folder: Path, model_id: int = BASE_MODEL_ID) -> str:
         """Make the adapter in ``folder`` known; its digest."""
-        if str(folder) not in self.digests:
-            self.digests[str(folder)] = install_adapter(folder, self.data_dir, self.ready.base)
-        return self.digests[str(folder)]
+        key = f"{folder} for {model_id}" if model_id else str(folder)
+        if key not in self.digests:
+            base = self.ready.partners[model_id] if model_id else self.ready.base
+            self.digests[key] = install_adapter(folder, self.data_dir, base)
+        return self.digests[key]
 
     def submit(
         self,
@@ -82,6 +91,9 @@ class Harness:
         output_ids: Sequence[int] = (),
         deadline_s: float | None = None,
         speculation: Speculation | None = None,
+        entropy: EntropyAdaptive | None = None,
+        resume: bytes | None = None,
+        small_adapter: Path | None = None,
         **sampling: Any,
     ) -> str:
         """Queue a request (greedy unless told otherwise); its id."""
@@ -91,6 +103,10 @@ class Harness:
             adapter = ()
         elif isinstance(adapter, Path):
             adapter = [(adapter, 1.0)]
+        companions = {}
+        if small_adapter is not None:
+            digest = self.install(small_adapter, SMALL_MODEL_ID)
+            companions[SMALL_MODEL_ID] = (AdapterRef(digest),)
         params = {"seed": 0, "temperature": 0.0, "max_tokens": 8, **sampling}
         self.outputs[request_id] = list(output_ids)
         self.details[request_id] = []
@@ -105,6 +121,9 @@ class Harness:
                 cache_salt=cache_salt,
                 deadline_s=deadline_s,
                 speculation=speculation,
+                entropy=entropy,
+                resume=resume,
+                companions=companions,
                 sampling=SamplingParams(**params),
             )
         )

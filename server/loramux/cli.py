@@ -15,6 +15,7 @@ from loramux import __version__
 from loramux.adapters_cli import add_adapters
 from loramux.aliases_cli import add_aliases
 from loramux.config import ServerConfig
+from loramux.entropy_cli import add_entropy
 from loramux.errors import ConfigError
 from loramux.keys_cli import add_keys
 
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     add_adapters(commands)
     add_aliases(commands)
     add_keys(commands)
+    add_entropy(commands)
     args = vars(parser.parse_args(argv))
     run = args.pop("run")
     del args["command"]

@@ -126,7 +126,7 @@ def _engine(
         assembled = assemble(config.model_copy(update={**changes, "data_dir": data_dir}))
         engine = assembled.engine
         try:
-            digest = _install(folder, data_dir, assembled.ready.base)
+            digest = install(folder, data_dir, assembled.ready.base)
             for number, prompt in enumerate(prompts):
                 engine.submit(
                     Submit(
@@ -150,7 +150,7 @@ def _engine(
             engine.close()
 
 
-def _install(folder: Path, data_dir: Path, base: Any) -> str:
+def install(folder: Path, data_dir: Path, base: Any) -> str:
     """What an upload would make of the folder; the adapter's digest."""
     from loramux.ingest.job import run
     from loramux.wire import IngestJob

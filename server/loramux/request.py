@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from loramux.speculation.entropy import Router
 
 FinishReason = Literal["stop", "length", "abort"]
 """``stop``: EOS, a stop token or a stop string. ``length``: max_tokens or the context. ``abort``:
@@ -148,6 +151,8 @@ class Request:
     ``ids[:num_ids]`` is prompt then output; ``kv`` is what the model that serves it now has of
     them. A step computes some of those it has not; when it reaches the end, one more id is sampled.
     While that step is on its way the id counts already, but is not known (``expects``).
+
+    One that moves between two models has a ``router``, and in ``lagging`` what the other one has.
     """
 
     def __init__(
@@ -182,6 +187,8 @@ class Request:
         self.ids[: self.num_prompt] = prompt_ids
         self.ids[self.num_prompt : self.num_ids] = output_ids
         self.kv = Kv(model_id, adapters)
+        self.lagging: Kv | None = None
+        self.router: Router | None = None
         self.expects = False
         self.num_cached: int | None = None
         self.first_scheduled: float | None = None
@@ -192,6 +199,24 @@ class Request:
     def fair_key(self) -> tuple[str, Adapters]:
         """Whose share of the server this request uses: a tenant's traffic on one adapter list."""
         return (self.tenant, self.adapters)
+
+    @property
+    def kvs(self) -> tuple[Kv, ...]:
+        """What each of its models has of it, first the one that serves it now."""
+        return (self.kv,) if self.lagging is None else (self.kv, self.lagging)
+
+    def route(self, router: Router, lagging: Kv) -> None:
+        """``router`` says from now on which model serves it: that of ``kv`` or of ``lagging``."""
+        self.router, self.lagging = router, lagging
+        self.follow_router()
+
+    def follow_router(self) -> bool:
+        """Go on with the model that the router is on; whether that is another than before."""
+        if self.router is None or self.router.model_id == self.kv.model_id:
+            return False
+        assert self.lagging is not None
+        self.kv, self.lagging = self.lagging, self.kv
+        return True
 
     @property
     def num_outputs(self) -> int:

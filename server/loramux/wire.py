@@ -96,7 +96,8 @@ class Submit(msgspec.Struct, tag=True, kw_only=True):
     """Start, or after a restart continue, one choice of a request.
 
     ``prompt_ids`` and ``output_ids`` (already delivered) are token ids. ``cache_salt`` separates
-    prefix caches beyond the tenant. ``companions``: the adapters that another model wears for this
+    prefix caches beyond the tenant. ``resume`` is that of the last Output, for a request that is
+    continued and had one. ``companions``: the adapters that another model wears for this
     request, by model id. ``deadline_s`` is the time still allowed, counted from arrival
     at the engine; None for no limit.
     """
@@ -151,6 +152,7 @@ class Output(msgspec.Struct, array_like=True):
     ``prompt_logprobs`` comes once, complete, in the request's first Output when it was asked for:
     one entry per prompt token, None for the first. ``started`` comes once, in the first Output:
     Finished's (cached_tokens, queue_s, prefill_s), for requests the front ends (a stop string).
+    ``resume``: what another engine needs beside the ids so far to go on just so.
     ``ledger`` of an entropy-adaptive request, so far: output tokens by the large model and by the
     small one, then tokens each of them has computed, prompts and catching up included. Another
     engine counts on: it travels in ``resume``.

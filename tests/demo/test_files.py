@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from loramux.config import DEMO_DIR
 from loramux.demo.prompts import SHOWCASE
+from loramux.demo.training.train_adapters import PARTNER, PARTNERED
 
 ADAPTERS = sorted(path.name for path in (DEMO_DIR / "adapters").iterdir())
 MB = 1_000_000
@@ -36,7 +37,13 @@ def tensors(path: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 @pytest.mark.parametrize(
-    ("folder", "budget"), [("base", 5 * MB), ("draft", 0.7 * MB), ("adapters", 1.8 * MB)]
+    ("folder", "budget"),
+    [
+        ("base", 5 * MB),
+        ("draft", 0.7 * MB),
+        ("adapters", 1.8 * MB),
+        ("small_adapters", 0.1 * MB),
+    ],
 )
 def test_sizes_stay_within_the_budget(folder: str, budget: float) -> None:
     assert 0 < size(DEMO_DIR / folder) <= budget
@@ -102,6 +109,29 @@ def test_adapters_differ_and_every_tensor_fits_its_target() -> None:
     configs = [read(DEMO_DIR / "adapters" / name / "adapter_config.json") for name in ADAPTERS]
     assert any(config["use_rslora"] for config in configs)
     assert any(config["layers_to_transform"] for config in configs)
+
+
+def test_small_adapters_fit_the_draft_and_have_a_partner_on_the_base() -> None:
+    draft = tensors(DEMO_DIR / "draft" / "model.safetensors")
+    names = sorted(path.name for path in (DEMO_DIR / "small_adapters").iterdir())
+    assert names == sorted(PARTNERED) and set(names) <= set(ADAPTERS)
+    for name in names:
+        folder = DEMO_DIR / "small_adapters" / name
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
+        config = read(folder / "adapter_config.json")
+        assert {key: config[key] for key in PARTNER} == PARTNER | {
+            "target_modules": sorted(PARTNER["target_modules"])
+        }
+        found = tensors(folder / "adapter_model.safetensors")
+        assert len(found) == 2 * 7 * read(DEMO_DIR / "draft" / "config.json")["num_hidden_layers"]
+        for key, (dtype, shape) in found.items():
+            module, _, matrix = key.removeprefix("base_model.model.").rpartition(".lora_")
+            out, into = draft[f"{module}.weight"][1]
+            assert dtype == "F16"
+            assert shape == ([config["r"], into] if matrix == "A.weight" else [out, config["r"]])
 
 
 def test_no_machine_path_is_in_any_file() -> None:

@@ -113,10 +113,11 @@ class Bench:
 
     def step(self, *, land: bool = True) -> dict[str, int]:
         """One step; what each row computed, by request id."""
-        batch = self.scheduler.schedule()
-        ran = {row.request.id: row.num_tokens for row in batch.rows} if batch else {}
-        if batch is not None:
-            assert len(ran) == len(batch.rows), "a request has two rows"
+        batches = self.scheduler.schedule()
+        ran = {row.request.id: row.num_tokens for batch in batches for row in batch.rows}
+        num_rows = sum(len(batch.rows) for batch in batches)
+        assert len(ran) == num_rows, "a request has two rows"
+        for batch in batches:
             running = [row.request.status is Status.RUNNING for row in batch.rows]
             assert all(running), "a row of a request that gave up its pages"
             self.scheduler.launched(batch)

@@ -241,3 +241,18 @@ def test_warm_up_leaves_nothing_behind() -> None:
     sampler = Sampler(300, "cpu")
     sampler.warm_up()
     assert sampler.sample(torch.empty(0, 300), []).token_ids.shape == (0,)
+
+
+def test_entropies_are_of_what_the_model_made_and_only_for_who_asked() -> None:
+    logits = torch.randn(4, 131, generator=torch.Generator().manual_seed(3)) * 2
+    sampler = Sampler(131, "cpu")
+    changed = SamplingParams(seed=1, temperature=0.1, logit_bias={7: 50.0}, top_k=2)
+    sampler.add("plain", changed, [1], [])
+    sampler.add("watched", changed, [1], [], watched=True)
+    sampler.add("greedy", SamplingParams(seed=0, temperature=0.0), [1], [], watched=True)
+    assert sampler.sample(logits[:1].clone(), [("plain", 0)]).entropies is None
+    rows = [("watched", 0), ("plain", 0), ("watched", 1), ("greedy", 0)]
+    told = sampler.sample(logits.clone(), rows, {2: [9]}).entropies
+    expected = reference.entropy_bits(logits).tolist()
+    assert told is not None and math.isnan(told[1])
+    assert [told[0], *told[2:]] == pytest.approx([expected[0], *expected[2:]], rel=1e-12)

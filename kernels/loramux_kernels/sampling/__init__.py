@@ -117,3 +117,15 @@ def logprobs(logits: torch.Tensor, ids: Int64, counts: Int64) -> Logprobs:
     from loramux_kernels.sampling import cpu
 
     return cpu.logprobs(logits, ids, counts)
+
+
+def entropy_bits(logits: torch.Tensor) -> Float64:
+    """``-sum p log2 p`` of each row of ``logits`` float32 [R, V], from 0 to log2 V, whatever the
+    other rows are. NaN for bad rows."""
+    if logits.is_cuda:
+        from loramux_kernels.sampling import reference
+
+        return reference.entropy_bits(logits)
+    from loramux_kernels.sampling import cpu_entropy
+
+    return cpu_entropy.entropy_bits(logits)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from loramux_kernels.mirror import mirror
-from loramux_kernels.sampling import DrawParams, Int64, Logprobs
+from loramux_kernels.sampling import DrawParams, Float64, Int64, Logprobs
 
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -121,3 +123,21 @@ def logprobs(logits: Tensor, ids: Int64, counts: Int64) -> Logprobs:
         top_ids=torch.nn.functional.pad(top_ids, beyond, value=-1).cpu().numpy(),
         top=torch.nn.functional.pad(top, beyond, value=-torch.inf).cpu().numpy(),
     )
+
+
+def entropy_bits(logits: Tensor) -> Float64:
+    """See ``loramux_kernels.sampling.entropy_bits``. Row by row: how a reduction over several sums
+    may depend on how many there are."""
+    bits = [_entropy_bits(row) for row in logits]
+    return np.array([float(row) for row in bits], np.float64)
+
+
+def _entropy_bits(logits: Tensor) -> Tensor:
+    wide = logits.double()
+    x = wide - wide.amax()
+    weight = x.exp()
+    total = weight.sum()
+    # -inf is an id that adds nothing: 0 * -inf would be NaN.
+    mean = torch.where(weight > 0, weight * x, 0.0).sum() / total
+    bits = (total.log() - mean) / math.log(2)
+    return torch.where(wide.amax().isfinite(), bits, torch.nan)

@@ -22,7 +22,7 @@ from loramux.engine.models import (
     partners,
     read_weights,
 )
-from loramux.engine.scheduler import Limits, Scheduler
+from loramux.engine.scheduler import Limits, Scheduler, Served
 from loramux.errors import ConfigError
 from loramux.memory.arena import Arena
 from loramux.memory.formats import KvFormat
@@ -33,7 +33,7 @@ from loramux.model.description import describe
 from loramux.model.fingerprint import fingerprint
 from loramux.model.loader import Progress
 from loramux.model.runner import ModelRunner
-from loramux.request import BASE_MODEL_ID
+from loramux.request import BASE_MODEL_ID, SMALL_MODEL_ID
 from loramux.sampling.sampler import Sampler
 from loramux.speculation import suffix, trigram
 from loramux.speculation.drafter import Drafter
@@ -184,6 +184,11 @@ def _connect(
             config.prefix_caching,
         ),
         fingerprint=base,
+        partners={
+            model_id: Served(partner.kv, partner.residency, partner.description.fingerprint)
+            for model_id, partner in beside.items()
+            if model_id == SMALL_MODEL_ID
+        },
     )
     runner = ModelRunner(decoder, kv, residency)
     planner = None

@@ -15,14 +15,15 @@ from loramux.adapters.residency import Residency
 from loramux.engine.models import Partner
 from loramux.engine.scheduler import Scheduler
 from loramux.engine.step import StepLoop
-from loramux.errors import LoramuxError
+from loramux.errors import InvalidRequest, LoramuxError
 from loramux.memory.frames import Owner
 from loramux.memory.pool import Pool
 from loramux.metrics.stats import PoolStats, StepStats
 from loramux.model.runner import ModelRunner
-from loramux.request import Request
+from loramux.request import SMALL_MODEL_ID, EntropyAdaptive, Kv, Request
 from loramux.sampling.sampler import Sampler
 from loramux.speculation.drafting import Drafting
+from loramux.speculation.entropy import Router
 from loramux.wire import Command, Failed, StepDone, Submit
 
 STATS_EVERY_S = 1.0
@@ -32,7 +33,8 @@ in it."""
 
 class Engine:
     """A model and its ``partners`` by model id, their pool, and the requests running on them. With
-    ``overlap`` a step's results come from the next call of ``step``."""
+    ``overlap`` a step's results come from the next call of ``step``. ``new_router`` makes what says
+    when an entropy-adaptive request moves."""
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class Engine:
         self.residency = residency
         self.drafting = drafting
         self.partners = partners
+        self.new_router: Callable[[EntropyAdaptive, bytes | None, int], Router] = Router.resumed
         self.scheduler = scheduler
         self._loop = StepLoop(
             scheduler, residency, runner, sampler, drafting, partners, clock, overlap=overlap
@@ -98,13 +101,37 @@ class Engine:
             deadline=None if message.deadline_s is None else self._clock() + message.deadline_s,
         )
         try:
+            if message.entropy is not None:
+                self._route(request, message.entropy, message)
             self.scheduler.check_fits(request)
-            self._sampler.add(request.id, request.sampling, message.prompt_ids, message.output_ids)
+            self._sampler.add(
+                request.id,
+                request.sampling,
+                message.prompt_ids,
+                message.output_ids,
+                watched=request.router is not None,
+            )
         except LoramuxError as error:
             self._refused.append(Failed(request.id, error.code, error.message))
             return
         self.scheduler.add(request)
         self._requests[request.id] = request
+
+    def _route(self, request: Request, how: EntropyAdaptive, message: Submit) -> None:
+        """Let ``request`` move between the target and the small model."""
+        small = self.partners.get(SMALL_MODEL_ID)
+        if small is None:
+            raise InvalidRequest(
+                "entropy_adaptive: this engine has no --small-model", param="entropy_adaptive"
+            )
+        if request.max_ids > small.max_model_len:
+            raise InvalidRequest(
+                f"entropy_adaptive: prompt and max_tokens are {request.max_ids} tokens, the small "
+                f"model was made for {small.max_model_len}",
+                param="entropy_adaptive",
+            )
+        router = self.new_router(how, message.resume, len(message.output_ids))
+        request.route(router, Kv(SMALL_MODEL_ID, message.companions.get(SMALL_MODEL_ID, ())))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forget these requests now; frames and leases are free when this returns."""

@@ -1,14 +1,15 @@
 """Who runs this step, with how many tokens, and where their KV goes. Integers only, no torch.
 
 A step is ``{row: number of tokens}``: a prefill chunk and a decode are the same kind of row.
-Frames are had in this order: free ones, evicted ones, those of the newest running request
-(preempted: it waits again and recomputes), else the row waits.
+Frames are had in this order: free ones, evicted ones, what the newest running request has on the
+model that does not serve it now, all that the newest one has (preempted: it waits again and
+recomputes), else the row waits.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,7 +23,7 @@ from loramux.memory.formats import KvFormat
 from loramux.memory.frames import Owner
 from loramux.memory.pool import Pool
 from loramux.memory.prefix import page_key, root_key
-from loramux.request import BASE_MODEL_ID, Request, Status
+from loramux.request import BASE_MODEL_ID, Kv, Request, Status
 
 PATIENCE_STEPS = 64
 """How often the least served waiting request may be passed over for lack of frames before nobody
@@ -53,6 +54,15 @@ class Adapters(Protocol):
 
 
 @dataclass(frozen=True)
+class Served:
+    """A model whose rows are scheduled: how its KV lies, its adapters, and whose weights it has."""
+
+    kv: KvFormat
+    adapters: Adapters
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Limits:
     """The bounds of a step."""
 
@@ -73,7 +83,8 @@ class Counts:
 
 
 class Scheduler:
-    """The waiting and running requests of one engine."""
+    """The waiting and running requests of one engine. ``partners``, by model id, are those that
+    requests may move to from the model whose ``kv``, ``adapters`` and ``fingerprint`` these are."""
 
     def __init__(
         self,
@@ -83,24 +94,27 @@ class Scheduler:
         adapters: Adapters,
         limits: Limits,
         fingerprint: str,
+        partners: Mapping[int, Served] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.waiting = FairOrder()
         self.running: list[Request] = []
         self.counts = Counts()
         self._pool = pool
-        self._kv = kv
-        self._adapters = adapters
+        self._models = {BASE_MODEL_ID: Served(kv, adapters, fingerprint), **(partners or {})}
         self._limits = limits
-        self._fingerprint = fingerprint
         self._clock = clock
         self._passed_over: dict[str, int] = {}
         self._timed: set[Request] = set()
 
     def check_fits(self, request: Request) -> None:
-        """Raises LoramuxError if ``request`` could never run: too large, or its adapter is bad."""
-        frames = self._kv.num_pages(request.max_ids)
-        frames += self._adapters.num_frames(*(ref.digest for ref in request.adapters))
+        """Raises LoramuxError if ``request`` could never run: too large, or its adapter is bad. One
+        that moves between two models must fit on both at once."""
+        frames = 0
+        for kv in request.kvs:
+            model = self._models[kv.model_id]
+            frames += model.kv.num_pages(request.max_ids)
+            frames += model.adapters.num_frames(*(ref.digest for ref in kv.adapters))
         if frames > self._pool.frames.num_frames:
             raise RequestTooLarge(
                 f"the request needs {frames} frames of the memory pool, which has "
@@ -109,13 +123,14 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a ``request`` that fits."""
-        request.kv.reserve(self._kv.num_pages(request.max_ids))
+        for kv in request.kvs:
+            kv.reserve(self._models[kv.model_id].kv.num_pages(request.max_ids))
         self.waiting.push(request)
         if request.deadline is not None:
             self._timed.add(request)
 
-    def schedule(self) -> Batch | None:
-        """The next step's batch; None when no request can run now."""
+    def schedule(self) -> list[Batch]:
+        """The next step's batches, one a model that has rows; none when no request can run now."""
         self._settle_debt()
         budget = self._limits.max_batch_tokens
         rows: list[Row] = []
@@ -129,30 +144,46 @@ class Scheduler:
                 budget -= num_tokens
         rows = [row for row in rows if row.request.status is Status.RUNNING]
         rows += self._admit(budget)
-        if not rows:
-            return None
-        return Batch.of(BASE_MODEL_ID, rows)
+        by_model: dict[int, list[Row]] = {}
+        for row in rows:
+            by_model.setdefault(row.kv.model_id, []).append(row)
+        return [Batch.of(model_id, by_model[model_id]) for model_id in sorted(by_model)]
 
     # -- frames ----------------------------------------------------------------------------------
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
         """Give ``request`` the pages its next tokens need, preempting newer ones if it must."""
-        while not self._obtain_pages(request, num_tokens):
+        while not self._obtain_pages(request.kv, num_tokens):
+            if self._drop_lagging():
+                continue
             newest = self.running[-1]
             self._preempt(newest)
             if newest is request:
                 return False
         return True
 
-    def _obtain_pages(self, request: Request, num_tokens: int) -> bool:
-        need = self._kv.num_pages(request.kv.num_computed + num_tokens) - request.kv.num_pages
+    def _obtain_pages(self, kv: Kv, num_tokens: int) -> bool:
+        need = self._pages_missing(kv, num_tokens)
         if need <= 0:
             return True
         frames = self._pool.obtain(need, Owner.KV)
         if frames is None:
             return False
-        request.kv.add_frames(frames)
+        kv.add_frames(frames)
         return True
+
+    def _pages_missing(self, kv: Kv, num_tokens: int) -> int:
+        num_pages = self._models[kv.model_id].kv.num_pages(kv.num_computed + num_tokens)
+        return num_pages - kv.num_pages
+
+    def _drop_lagging(self) -> bool:
+        """Of the newest request that has something on the model that does not serve it now, that
+        goes: it costs nobody a step unless the request moves back. False if there is none."""
+        for request in reversed(self.running):
+            if request.lagging is not None and request.lagging.num_pages:
+                self._pool.prefix.release(request.lagging.take_frames())
+                return True
+        return False
 
     def _preempt(self, request: Request) -> None:
         self.counts.preemptions += 1
@@ -163,9 +194,19 @@ class Scheduler:
     def _vacate(self, request: Request, *, keep: bool = True) -> None:
         """Take ``request`` off the batch: its pages are freed or stay cached, its leases end."""
         self.running.remove(request)
-        self._pool.prefix.release(request.kv.take_frames(), keep=keep)
-        for ref in request.adapters:
-            self._adapters.release(ref.digest)
+        for kv in request.kvs:
+            self._pool.prefix.release(kv.take_frames(), keep=keep)
+        for adapters, digest in self._worn(request):
+            adapters.release(digest)
+
+    def _worn(self, request: Request) -> list[tuple[Adapters, str]]:
+        """The digests that ``request`` names, each with those it is one of. They are had for both
+        of its models as long as it runs, so that it never waits for a load when it moves."""
+        return [
+            (self._models[kv.model_id].adapters, ref.digest)
+            for kv in request.kvs
+            for ref in kv.adapters
+        ]
 
     # -- admission -------------------------------------------------------------------------------
 
@@ -174,7 +215,9 @@ class Scheduler:
         frames go. One whose adapter is not here yet starts its load and is passed over; for those
         next in line the adapters are fetched ahead."""
         admitted: list[Row] = []
-        held: list[str] = []  # what those ahead in line wait for must not be evicted by the rest
+        held: list[
+            tuple[Adapters, str]
+        ] = []  # what those ahead in line wait for must not be evicted by the rest
         passed: list[Request] = []
         with closing(self.waiting.walk()) as line:
             while self._has_room(budget) and len(passed) < LOOKAHEAD:
@@ -194,28 +237,30 @@ class Scheduler:
                     break
             else:
                 passed += self._fetch_ahead(list(islice(line, LOOKAHEAD - len(passed))), held)
-        self._adapters.prioritize([ref.digest for request in passed for ref in request.adapters])
-        for digest in held:
-            self._adapters.release(digest)
+        wanted = [worn for request in passed for worn in self._worn(request)]
+        for model in self._models.values():
+            model.adapters.prioritize([d for adapters, d in wanted if adapters is model.adapters])
+        for adapters, digest in held:
+            adapters.release(digest)
         return admitted
 
-    def _fetch_ahead(self, line: list[Request], held: list[str]) -> list[Request]:
+    def _fetch_ahead(self, line: list[Request], held: list[tuple[Adapters, str]]) -> list[Request]:
         """Load the adapters of those in ``line`` as far as frames go, leaving one to every row that
         runs; whom that was tried for."""
-        is_resident = self._adapters.is_resident
-        if all(is_resident(ref.digest) for request in line for ref in request.adapters):
+        worn = [self._worn(request) for request in line]
+        if all(adapters.is_resident(digest) for pairs in worn for adapters, digest in pairs):
             return line
         for index, request in enumerate(line):
-            for ref in request.adapters:
-                if is_resident(ref.digest):
-                    self._adapters.hold(ref.digest)
-                    held.append(ref.digest)
+            for adapters, digest in worn[index]:
+                if adapters.is_resident(digest):
+                    adapters.hold(digest)
+                    held.append((adapters, digest))
                     continue
                 try:
-                    need = self._adapters.num_frames_to_load(ref.digest) + len(self.running)
+                    need = adapters.num_frames_to_load(digest) + len(self.running)
                     if need > self._pool.num_available:
                         return line[:index]
-                    if not self._adapters.load(ref.digest, ahead=True):
+                    if not adapters.load(digest, ahead=True):
                         return line[:index]
                 except LoramuxError as error:
                     self.counts.failed.append((request, error))
@@ -225,22 +270,25 @@ class Scheduler:
     def _has_room(self, budget: int) -> bool:
         return budget > 0 and len(self.running) < self._limits.max_num_seqs
 
-    def _admit_one(self, request: Request, budget: int, held: list[str]) -> Row | Wait:
-        for ref in request.adapters:
-            if self._adapters.is_resident(ref.digest):
-                self._adapters.hold(ref.digest)
-                held.append(ref.digest)
-        loads = [self._adapters.load(ref.digest) for ref in request.adapters]
+    def _admit_one(
+        self, request: Request, budget: int, held: list[tuple[Adapters, str]]
+    ) -> Row | Wait:
+        worn = self._worn(request)
+        for adapters, digest in worn:
+            if adapters.is_resident(digest):
+                adapters.hold(digest)
+                held.append((adapters, digest))
+        loads = [adapters.load(digest) for adapters, digest in worn]
         if not all(loads):
             return Wait.FRAMES
-        if not all(self._adapters.is_resident(ref.digest) for ref in request.adapters):
+        if not all(adapters.is_resident(digest) for adapters, digest in worn):
             return Wait.LOADING
         num_hit = self._take_cached_pages(request)
         num_tokens = min(request.num_pending, budget)
         # One page for each row that runs, so that admitting does not mean preempting next step.
-        need = self._kv.num_pages(request.kv.num_computed + num_tokens) - request.kv.num_pages
+        need = self._pages_missing(request.kv, num_tokens)
         short = self.running and need + len(self.running) > self._pool.num_available
-        if short or not self._obtain_pages(request, num_tokens):
+        if short or not self._obtain_pages(request.kv, num_tokens):
             self._pool.prefix.release(request.kv.take_frames())
             return Wait.FRAMES
         self._enter(request, num_hit)
@@ -251,8 +299,8 @@ class Scheduler:
         self._passed_over.pop(request.id, None)
         request.status = Status.RUNNING
         self.running.append(request)
-        for ref in request.adapters:
-            self._adapters.lease(ref.digest)
+        for adapters, digest in self._worn(request):
+            adapters.lease(digest)
         self.counts.prefix_queries += request.num_ids
         self.counts.prefix_hits += num_hit
         if request.first_scheduled is None:
@@ -267,18 +315,19 @@ class Scheduler:
         """
         if not self._limits.prefix_caching or request.wants_prompt_logprobs:
             return 0
-        num_pages = (request.num_ids - 1) // self._kv.page_tokens
-        hits = self._pool.prefix.match(self._keys(request, num_pages))
-        request.kv.add_frames(hits)
-        request.kv.num_shared = len(hits)
-        request.kv.num_computed = len(hits) * self._kv.page_tokens
-        return request.kv.num_computed
+        kv = request.kv
+        page_tokens = self._models[kv.model_id].kv.page_tokens
+        hits = self._pool.prefix.match(self._keys(request, (request.num_ids - 1) // page_tokens))
+        kv.add_frames(hits)
+        kv.num_shared = len(hits)
+        kv.num_computed = len(hits) * page_tokens
+        return kv.num_computed
 
     def _keys(self, request: Request, num_pages: int) -> list[bytes]:
         """Content keys of the first ``num_pages`` pages, all of them full."""
         keys = request.kv.page_keys
         parent = keys[-1] if keys else self._root(request)
-        size = self._kv.page_tokens
+        size = self._models[request.kv.model_id].kv.page_tokens
         for page in range(len(keys), num_pages):
             parent = page_key(parent, request.ids[page * size : (page + 1) * size])
             keys.append(parent)
@@ -288,9 +337,9 @@ class Scheduler:
         return root_key(
             tenant=request.tenant,
             cache_salt=request.cache_salt,
-            model_id=request.model_id,
-            fingerprint=self._fingerprint,
-            adapters=request.adapters,
+            model_id=request.kv.model_id,
+            fingerprint=self._models[request.kv.model_id].fingerprint,
+            adapters=request.kv.adapters,
         )
 
     def _out_of_patience(self, request: Request, why: Wait) -> bool:
@@ -309,11 +358,11 @@ class Scheduler:
         debt = served[richest.fair_key] - served[head.fair_key]
         if debt <= self._limits.fairness_debt_tokens:
             return
-        missing = [r.digest for r in head.adapters if not self._adapters.is_resident(r.digest)]
+        missing = [(a, digest) for a, digest in self._worn(head) if not a.is_resident(digest)]
         if missing:
             try:
-                for digest in missing:
-                    self._adapters.load(digest)
+                for adapters, digest in missing:
+                    adapters.load(digest)
             except LoramuxError as error:
                 self.counts.failed.append((head, error))
             return
@@ -330,9 +379,9 @@ class Scheduler:
         left = request.max_ids - request.num_ids - 1
         return max(0, min(left, request.speculation.max_draft_tokens))
 
-    def budget_for_drafts(self, batch: Batch) -> int:
+    def budget_for_drafts(self, batches: Sequence[Batch]) -> int:
         """What is left of a step's tokens."""
-        return self._limits.max_batch_tokens - batch.num_tokens
+        return self._limits.max_batch_tokens - sum(batch.num_tokens for batch in batches)
 
     def draft(
         self,
@@ -345,7 +394,7 @@ class Scheduler:
         """Have ``row`` guess ahead, unless there are no frames for it: nobody is preempted for
         guesses."""
         request = row.request
-        if self._obtain_pages(request, row.num_tokens + len(token_ids)):
+        if self._obtain_pages(row.kv, row.num_tokens + len(token_ids)):
             request.ids[request.num_ids : request.num_ids + len(token_ids)] = token_ids
             row.drafts, row.parents, row.drafter, row.grade = token_ids, parents, drafter, grade
             row.num_tokens += len(token_ids)
@@ -379,9 +428,11 @@ class Scheduler:
                 self.waiting.charge(request, inputs=0, outputs=guessed)
             if self._limits.prefix_caching:
                 self._cache_full_pages(request)
+            if request.follow_router() and request.kv.num_pages == 0:
+                self._take_cached_pages(request)  # of another's, or its own that went at need
 
     def _cache_full_pages(self, request: Request) -> None:
-        full = request.kv.num_computed // self._kv.page_tokens
+        full = request.kv.num_computed // self._models[request.kv.model_id].kv.page_tokens
         if full == request.kv.num_shared:
             return
         keys = self._keys(request, full)

@@ -7,6 +7,8 @@ Where a device computes by itself, a step stays on its way until the next one is
 
 A plan takes every row that is on its way to go on. One that ends with the token it then gets is
 taken out of the plan again before that is launched, so nothing is ever computed in vain.
+
+Every model that has rows in a step computes them in a batch of its own, one after the other.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from loramux.engine.models import Partner
 from loramux.engine.scheduler import Counts, Scheduler
 from loramux.metrics.stats import StepStats
 from loramux.model.runner import ModelRunner, Plan, Scored
-from loramux.request import FinishReason, Request, Status
+from loramux.request import BASE_MODEL_ID, FinishReason, Request, Status
 from loramux.sampling.logprobs import logprobs
 from loramux.sampling.sampler import Sampler, SampleResult
 from loramux.sampling.verify import verified
@@ -46,7 +48,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Flight:
-    """A step that was launched: ``result`` waits for what its rows sampled."""
+    """A batch that was launched: ``result`` waits for what its rows sampled."""
 
     plan: Plan
     result: Callable[[], SampleResult]
@@ -77,7 +79,7 @@ class StepLoop:
         self._partners = partners
         self._clock = clock
         self._overlap = overlap
-        self._flight: Flight | None = None
+        self._flights: list[Flight] = []
 
     def step(self) -> Report:
         """Launch every row that can run once, and commit what came of those before."""
@@ -87,43 +89,52 @@ class StepLoop:
         for partner in self._partners.values():
             partner.residency.poll()
         self._expire(report)
-        if self._flight is not None and any(
-            row.request.speculation is not None for row in self._flight.plan.batch.rows
+        if any(
+            row.request.speculation is not None or row.request.router is not None
+            for flight in self._flights
+            for row in flight.plan.batch.rows
         ):
-            self._land(report, timer)  # who guesses must know the last token
-        batch = self._scheduler.schedule()
-        if batch:
-            self._draft(batch)
-        plan = self._runner.plan(batch) if batch else None
+            self._land(report, timer)  # who guesses, or may move, must know the last token
+        batches = self._scheduler.schedule()
+        for batch in batches:
+            self._draft(batch, self._scheduler.budget_for_drafts(batches))
+        plans = [self._runner_of(batch.model_id).plan(batch) for batch in batches]
         timer.done("schedule")
         self._land(report, timer)
-        if plan := self._without_ended(plan):
-            self._launch(plan, report, timer)
+        for whole in plans:
+            if plan := self._without_ended(whole):
+                self._launch(plan, report, timer)
         if not self._overlap:
             self._land(report, timer)
         self._report_failures(report)
         report.stats.phase_s = timer.phase_s
         return report
 
-    def _without_ended(self, plan: Plan | None) -> Plan | None:
+    def _runner_of(self, model_id: int) -> ModelRunner:
+        return self._runner if model_id == BASE_MODEL_ID else self._partners[model_id].runner
+
+    def _without_ended(self, plan: Plan) -> Plan | None:
         """``plan``, or one without the rows that ended since it was made."""
-        if plan is None or all(row.request.status is Status.RUNNING for row in plan.batch.rows):
+        if all(row.request.status is Status.RUNNING for row in plan.batch.rows):
             return plan
-        rows = [row for row in plan.batch.rows if row.request.status is Status.RUNNING]
-        return self._runner.plan(Batch.of(plan.batch.model_id, rows)) if rows else None
+        batch = plan.batch
+        rows = [row for row in batch.rows if row.request.status is Status.RUNNING]
+        return (
+            self._runner_of(batch.model_id).plan(Batch.of(batch.model_id, rows)) if rows else None
+        )
 
     def _launch(self, plan: Plan, report: Report, timer: _PhaseTimer) -> None:
         timer.done("schedule")
         batch, began = plan.batch, time.perf_counter()
         self._count(report.stats, batch)
-        scored = self._runner.forward(plan)
+        scored = self._runner_of(batch.model_id).forward(plan)
         timer.done("forward")
         result = self._sample(batch, scored)
         timer.done("sample")
         self._scheduler.launched(batch)
-        self._flight = Flight(plan, result, began)
+        self._flights.append(Flight(plan, result, began))
 
-    def _draft(self, batch: Batch) -> None:
+    def _draft(self, batch: Batch, budget: int) -> None:
         """Have rows that decode guess ahead, for their one forward pass to verify."""
         rows = [row for row in batch.rows if row.num_tokens == 1 and row.request.speculation]
         if not rows:
@@ -132,7 +143,7 @@ class StepLoop:
         load = Load(
             rows=sum(row.samples for row in batch.rows),
             tokens=batch.num_tokens,
-            budget=self._scheduler.budget_for_drafts(batch),
+            budget=budget,
         )
         drafts = self._drafting.propose(asks, load)
         for row, draft in zip(rows, drafts, strict=True):
@@ -158,30 +169,35 @@ class StepLoop:
 
     def _land(self, report: Report, timer: _PhaseTimer) -> None:
         """Wait for the step that is on its way, and commit it."""
-        if (flight := self._flight) is None:
-            return
-        self._flight = None
-        result = flight.result()
-        timer.done("sample")
-        self._residency.pace.took(time.perf_counter() - flight.began)
-        self._commit(flight.plan, result, report)
-        timer.done("commit")
+        flights, self._flights = self._flights, []
+        for flight in flights:
+            result = flight.result()
+            timer.done("sample")
+            if flight.plan.batch.model_id == BASE_MODEL_ID:
+                self._residency.pace.took(time.perf_counter() - flight.began)
+            self._commit(flight.plan, result, report)
+            timer.done("commit")
 
     def _commit(self, plan: Plan, result: SampleResult, report: Report) -> None:
         ids, bad, logprobs = result.token_ids.tolist(), result.bad.tolist(), result.logprobs
         now, line = self._clock(), 0
         batch = plan.batch
+        outputs: list[Output] = []
         sampled: list[list[int]] = []
         broken: list[Request] = []
         kept: dict[int, list[int]] = {}
         for index, row in enumerate(batch.rows):
             request, first = row.request, line
             line += row.num_samples
+            if request.router is not None:
+                request.router.computed(row.num_tokens)
             if request.status is Status.DONE or line == first:  # it may have ended on its way
                 sampled.append([])
                 continue
             stops = request.sampling.stop_token_ids
             nodes = verified(row.drafts, ids[first:line], stops, row.parents)
+            if request.router is not None and result.entropies is not None:
+                nodes = request.router.follow(nodes, result.entropies[first:line])
             if bad[first + nodes[-1]]:
                 broken.append(request)
                 nodes.pop()
@@ -194,12 +210,13 @@ class StepLoop:
                 kept[index] = nodes
             if nodes:
                 asked = [logprobs[first + node] for node in nodes]
-                report.outputs.append(self._output(row, token_ids, asked, now))
+                outputs.append(self._output(row, token_ids, asked, now))
         if kept:
-            self._runner.compact(plan, kept)
-        report.stats.generation_tokens = sum(len(output.token_ids) for output in report.outputs)
+            self._runner_of(batch.model_id).compact(plan, kept)
+        report.outputs += outputs
+        report.stats.generation_tokens += sum(len(output.token_ids) for output in outputs)
         self._scheduler.commit(batch, sampled)
-        for output in report.outputs:
+        for output in outputs:
             self._sampler.commit(output.request_id, output.token_ids)
         for request in broken:
             self._fail(request, "numerical_error", "the model produced no finite logits", report)
@@ -218,6 +235,8 @@ class StepLoop:
             output.started = _start(request)
         if row.drafts:
             output.drafted = (row.drafter, len(row.drafts), row.depth)
+        if request.router is not None:
+            output.resume, output.ledger = request.router.state, request.router.ledger
         return output
 
     def _finish(self, batch: Batch, report: Report) -> None:
@@ -229,9 +248,10 @@ class StepLoop:
             if (output := outputs.get(request.id)) is None:
                 # With max_tokens 0 only the prompt was asked for, and now it is computed.
                 if request.num_pending == 0 and request.num_ids == request.max_ids:
-                    report.outputs.append(
-                        Output(request.id, request.num_outputs, [], None, request.prompt_logprobs)
-                    )
+                    output = Output(request.id, 0, [], prompt_logprobs=request.prompt_logprobs)
+                    if request.router is not None:
+                        output.ledger = request.router.ledger
+                    report.outputs.append(output)
                     self._end(request, "length", None, report)
                 continue
             if output.start_index == 0 and request.sampling.prompt_logprobs is not None:
@@ -277,10 +297,10 @@ class StepLoop:
 
     @staticmethod
     def _count(stats: StepStats, batch: Batch) -> None:
-        stats.batch_rows = len(batch.rows)
-        stats.batch_tokens = batch.num_tokens
-        stats.batch_adapters = batch.num_adapters
-        stats.prompt_tokens = sum(
+        stats.batch_rows += len(batch.rows)
+        stats.batch_tokens += batch.num_tokens
+        stats.batch_adapters += batch.num_adapters
+        stats.prompt_tokens += sum(
             min(row.num_tokens, max(row.request.num_prompt - row.kv.num_computed, 0))
             for row in batch.rows
         )

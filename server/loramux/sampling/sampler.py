@@ -28,12 +28,14 @@ class SampleResult:
 
     ``token_ids`` int64 [R]; ``bad`` [R]: the row's logits held a NaN, a +inf or nothing finite, its
     token is -1 and its request cannot go on. ``logprobs`` [R]: None where none were asked for, and
-    for bad rows.
+    for bad rows. ``entropies`` [R]: bits of the distributions as the model made them, of watched
+    requests' rows, else NaN; None when there are no such rows.
     """
 
     token_ids: NDArray[np.int64]
     bad: NDArray[np.bool_]
     logprobs: list[TokenLogprob | None]
+    entropies: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,16 @@ class _Request:
     bias: NDArray[np.float32]
     stop_ids: NDArray[np.int64]
     history: History | None
+    watched: bool
 
 
 @dataclass(frozen=True)
 class _Batch:
     """What a sequence of requests, one a row, needs at every step.
 
-    ``num_logprobs`` [R] is -1 for none. ``held`` and ``penalized`` are the rows that may need their
-    stop tokens masked and their penalties applied; both depend on how far the output is.
+    ``num_logprobs`` [R] is -1 for none; ``watched`` are the rows whose entropy is asked for.
+    ``held`` and ``penalized`` are those that may need their stop tokens masked and their penalties
+    applied; both depend on how far the output is.
     """
 
     request_ids: list[str]
@@ -60,6 +64,7 @@ class _Batch:
     held: list[tuple[int, _Request]]
     penalized: list[tuple[int, _Request, History]]
     num_logprobs: NDArray[np.int64]
+    watched: list[int]
 
 
 class Sampler:
@@ -77,8 +82,11 @@ class Sampler:
         params: SamplingParams,
         prompt_ids: Sequence[int],
         output_ids: Sequence[int],
+        *,
+        watched: bool = False,
     ) -> None:
-        """Learn a request, new or continued after ``output_ids``.
+        """Learn a request, new or continued after ``output_ids``. ``watched``: its results come
+        with entropies.
 
         Raises InvalidRequest for a ``logit_bias`` or penalized prompt id outside the vocabulary.
         """
@@ -94,6 +102,7 @@ class Sampler:
             # A stop id the model has no logit for is never drawn; there is nothing to mask.
             stop_ids=stop_ids[(stop_ids >= 0) & (stop_ids < self.vocab_size)],
             history=self._history(params, prompt_ids, output_ids),
+            watched=watched,
         )
 
     def commit(self, request_id: str, token_ids: Sequence[int]) -> None:
@@ -137,13 +146,13 @@ class Sampler:
         position = np.fromiter((at for _, at in rows), np.int64, len(rows))
         with edited(logits, _edits(batch, position, guessed)):
             drawn = kernels.start_draw(logits, batch.draw, position)
-        return lambda: _result(logits, batch.num_logprobs, *drawn())
+        return lambda: _result(logits, batch, *drawn())
 
     def warm_up(self) -> None:
         """Compile everything a step can need, so that no request waits for it."""
         logits = torch.zeros((1, self.vocab_size), device=self.device)
         params = SamplingParams(seed=0, min_p=0.1, top_k=1, top_p=0.9, logprobs=1)
-        self.add("warm-up", params, (), ())
+        self.add("warm-up", params, (), (), watched=True)
         self.sample(logits, [("warm-up", 0)])
         self.remove("warm-up")
 
@@ -176,19 +185,29 @@ class Sampler:
 @torch.inference_mode()
 def _result(
     logits: Tensor,
-    num_logprobs: NDArray[np.int64],
+    batch: _Batch,
     token_ids: NDArray[np.int64],
     bad: NDArray[np.bool_],
 ) -> SampleResult:
-    """What was drawn, with the log-probabilities that were asked for."""
+    """What was drawn, with the log-probabilities and entropies that were asked for."""
     results: list[TokenLogprob | None] = [None] * len(token_ids)
+    num_logprobs = batch.num_logprobs
     wanted = np.flatnonzero((num_logprobs >= 0) & ~bad)
     if len(wanted):
         chosen = logits if len(wanted) == len(token_ids) else logits[torch.from_numpy(wanted)]
         table = logprobs(chosen, token_ids[wanted].tolist(), num_logprobs[wanted].tolist())
         for row, entry in zip(wanted.tolist(), table, strict=True):
             results[row] = entry
-    return SampleResult(token_ids, bad, results)
+    return SampleResult(token_ids, bad, results, _entropies(logits, batch.watched))
+
+
+def _entropies(logits: Tensor, watched: list[int]) -> list[float] | None:
+    if not watched:
+        return None
+    entropies = [math.nan] * len(logits)
+    for row, bits in zip(watched, kernels.entropy_bits(logits[watched]).tolist(), strict=True):
+        entropies[row] = bits
+    return entropies
 
 
 def _build(request_ids: list[str], requests: list[_Request]) -> _Batch:
@@ -227,6 +246,7 @@ def _build(request_ids: list[str], requests: list[_Request]) -> _Batch:
             if request.history is not None
         ],
         num_logprobs=np.array([-1 if p.logprobs is None else p.logprobs for p in params], np.int64),
+        watched=[row for row, request in enumerate(requests) if request.watched],
     )
 
 

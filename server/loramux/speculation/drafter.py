@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from loramux.request import Request
+from loramux.request import BASE_MODEL_ID, Request
+
+OF_THE_TARGET = frozenset({"draft", "medusa"})
+"""Drafters that know how the target goes on: by a model made after it, or from what it computed. Of
+a request that another model serves now they are not asked."""
 
 
 class Ask(NamedTuple):
@@ -23,6 +27,15 @@ class Ask(NamedTuple):
         """The answer may be a tree."""
         speculation = self.request.speculation
         return speculation is not None and speculation.tree
+
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """Those of the request's that can know how the model goes on which serves it now."""
+        speculation = self.request.speculation
+        assert speculation is not None
+        if self.request.kv.model_id == BASE_MODEL_ID:
+            return speculation.drafters
+        return tuple(name for name in speculation.drafters if name not in OF_THE_TARGET)
 
 
 class Guess(NamedTuple):

@@ -69,7 +69,7 @@ class Drafting:
     def _answers(self, asks: Sequence[Ask], load: Load) -> list[Answer]:
         """What there is to choose from."""
         if self.planner is None:
-            return self._ask(asks, [[(name, ask.most) for name in _drafters(ask)] for ask in asks])
+            return self._ask(asks, [[(name, ask.most) for name in ask.drafters] for ask in asks])
         chains = self.planner.chains(asks, load, self.drafters)
         probes = self.planner.probes(asks, chains, load)
         return self._ask(asks, chains) + self._put(asks, probes, probe=True)
@@ -101,11 +101,6 @@ class Drafting:
                 guess = _beginning(guess, most)
                 answers.append(Answer(number, ask, name, guess, probe))
         return answers
-
-
-def _drafters(ask: Ask) -> Sequence[str]:
-    assert ask.request.speculation is not None
-    return ask.request.speculation.drafters
 
 
 def _beginning(guess: Guess, number: int) -> Guess:

@@ -96,7 +96,7 @@ Chain = Sequence[tuple[str, int]]
 class _Kind(NamedTuple):
     """Whose guesses are alike."""
 
-    adapters: Hashable
+    text: Hashable
     tree: bool
 
 
@@ -452,7 +452,7 @@ def _group(ask: Ask) -> _Group:
     speculation = ask.request.speculation
     assert speculation is not None
     most = min(speculation.max_draft_tokens, LONGEST)
-    return _Group(_kind(ask.request), speculation.drafters, most)
+    return _Group(_kind(ask.request), ask.drafters, most)
 
 
 def _left_out(ask: Ask, chain: Chain) -> list[str]:
@@ -462,7 +462,8 @@ def _left_out(ask: Ask, chain: Chain) -> list[str]:
 
 def _kind(request: Request) -> _Kind:
     speculation = request.speculation
-    return _Kind(request.adapters, speculation is not None and speculation.tree)
+    text = (request.kv.model_id, request.adapters)
+    return _Kind(text, speculation is not None and speculation.tree)
 
 
 def _brought(survival: Floats) -> Floats:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .train_adapters import train_adapters
+from .train_adapters import train_adapters, train_small_adapters
 from .train_base import train_base
 from .train_draft import train_draft
 
@@ -19,7 +19,7 @@ def main() -> None:
         description="Train the demo models (about an hour on two cores)."
     )
     parser.add_argument(
-        "--out", type=Path, default=DEMO, help="where base/, draft/ and adapters/ go"
+        "--out", type=Path, default=DEMO, help="where base/, draft/ and the adapters go"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -28,6 +28,7 @@ def main() -> None:
     train_base(base)
     train_draft(args.out / "draft", base)
     train_adapters(args.out / "adapters", base)
+    train_small_adapters(args.out / "small_adapters", args.out / "draft", base)
 
 
 if __name__ == "__main__":

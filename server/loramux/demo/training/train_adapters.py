@@ -1,4 +1,5 @@
-"""Six LoRAs on the base, saved by PEFT; ranks, targets, layers and scaling differ on purpose."""
+"""Six LoRAs on the base, saved by PEFT; ranks, targets, layers and scaling differ on purpose. Two
+have a partner on the draft, which is the small model of the demo."""
 
 from __future__ import annotations
 
@@ -38,6 +39,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+PARTNER = {"r": 8, "lora_alpha": 16, "target_modules": [*ATTENTION, *MLP]}
+PARTNERED = ("pirate", "shout")
+
 
 def batch(rng: Random, name: str, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     """``ids, labels [BATCH, longest]``; only the answer is learned, other labels are -100."""
@@ -60,12 +64,14 @@ def batch(rng: Random, name: str, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]
     return ids, labels
 
 
-def train_adapter(name: str, folder: Path, base: Path) -> None:
-    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+def train_adapter(
+    name: str, folder: Path, model_dir: Path, tokenizer: Tokenizer, shape: dict[str, Any]
+) -> None:
+    """Teach the model in ``model_dir`` a manner, into ``folder``."""
     torch.manual_seed(TRAIN_SEED)
     rng = Random(TRAIN_SEED)
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **SHAPES[name])
+    model = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **shape)
     model = get_peft_model(model, config)
     learned = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(learned, RATE, weight_decay=0.0)
@@ -92,5 +98,13 @@ def train_adapter(name: str, folder: Path, base: Path) -> None:
 
 
 def train_adapters(folder: Path, base: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     for name in MANNERS:
-        train_adapter(name, folder / name, base)
+        train_adapter(name, folder / name, base, tokenizer, SHAPES[name])
+
+
+def train_small_adapters(folder: Path, draft: Path, base: Path) -> None:
+    """The partners of some adapters on the draft, which reads the base's tokens."""
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    for name in PARTNERED:
+        train_adapter(name, folder / name, draft, tokenizer, PARTNER)
