@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from loramux.adapters.blobs import BlobStore
 from loramux.config import ServerConfig
 from loramux.engine.assemble import assemble
 from loramux.ingest.job import run
-from loramux.request import AdapterRef, SamplingParams, Speculation
+from loramux.request import AdapterRef, Adapters, SamplingParams, Speculation
 from loramux.wire import BaseDescription, Failed, Finished, IngestJob, Output, StepDone, Submit
 
 
@@ -83,6 +83,7 @@ class Harness:
         output_ids: Sequence[int] = (),
         deadline_s: float | None = None,
         speculation: Speculation | None = None,
+        companions: Mapping[int, Adapters] | None = None,
         **sampling: Any,
     ) -> str:
         """Queue a request (greedy unless told otherwise); its id."""
@@ -106,6 +107,7 @@ class Harness:
                 cache_salt=cache_salt,
                 deadline_s=deadline_s,
                 speculation=speculation,
+                companions=dict(companions or {}),
                 sampling=SamplingParams(**params),
             )
         )
