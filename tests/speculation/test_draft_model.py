@@ -208,6 +208,15 @@ def test_only_what_came_true_is_kept(bench: Callable[..., Bench]) -> None:
     assert made.propose((request, 3)) == [guess], "asked again, it says the same"
 
 
+def test_guesses_whose_pages_are_gone_are_forgotten_with_them() -> None:
+    request = Request("a", prompt_ids=[7, 7, 7], sampling=SamplingParams(seed=0))
+    follower = Follower(request, Kv(DRAFT_MODEL_ID))
+    follower.ahead = [7, 7]
+    follower.forget()
+    follower.catch()
+    assert follower.lag == 3, "they look like the text's beginning"
+
+
 def test_who_is_far_behind_waits_and_holds_nobody_up(bench: Callable[..., Bench]) -> None:
     made = bench(max_batch_tokens=16)
     far, near = made.request("far", range(60, 85)), made.request("near", range(70, 74))

@@ -22,7 +22,7 @@ from loramux.batch import Batch, Row
 from loramux.engine.models import Partner
 from loramux.errors import LoramuxError
 from loramux.memory.pool import Pool
-from loramux.model.runner import Scored
+from loramux.model.runner import Plan, Scored
 from loramux.request import Adapters, Request
 from loramux.sampling.sampler import Sampler
 from loramux.speculation.acceptance import AcceptanceHead, stops
@@ -75,9 +75,9 @@ class DraftModel:
             if most > 0 and ask.request in worn and not ask.request.wants_prompt_logprobs:
                 follower = self._followers.wake(ask.request, worn[ask.request])
                 rounds[ask.request] = _Round(follower, most)
-        rows = self._catching_up(rounds.values())
-        while rows:
-            rows = self._step(rows, rounds)
+        plan = self._planned(self._catching_up(rounds.values()))
+        while plan is not None:
+            plan = self._step(plan, rounds)
         for going in rounds.values():
             self._followers.rest(going.follower)
         for digest in held:
@@ -155,19 +155,25 @@ class DraftModel:
                 budget -= num_tokens
         return rows
 
-    def _step(self, rows: list[Row], rounds: dict[Request, _Round]) -> list[Row]:
-        """Compute ``rows`` and guess one token more where they reach the end; the rows of those
-        that go on."""
-        began, alone = time.perf_counter(), all(row.num_tokens == 1 for row in rows)
-        batch = Batch.of(self._partner.model_id, rows)
-        scored = self._partner.runner.forward(self._partner.runner.plan(batch))
-        for row in batch.rows:
+    def _step(self, plan: Plan, rounds: dict[Request, _Round]) -> Plan | None:
+        """Compute ``plan`` and guess one token more where its rows reach the end; the step after it
+        of those that go on."""
+        rows, began = plan.batch.rows, time.perf_counter()
+        scored = self._partner.runner.forward(plan)
+        for row in rows:
             row.kv.num_computed += row.num_tokens
-        drawing = [rounds[row.request] for row in batch.rows if row.samples]
+        drawing = [rounds[row.request] for row in rows if row.samples]
         goes_on = self._guess(drawing, scored) if drawing else []
-        if alone:
+        caught_up = all(row.num_tokens == 1 for row in rows)
+        if caught_up:
             self._took(len(rows), time.perf_counter() - began)
-        return [going.row(1) for going in goes_on]
+        if caught_up and len(goes_on) == len(rows):
+            return self._partner.runner.onward(plan)
+        return self._planned([going.row(1) for going in goes_on])
+
+    def _planned(self, rows: list[Row]) -> Plan | None:
+        """The step of ``rows``; None if there are none."""
+        return self._partner.runner.plan(Batch.of(self._partner.model_id, rows)) if rows else None
 
     def _guess(self, drawing: list[_Round], scored: Scored) -> list[_Round]:
         """One guess more for each of ``drawing``; who shall make another."""

@@ -27,7 +27,7 @@ from loramux.speculation.acceptance import FILE, read_head
 from . import corpus
 
 BLOCKS = 3
-TEXTS, HELD_OUT, GIVEN, LENGTH = 1536, 384, 16, 192
+TEXTS, HELD_OUT, GIVEN, LENGTH = 640, 128, 16, 192
 TEXT_SEED, SEED = 41, 43
 KEPT = 0.15
 """Of the places hold the base's own token, and teach nothing: published."""
@@ -128,7 +128,7 @@ def learn(hidden: Tensor, right: Tensor) -> Head:
     steps = EPOCHS * (len(hidden) // BATCH)
     done = 0
     for _ in track(range(EPOCHS), description="acceptance head"):
-        for batch in torch.randperm(len(hidden)).split(BATCH)[: len(hidden) // BATCH]:
+        for batch in torch.randperm(len(hidden)).chunk(len(hidden) // BATCH):
             opt.param_groups[0]["lr"] = RATE * min((done + 1) / 20, 1 - done / steps)
             said, yes = log_softmax(head(hidden[batch]), -1), right[batch]
             weights = torch.stack([REJECTED_WEIGHT * (1 - yes), yes], -1)
@@ -165,16 +165,15 @@ def train_acceptance(folder: Path, base_folder: Path) -> None:
     draft = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     torch.manual_seed(SEED)
     begun = np.stack([*islice(corpus.rows(TEXT_SEED, tok, GIVEN), TEXTS + HELD_OUT)])
-    pieces = [
-        continued(base, torch.from_numpy(rows))
-        for rows in track(np.array_split(begun, len(begun) // 128), description="the base's texts")
-    ]
-    texts = torch.cat(pieces)
-    taught = [lessons(base, draft, some) for some in texts[:TEXTS].split(AT_A_TIME)]
+    pieces = track(torch.from_numpy(begun).chunk(len(begun) // 64), description="the base's texts")
+    texts = torch.cat([continued(base, piece) for piece in pieces])
+    taught = [lessons(base, draft, some) for some in texts[:TEXTS].chunk(TEXTS // AT_A_TIME)]
     hidden, right = (torch.cat(parts).clone() for parts in zip(*taught, strict=True))
     learn(hidden, right).save(folder / FILE)
     head = read_head(folder, hidden.shape[1], torch.device("cpu"))
     assert head is not None
-    seen = [rounds(base, draft, some) for _ in range(4) for some in texts[TEXTS:].split(AT_A_TIME)]
+    seen = [
+        rounds(base, draft, some) for some in texts[TEXTS:].chunk(HELD_OUT // 8) for _ in range(4)
+    ]
     hidden, right = (torch.cat(parts).flatten(0, 1) for parts in zip(*seen, strict=True))
     calibration(torch.tensor(head(hidden)), right)
