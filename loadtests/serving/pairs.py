@@ -78,6 +78,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+def command(argv: list[str]) -> str:
+    """How to make a report again, on whatever machine: where it went is left out, and folders of
+    this machine are DIR."""
+    words = ["python", str(Path(argv[0]).resolve().relative_to(ROOT)), *argv[1:]]
+    if "--out" in words:
+        at = words.index("--out")
+        del words[at : at + 2]
+    return " ".join("DIR" if word.startswith("/") else word for word in words)
+
+
 def header() -> dict[str, Any]:
     """What a report says of itself; its cases follow."""
     commit = subprocess.run(
@@ -87,7 +97,7 @@ def header() -> dict[str, Any]:
         check=True,
     ).stdout.strip()
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(sys.argv),
         "commit": commit,
         "machine": machine(),
         "cases": [],

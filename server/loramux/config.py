@@ -74,6 +74,9 @@ class ServerConfig(BaseSettings):
     )
     threads: int = Field(0, ge=0, description="compute threads; 0: one per core")
     prefix_caching: bool = Field(True, description="reuse KV of equal prompt beginnings")
+    speculation: Literal["auto", "off"] = Field(
+        "auto", description="auto: requests that do not say guess ahead with every drafter there is"
+    )
     strict_fields: bool = Field(False, description="refuse unknown request fields")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -150,7 +150,8 @@ class Output(msgspec.Struct, array_like=True):
     one entry per prompt token, None for the first. ``started`` comes once, in the first Output:
     Finished's (cached_tokens, queue_s, prefill_s), for requests the front ends (a stop string).
     ``ledger`` of an entropy-adaptive request, so far: output tokens by the large model and by the
-    small one, then tokens each of them has computed, prompts and catching up included.
+    small one, then tokens each of them has computed, prompts and catching up included. Another
+    engine counts on: it travels in ``resume``.
     """
 
     request_id: str

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.adapters.upload_child import SYSTEM_CALLS
+from tests.killing import SYSTEM_CALLS
 
 
 class Power:

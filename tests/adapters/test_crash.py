@@ -18,7 +18,8 @@ from tests.adapters.peft_files import (
     safetensors_bytes,
 )
 from tests.adapters.power import Power
-from tests.adapters.upload_child import CONFIG, FILES, WEIGHTS, Server, sha, told, upload
+from tests.adapters.upload_child import CONFIG, FILES, WEIGHTS, Server, sha, upload
+from tests.killing import told
 
 from loramux.adapters import pack
 from loramux.adapters.blobs import BlobStore

@@ -2,26 +2,21 @@
 
     python -m tests.adapters.upload_child WAY BEFORE FOLDER
 
-For N = 1, 2, ... copies the data directory BEFORE to FOLDER/N and uploads an adapter there, in one
-of the three WAYS, in a forked process that dies at the N-th point: every call that changes the disk
-and every SQL statement is one. Ends after the first upload that lived. What the uploader was told
-before the death is in FOLDER/N.told, a line each. Forking keeps this fast, and is safe here: the
-parent has one thread.
+In one of the three WAYS (see ``tests.killing``); every SQL statement is a point too. What the
+uploader was told before the death is in FOLDER/N.told, a line each.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
-import os
-import shutil
-import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+
+from tests.killing import Point, kill_at_points, told
 
 from loramux.adapters.blobs import BlobStore
 from loramux.adapters.registry import Registry
@@ -36,31 +31,10 @@ from loramux.front.resumable import ResumableUploads
 CONFIG, WEIGHTS = b'{"peft_type": "LORA"}', b"w" * 3_999 + b"x" * 6_001
 FILES = (CONFIG, WEIGHTS)
 PART = 4_000
-SYSTEM_CALLS = ("fsync", "replace", "mkdir", "open", "unlink")
-Point = Callable[..., None]
 
 
 def sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-class Executioner:
-    """Counts points of no return and dies at one."""
-
-    def __init__(self, kill_at: int) -> None:
-        self.left = kill_at
-
-    def point(self, *_: object) -> None:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def before(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self.point()
-            return call(*args, **kwargs)
-
-        return wrapped
 
 
 class Server:
@@ -173,12 +147,6 @@ class Server:
         await self._settled(getattr(self, way)())
 
 
-def told(data_dir: Path) -> list[str]:
-    """What the uploader of this data directory was told before the death."""
-    path = data_dir.with_suffix(".told")
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def upload(data_dir: Path, way: str, point: Point = lambda *_: None) -> None:
     """One upload from a server's start to its end."""
     server = Server(data_dir, point)
@@ -188,21 +156,7 @@ def upload(data_dir: Path, way: str, point: Point = lambda *_: None) -> None:
 
 def main() -> None:
     way, before, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    for number in itertools.count(1):
-        data_dir = folder / str(number)
-        shutil.copytree(before, data_dir)
-        child = os.fork()
-        if child == 0:
-            executioner = Executioner(number)
-            for name in SYSTEM_CALLS:
-                setattr(os, name, executioner.before(getattr(os, name)))
-            upload(data_dir, way, executioner.point)
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if status == 0:
-            return
-        if status != -signal.SIGKILL:
-            sys.exit(f"upload {number} failed with {status}")
+    kill_at_points(before, folder, lambda data_dir, point: upload(data_dir, way, point))
 
 
 if __name__ == "__main__":

@@ -125,6 +125,38 @@ def test_complete_sends_what_was_said_and_keeps_what_it_does_not_know(connect: C
     assert got.extra == {"system_fingerprint": "x"}
 
 
+def test_what_came_of_guesses_and_of_two_models(connect: Connect) -> None:
+    guessed = {"drafters": ["a"], "max_draft_tokens": 4, "tree": False, "acceptance": "exact"}
+    guessed |= {"steps": 2, "drafted": 5, "accepted": 3}
+    guessed["by_drafter"] = {"a": {"steps": 2, "drafted": 5, "accepted": 3}}
+    turns = {"threshold": 1.5, "window": 5, "min_dwell": 8, "start": "small", "share_large": 0.25}
+    turns |= {"tokens": {"large": 1, "small": 3}, "computed": {"large": 9, "small": 8}}
+    answer = completion("hi")
+    answer["usage"]["completion_tokens_details"] = {"accepted_prediction_tokens": 3}
+    answer["usage"]["details"] = {"speculation": guessed, "lossless": False}
+    answer["usage"]["details"]["entropy_adaptive"] = turns
+    off = completion("hi")
+    off["usage"]["details"] = {"speculation": "off", "lossless": True}
+    odd = completion("hi")
+    odd["usage"]["details"] = {"speculation": "sideways"}
+    script = Script(*(httpx.Response(200, json=each) for each in (answer, off, odd)))
+    client = connect(script)
+    wish = {"drafters": ["a"], "max_draft_tokens": 4}
+    turn = {"threshold": 1.5}
+    usage = client.call("complete", "x", model="m", speculation=wish, entropy_adaptive=turn).usage
+    assert script.body()["speculation"] == wish and script.body()["entropy_adaptive"] == turn
+    assert usage.completion_tokens_details.accepted_prediction_tokens == 3
+    told = usage.details.speculation
+    assert (told.drafters, told.drafted, told.by_drafter["a"]["accepted"]) == (["a"], 5, 3)
+    assert usage.details.lossless is False
+    shared = usage.details.entropy_adaptive
+    assert (shared.tokens.large, shared.computed.small, shared.share_large) == (1, 8, 0.25)
+    usage = client.call("complete", "x", model="m", speculation="off").usage
+    assert usage.details.speculation == "off" and usage.details.entropy_adaptive is None
+    with pytest.raises(InvalidResponseError):
+        client.call("complete", "x", model="m")
+
+
 def test_chat(connect: Connect) -> None:
     message = {"role": "assistant", "content": "hello", "refusal": None}
     choice = {"index": 0, "message": message, "finish_reason": "length"}

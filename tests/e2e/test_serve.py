@@ -134,6 +134,32 @@ def test_two_choices_of_two_prompts_keep_their_order(server: Server) -> None:
     assert len(again["choices"]) == 2
 
 
+def test_guessing_ahead_changes_nothing_but_the_steps(server: Server) -> None:
+    """An adapter that says one token for ever is easily foreseen; so is its end."""
+    prompt = [5, 6, 7, 8, 9] * 4
+    drafted = server.metric("vllm:spec_decode_num_draft_tokens_total")
+    for model, temperature in (("tiny", 1.0), ("say-41", 1.0), ("say-42", 0.0)):
+        body = {"max_tokens": 24, "seed": 7, "temperature": temperature, "return_token_ids": True}
+        asked = ("off", "auto", None, {"drafters": ["lookup"], "max_draft_tokens": 3})
+        answers = [
+            server.complete(model, prompt, **body, speculation=each).json() for each in asked
+        ]
+        ids = [answer["choices"][0]["token_ids"] for answer in answers]
+        assert ids == [ids[0]] * len(asked)
+        off, auto, default, three = (answer["usage"]["details"] for answer in answers)
+        assert off == {"speculation": "off", "lossless": True}
+        assert auto["speculation"]["drafters"] == default["speculation"]["drafters"]
+        assert three["speculation"]["drafters"] == ["lookup"]
+        if model != "tiny":
+            for told in (auto["speculation"], three["speculation"]):
+                assert told["drafted"] >= told["accepted"] > 0
+                assert told["steps"] + told["accepted"] <= 24
+        for told in (auto["speculation"], default["speculation"], three["speculation"]):
+            drafted += told["drafted"]
+    assert server.metric("vllm:spec_decode_num_draft_tokens_total") == drafted
+    assert server.metric("loramux_draft_tokens_total") == drafted
+
+
 def test_echo_gives_the_prompts_own_log_probabilities(server: Server) -> None:
     body = server.complete("tiny", [5, 6, 7, 8], max_tokens=2, echo=True, logprobs=1, seed=0).json()
     logprobs = body["choices"][0]["logprobs"]

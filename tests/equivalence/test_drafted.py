@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests import tiny
+from tests.equivalence.drafted import MOST, SAMPLINGS, disturbed, served, told, truth
 from tests.harness import Harness
 from tests.trees import random_parents, way_to
 
@@ -24,24 +25,6 @@ SLACK = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-SAMPLINGS: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "sampled": {"temperature": 1.0, "seed": 5},
-    "processed": {
-        "temperature": 0.9,
-        "seed": 6,
-        "top_p": 0.9,
-        "repetition_penalty": 1.2,
-        "presence_penalty": 0.4,
-        "frequency_penalty": 0.3,
-        "logit_bias": {9: 3.0},
-        "min_tokens": 5,
-        "stop_token_ids": tuple(range(30, 60)),
-        "logprobs": 2,
-    },
-}
-MOST = 5
-NUM_TOKENS = 14
 
 
 class Scripted:
@@ -98,46 +81,6 @@ class ScriptedTrees:
         return Guess(token_ids, parents)
 
 
-def served(
-    model: Path,
-    adapters: dict[str, Path],
-    knobs: dict[str, Any],
-    drafter: Any = None,
-    **config: Any,
-) -> Harness:
-    """Three adapters, the base, and three choices of one prompt, with or without guesses."""
-    harness = Harness(model, page_tokens=4, **config)
-    speculation = None
-    if drafter is not None:
-        harness.engine.drafting.drafters["scripted"] = drafter
-        speculation = Speculation(drafters=("scripted",), max_draft_tokens=MOST)
-    rng = np.random.default_rng(3)
-    for index, name in enumerate([None, *list(adapters)[:3], "three"]):
-        prompt = rng.integers(60, tiny.VOCAB_SIZE, 9 + index).tolist()
-        adapter = list(adapters.values())[0] if name == "three" else adapters.get(name or "")
-        for choice in range(3 if name == "three" else 1):
-            harness.submit(
-                prompt,
-                adapter,
-                name=f"{name}-{choice}",
-                speculation=speculation,
-                **{"max_tokens": NUM_TOKENS, "choice": choice, **knobs},
-            )
-    return harness
-
-
-def told(harness: Harness) -> dict[str, Any]:
-    """All that a client sees: ids, log-probabilities, how it ended."""
-    return {
-        name: (
-            ids,
-            [entry for output in harness.details[name] for entry in output.logprobs or ()],
-            (harness.finished[name].reason, harness.finished[name].stop_token_id),
-        )
-        for name, ids in harness.outputs.items()
-    }
-
-
 @pytest.fixture(scope="module", params=SAMPLINGS)
 def knobs(request: pytest.FixtureRequest) -> dict[str, Any]:
     return SAMPLINGS[request.param]
@@ -149,10 +92,6 @@ def plain(llama: Path, adapters: dict[str, Path], knobs: dict[str, Any]) -> dict
     harness.run()
     harness.close()
     return told(harness)
-
-
-def truth(plain: dict[str, Any]) -> dict[str, list[int]]:
-    return {name: entry[0] for name, entry in plain.items()}
 
 
 @pytest.mark.parametrize("right", range(MOST + 1))
@@ -182,16 +121,7 @@ def test_any_guesses_across_preemptions_and_small_steps(
         truth(plain), lambda: int(rng.integers(0, MOST + 2)), lambda: int(rng.integers(0, 9))
     )
     overlap = data.draw(st.booleans())
-    harness = served(
-        llama, adapters, knobs, drafter, overlap=overlap, max_batch_tokens=int(rng.integers(16, 40))
-    )
-    while harness.engine.has_work:
-        harness.step()
-        running = harness.engine.scheduler.running
-        if running and rng.random() < 0.1 and not overlap:
-            harness.engine.scheduler._preempt(running[int(rng.integers(len(running)))])
-    assert told(harness) == plain
-    harness.close()
+    assert disturbed(llama, adapters, knobs, drafter, rng, overlap=overlap) == plain
 
 
 def test_a_right_branch_beside_a_wrong_one(
@@ -227,16 +157,7 @@ def test_any_trees_across_preemptions_and_small_steps(
         lambda node: rng.random() < luck,
     )
     overlap = data.draw(st.booleans())
-    harness = served(
-        llama, adapters, knobs, drafter, overlap=overlap, max_batch_tokens=int(rng.integers(16, 40))
-    )
-    while harness.engine.has_work:
-        harness.step()
-        running = harness.engine.scheduler.running
-        if running and rng.random() < 0.1 and not overlap:
-            harness.engine.scheduler._preempt(running[int(rng.integers(len(running)))])
-    assert told(harness) == plain
-    harness.close()
+    assert disturbed(llama, adapters, knobs, drafter, rng, overlap=overlap) == plain
 
 
 @pytest.mark.parametrize("length", [1, 17])

@@ -9,6 +9,7 @@ is its script, words in any order:
     fail=CODE   failed at once             hang        stop stepping and report a long step
     mute        no heartbeats from now on  garbage     send bytes that are no message
     stop=T      token T ends the request
+    draft=K     when asked to guess, each step verifies K guesses, of which burst-1 are right
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.commands: list[tuple[str, str | None]] = []
         self.tenants: list[str] = []
+        self.wishes: list[Any] = []
         self.parent = parent
 
     def send(self, message: Any) -> None:
@@ -74,6 +76,7 @@ class FakeEngine:
             case wire.Submit():
                 words = (word.partition("=") for word in message.cache_salt.split())
                 self.tenants.append(message.tenant)
+                self.wishes.append([message.speculation, message.entropy, message.companions])
                 self.rows[message.request_id] = Row(message, {a: b for a, _, b in words})
             case wire.Abort():
                 self.aborted += message.request_ids
@@ -86,6 +89,7 @@ class FakeEngine:
                     "aborted": self.aborted,
                     "commands": self.commands,
                     "tenants": self.tenants,
+                    "wishes": msgspec.to_builtins(self.wishes),
                     "pid": os.getpid(),
                 }
                 if message.kind == "evict" and message.digest == "0" * 64:
@@ -137,9 +141,11 @@ class FakeEngine:
         logprobs = None
         if params.logprobs is not None:
             logprobs = [wire.TokenLogprob(token, -1.0, 1) for token in ids]
-        done.outputs.append(
-            wire.Output(request_id, start + shift, ids, logprobs, None, None, started)
-        )
+        output = wire.Output(request_id, start + shift, ids, logprobs, None, None, started)
+        if submit.speculation is not None and "draft" in script:
+            num = int(script["draft"])
+            output.drafted = (submit.speculation.drafters[0], num, num)
+        done.outputs.append(output)
         if script.get("repeat") == str(start):
             done.outputs.append(wire.Output(request_id, start, ids))
         row.sent += ids
@@ -170,6 +176,7 @@ def ready(epoch: int, model: str = "") -> wire.Ready:
         max_num_seqs=8,
         device="cpu",
         dtype="float32",
+        drafters=("lookup", "suffix"),
     )
 
 

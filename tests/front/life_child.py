@@ -2,24 +2,18 @@
 
     python -m tests.front.life_child BEFORE FOLDER EVERY
 
-For N = 1, 1 + EVERY, ... copies the data directory BEFORE to FOLDER/N and uploads, pins, replaces,
-unpins and deletes an adapter, in a forked process that dies at the N-th point (as in
-``tests.adapters.upload_child``). What was answered before is in FOLDER/N.told, a line each. Ends
-after the first life that was whole.
+A life uploads, pins, replaces, unpins and deletes an adapter (see ``tests.killing``); every SQL
+statement is a point too. What was answered before is in FOLDER/N.told, a line each.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import os
-import shutil
-import signal
 import sys
 from pathlib import Path
 
-from tests.adapters.upload_child import SYSTEM_CALLS, Executioner, Point
 from tests.front.played import House
+from tests.killing import Point, kill_at_points
 
 
 async def upload(house: House, name: str, weights: bytes, expected: int | None = None) -> None:
@@ -60,21 +54,9 @@ async def live(data_dir: Path, point: Point) -> None:
 
 def main() -> None:
     before, folder, every = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    for number in itertools.count(1, every):
-        data_dir = folder / str(number)
-        shutil.copytree(before, data_dir)
-        child = os.fork()
-        if child == 0:
-            executioner = Executioner(number)
-            for name in SYSTEM_CALLS:
-                setattr(os, name, executioner.before(getattr(os, name)))
-            asyncio.run(live(data_dir, executioner.point))
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if status == 0:
-            return
-        if status != -signal.SIGKILL:
-            sys.exit(f"life {number} failed with {status}")
+    kill_at_points(
+        before, folder, lambda data_dir, point: asyncio.run(live(data_dir, point)), every
+    )
 
 
 if __name__ == "__main__":

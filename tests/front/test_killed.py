@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.adapters.upload_child import told
 from tests.front.life_child import upload
 from tests.front.played import House
+from tests.killing import told
 
 from loramux.adapters.blobs import BlobStore
 

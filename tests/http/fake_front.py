@@ -195,7 +195,8 @@ class FakeAdmission:
 
 
 class FakeFront:
-    """See the module. ``aborted`` lists choices cancelled before their end, ``specs`` all."""
+    """See the module. ``aborted`` lists choices cancelled before their end, ``specs`` all;
+    ``told`` may add to an output what it likes."""
 
     def __init__(self, config: ServerConfig, model: Path) -> None:
         self.config = config
@@ -216,6 +217,7 @@ class FakeFront:
         self.reserved = 0
         self.places = 1000
         self.cached_tokens = 0
+        self.told: Callable[[Output], None] = lambda _: None
         self.state = "new"
         self.tasks: set[asyncio.Task[None]] = set()
 
@@ -334,6 +336,7 @@ class FakeFront:
                     logprob(token_id, sampling.prompt_logprobs) if at else None
                     for at, token_id in enumerate(spec.prompt_ids)
                 ]
+        self.told(output)
         return output
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,16 @@ def address(data: bytes) -> str:
 
 
 @contextmanager
-def real_server(folder: Path, **fields: Any) -> Iterator[Running]:
-    """A server over a real front with scripted processes."""
+def real_server(
+    folder: Path, *, ingest: Sequence[str] = INGEST, **fields: Any
+) -> Iterator[Running]:
+    """A server over a real front with scripted processes, or with another ``ingest``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(SERVER))
         config = configure(folder, port=0, **fields)
-        server, stop = serve(Front(config, engine=ENGINE, ingest=INGEST), config)
+        server, stop = serve(Front(config, engine=ENGINE, ingest=ingest), config)
         try:
-            assert eventually(lambda: server.http.get("/health").status_code == 200, within_s=30)
+            assert eventually(lambda: server.http.get("/health").status_code == 200, within_s=60)
             yield server
         finally:
             stop()

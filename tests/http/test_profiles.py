@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,16 @@ from tests.adapters.peft_files import make_config, make_tensors, safetensors_byt
 from tests.adapters.test_renderer import HOSTILE
 from tests.client.doubles import Both
 from tests.front.fake_engine import ready
-from tests.front.house import ENGINE, SERVER, configure
+from tests.front.house import configure
 from tests.front.uploading import blobs as stored
-from tests.http.conftest import Running, serve
+from tests.http.conftest import Running
 from tests.http.fake_front import eventually
 from tests.http.test_bad_inputs import refusal
-from tests.http.test_blobs import put, sha
+from tests.http.test_blobs import put, real_server, sha
 
 from loramux.adapters.blobs import adapter_digest
 from loramux.adapters.profile import MAX_PROFILE_BYTES, spell
-from loramux.front.front import INGEST, Front
+from loramux.front.front import INGEST
 
 CONFIG = json.dumps(make_config()).encode()
 WEIGHTS = safetensors_bytes(make_tensors(ready(1).base))
@@ -36,17 +36,8 @@ PROFILE: dict[str, Any] = {
 }
 
 
-@contextmanager
-def running(folder: Path) -> Iterator[Running]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(SERVER))
-        config = configure(folder, port=0)
-        server, stop = serve(Front(config, engine=ENGINE, ingest=INGEST), config)
-        try:
-            assert eventually(lambda: server.http.get("/health").status_code == 200, within_s=60)
-            yield server
-        finally:
-            stop()
+running = partial(real_server, ingest=INGEST)
+"""With the ingest process that reads profiles."""
 
 
 @pytest.fixture(scope="module")

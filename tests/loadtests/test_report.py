@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+import pairs
 import pytest
 import report
 
@@ -44,6 +45,25 @@ def test_a_quick_run_does_not_overwrite_measured_results(tmp_path: Path) -> None
     told = argparse.Namespace(quick=True, out=tmp_path)
     report.save({"cases": []}, report.folder(told), "x")
     assert json.loads((tmp_path / "x.json").read_text()) == {"cases": []}
+
+
+def test_a_command_holds_no_path_of_a_machine() -> None:
+    script = str(pairs.ROOT / "loadtests" / "serving" / "product.py")
+    words = [
+        script,
+        "--quick",
+        "--out",
+        "/home/me/results",
+        "--peers",
+        "/opt/peers",
+        "--pairs",
+        "3",
+    ]
+    told = "python loadtests/serving/product.py --quick --peers DIR --pairs 3"
+    assert pairs.command(words) == told
+    results = pairs.ROOT / "docs" / "results"
+    commands = [json.loads(path.read_text()).get("command", "") for path in results.glob("*.json")]
+    assert commands and all(" /" not in text and "--out" not in text for text in commands)
 
 
 def test_a_plot_is_a_file(tmp_path: Path) -> None:

@@ -40,21 +40,33 @@ from loramux_client._errors import (
 from loramux_client._models import (
     Adapter,
     Alias,
+    ByModel,
     ChatChoice,
     ChatCompletion,
     Chunk,
     ChunkChoice,
     Completion,
     CompletionChoice,
+    CompletionTokensDetails,
     Delta,
+    EntropyAdaptiveUsage,
     Health,
     Message,
     Model,
     PromptTokensDetails,
+    SpeculationUsage,
     Target,
     Usage,
+    UsageDetails,
 )
-from loramux_client._verbs import ChatOptions, CompletionOptions, Compression, compress
+from loramux_client._verbs import (
+    ChatOptions,
+    CompletionOptions,
+    Compression,
+    EntropyAdaptive,
+    Speculation,
+    compress,
+)
 
 __version__ = "0.1.0"
 
@@ -72,6 +84,7 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "AuthenticationError",
+    "ByModel",
     "ChatChoice",
     "ChatCompletion",
     "ChatOptions",
@@ -81,6 +94,7 @@ __all__ = [
     "Completion",
     "CompletionChoice",
     "CompletionOptions",
+    "CompletionTokensDetails",
     "Compressed",
     "Compression",
     "ConflictError",
@@ -90,6 +104,8 @@ __all__ = [
     "Delta",
     "ERRORS",
     "EngineFailedError",
+    "EntropyAdaptive",
+    "EntropyAdaptiveUsage",
     "GenerationConflictError",
     "GenerationGoneError",
     "Health",
@@ -110,10 +126,13 @@ __all__ = [
     "RequestTooLargeError",
     "RevisionConflictError",
     "ServerError",
+    "Speculation",
+    "SpeculationUsage",
     "StorageFullError",
     "Stream",
     "Target",
     "UnsupportedMediaTypeError",
     "Usage",
+    "UsageDetails",
     "compress",
 ]

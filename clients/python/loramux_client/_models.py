@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from loramux_client._errors import InvalidResponseError
 
@@ -13,6 +13,9 @@ from loramux_client._errors import InvalidResponseError
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One JSON object. ``extra`` holds what it had beyond the fields below."""
+
+    WORDS: ClassVar[frozenset[str]] = frozenset()
+    """What may stand in its place."""
 
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -36,6 +39,8 @@ class Record:
 def _parse(record: type[Record] | None, value: Any) -> Any:
     if record is None or value is None:
         return value
+    if isinstance(value, str) and value in record.WORDS:
+        return value
     if isinstance(value, list):
         return [record.from_json(item) for item in value]
     return record.from_json(value)
@@ -50,7 +55,7 @@ def _fields(cls: type[Record]) -> dict[str, type[Record] | None]:
 def _record_in(hint: Any) -> type[Record] | None:
     if isinstance(hint, type) and issubclass(hint, Record):
         return hint
-    if get_origin(hint) in (list, types.UnionType):
+    if get_origin(hint) in (list, types.UnionType, Union):
         return next((found for arg in get_args(hint) if (found := _record_in(arg))), None)
     return None
 
@@ -67,13 +72,71 @@ class PromptTokensDetails(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompletionTokensDetails(Record):
+    """Tokens that the server guessed ahead: those that are part of the output, and all others."""
+
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculationUsage(Record):
+    """How the server guessed ahead, and what came of it: ``steps`` that verified guesses, the
+    tokens ``drafted`` for them and those ``accepted``; by drafter the same three."""
+
+    WORDS = frozenset({"off"})
+
+    drafters: list[str]
+    max_draft_tokens: int = 0
+    tree: bool = False
+    acceptance: Literal["exact", "typical"] = "exact"
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    by_drafter: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByModel(Record):
+    """Tokens of the large model and of the small one."""
+
+    large: int = 0
+    small: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyAdaptiveUsage(Record):
+    """How the two models took turns: the output ``tokens`` of each, all tokens that each has
+    ``computed``, and the large one's share of the output (None when there is none)."""
+
+    threshold: float
+    window: int = 0
+    min_dwell: int = 0
+    start: Literal["small", "large"] = "small"
+    tokens: ByModel = ByModel()
+    computed: ByModel = ByModel()
+    share_large: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsageDetails(Record):
+    """``lossless``: the output is what the large model alone would have said."""
+
+    speculation: SpeculationUsage | Literal["off"] = "off"
+    lossless: bool = True
+    entropy_adaptive: EntropyAdaptiveUsage | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Usage(Record):
-    """What a request cost, in tokens."""
+    """What a request cost, in tokens. ``completion_tokens_details``: when the server guessed."""
 
     prompt_tokens: int
     completion_tokens: int = 0
     total_tokens: int = 0
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | None = None
+    details: UsageDetails | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

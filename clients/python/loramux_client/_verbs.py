@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Required, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, Required, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 from loramux_client import _compress
@@ -34,6 +34,26 @@ FIRST_POLL_S = 0.05
 LONGEST_POLL_S = 1.0
 
 
+class Speculation(TypedDict, total=False):
+    """Who guesses ahead (all that the server has), how many tokens at most in a step (8), and
+    whether guesses may branch. ``acceptance`` "typical" changes the output."""
+
+    drafters: Sequence[str]
+    max_draft_tokens: int
+    tree: bool
+    acceptance: Literal["exact", "typical"]
+
+
+class EntropyAdaptive(TypedDict, total=False):
+    """The large model takes over while the mean entropy of the last ``window`` (5) distributions is
+    above ``threshold`` bits, the small one otherwise, each for ``min_dwell`` (8) tokens or more."""
+
+    threshold: Required[float]
+    window: int
+    min_dwell: int
+    start: Literal["small", "large"]
+
+
 class Options(TypedDict, total=False):
     """What completions and chats have in common. What is left out is the server's default."""
 
@@ -58,6 +78,8 @@ class Options(TypedDict, total=False):
     add_special_tokens: bool
     return_token_ids: bool
     cache_salt: str | None
+    speculation: Literal["auto", "off"] | Speculation | None
+    entropy_adaptive: EntropyAdaptive | None
     user: str
 
 

@@ -11,7 +11,7 @@ import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import msgspec
@@ -70,6 +70,8 @@ class Served:
     """The digest of each adapter's profile, "" for one that has none."""
     versions: tuple[str, ...] = ()
     """``name@generation`` of each of the adapters."""
+    companions: Mapping[int, Adapters] = field(default_factory=dict)
+    """What other models wear for it, by model id."""
 
     @property
     def label(self) -> str:

@@ -16,12 +16,10 @@ import zmq
 from loramux import wire
 from loramux.config import ServerConfig
 from loramux.errors import Conflict, NotFound, Overloaded
-from loramux.front.generation import GenerationSpec
 from loramux.front.ledger import Ledger
 from loramux.front.observations import Observations
 from loramux.front.supervisor import Supervisor
 from loramux.metrics.stats import StepStats
-from loramux.request import BASE_MODEL_ID
 
 log = logging.getLogger(__name__)
 
@@ -83,20 +81,9 @@ class EngineClient:
         """Messages it has not taken yet."""
         return self._supervisor.backlog if self._supervisor is not None else 0
 
-    def submit(self, spec: GenerationSpec, deadline_s: float | None) -> None:
-        """Hand over a choice; ``deadline_s`` is the time that is left."""
-        self._send(
-            wire.Submit(
-                request_id=spec.request_id,
-                tenant=spec.tenant,
-                model_id=BASE_MODEL_ID,
-                adapters=spec.adapters,
-                prompt_ids=spec.prompt_ids,
-                sampling=spec.sampling,
-                cache_salt=spec.cache_salt,
-                deadline_s=deadline_s,
-            )
-        )
+    def submit(self, choice: wire.Submit) -> None:
+        """Hand over a choice."""
+        self._send(choice)
 
     def abort(self, request_ids: list[str]) -> None:
         """Nothing more is wanted of these."""

@@ -242,10 +242,10 @@ class Front:
             min_tokens=spec.sampling.min_tokens,
         )
         generation = Generation(spec, self._cancel)
-        self._ledger.add(spec, generation, text)
+        entry = self._ledger.add(spec, generation, text)
         self.quotas.start(spec)
         self._observations.submitted(spec)
-        self._engine.submit(spec, deadline_s)
+        self._engine.submit(entry.submission(deadline_s))
         return generation
 
     def _cancel(self, request_id: str) -> None:

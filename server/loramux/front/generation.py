@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
 from loramux.errors import LoramuxError
-from loramux.request import Adapters, FinishReason, SamplingParams
+from loramux.front.drafts import Drafted
+from loramux.request import Adapters, EntropyAdaptive, FinishReason, SamplingParams, Speculation
 from loramux.wire import TokenLogprob
 
 
@@ -17,15 +18,18 @@ class GenerationSpec:
     """Everything the front must know of one choice; resolved, nothing left to default.
 
     ``request_id`` is unique among unfinished choices (a request with n choices or several prompts
-    numbers them). ``stop`` are non-empty strings that end the text. ``arrived_at`` is
-    ``time.monotonic()`` when the request reached the server: TTFT counts from there.
-    ``deadline_s`` counts from ``arrived_at`` too.
+    numbers them). ``companions``: what other models wear for it, by model id. ``stop`` are
+    non-empty strings that end the text. ``arrived_at`` is ``time.monotonic()`` when the request
+    reached the server: TTFT counts from there. ``deadline_s`` counts from ``arrived_at`` too.
     """
 
     request_id: str
     adapters: Adapters
     prompt_ids: list[int]
     sampling: SamplingParams
+    speculation: Speculation | None = None
+    entropy: EntropyAdaptive | None = None
+    companions: Mapping[int, Adapters] = field(default_factory=dict)
     tenant: str = ""
     stop: tuple[str, ...] = ()
     include_stop: bool = False
@@ -67,7 +71,8 @@ class Done:
     ``stop_reason``: the stop string that matched, or the id of the token that ended it (EOS
     included), or None. ``queue_s`` and ``prefill_s`` are the engine's (0 for a
     choice cancelled before its first token). ``*_at`` are ``time.monotonic()`` readings;
-    ``first_token_at`` is None when no token came.
+    ``first_token_at`` is None when no token came. ``drafts``: what became of guesses, by drafter.
+    ``by_model``: wire.Output's ``ledger`` of the tokens that were delivered.
     """
 
     finish_reason: FinishReason
@@ -78,6 +83,8 @@ class Done:
     prefill_s: float
     first_token_at: float | None
     finished_at: float
+    drafts: Mapping[str, Drafted] = field(default_factory=dict)
+    by_model: tuple[int, int, int, int] | None = None
 
 
 class Generation(AsyncIterator[Delta]):

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from loramux import errors
 from loramux.errors import EngineFailed, LoramuxError
 from loramux.front.detokenizer import TextStream
+from loramux.front.drafts import Drafted
 from loramux.front.generation import Delta, Done, Generation, GenerationSpec
 from loramux.front.observations import Observations
-from loramux.request import FinishReason
-from loramux.wire import Failed, Finished, Output, StepDone
+from loramux.request import BASE_MODEL_ID, FinishReason
+from loramux.wire import Failed, Finished, Output, StepDone, Submit
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class Entry:
     """One unfinished choice: enough to submit it again, and its stream to the client."""
 
     __slots__ = (
+        "by_model",
+        "drafts",
         "first_token_at",
         "generation",
         "last_token_at",
@@ -57,6 +60,27 @@ class Entry:
         self.started = (0, 0.0, 0.0)
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
+        self.drafts: dict[str, Drafted] = {}
+        self.by_model: tuple[int, int, int, int] | None = None
+
+    def submission(self, deadline_s: float | None) -> Submit:
+        """What to tell an engine, from where the choice is now; ``deadline_s`` is the time left."""
+        spec = self.spec
+        return Submit(
+            request_id=spec.request_id,
+            tenant=spec.tenant,
+            model_id=BASE_MODEL_ID,
+            adapters=spec.adapters,
+            prompt_ids=spec.prompt_ids,
+            sampling=spec.sampling,
+            output_ids=self.output_ids,
+            cache_salt=spec.cache_salt,
+            resume=self.resume,
+            speculation=spec.speculation,
+            entropy=spec.entropy,
+            companions=dict(spec.companions),
+            deadline_s=deadline_s,
+        )
 
 
 class Ledger:
@@ -89,12 +113,13 @@ class Ledger:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._entries
 
-    def add(self, spec: GenerationSpec, generation: Generation, text: TextStream) -> None:
+    def add(self, spec: GenerationSpec, generation: Generation, text: TextStream) -> Entry:
         """A choice was accepted. Its request id is new: ids are the server's own."""
         assert spec.request_id not in self._entries, "request ids are unique"
-        self._entries[spec.request_id] = Entry(spec, generation, text)
+        self._entries[spec.request_id] = entry = Entry(spec, generation, text)
         for adapter in spec.adapters:
             self._retain(adapter.digest)
+        return entry
 
     def apply(self, step: StepDone) -> list[str]:
         """Take in one step of the current engine. Returns the requests it should abort: they ended
@@ -152,6 +177,10 @@ class Ledger:
         entry.resume = output.resume
         if output.started is not None:
             entry.started = output.started
+        if output.drafted is not None:
+            self._count_drafts(entry, output.drafted, min(used, len(output.token_ids) - 1))
+        if output.ledger is not None:
+            self._count_models(entry, output.ledger, len(output.token_ids) - used)
         if text or ids or output.prompt_logprobs is not None:
             entry.generation.deliver(Delta(text, list(ids), logprobs, output.prompt_logprobs))
         if used:
@@ -163,6 +192,24 @@ class Ledger:
             self._end(entry, "stop", entry.text.matched, last, now)
             return False
         return True
+
+    def _count_drafts(self, entry: Entry, drafted: tuple[str, int, int], accepted: int) -> None:
+        drafter, num, depth = drafted
+        if (counts := entry.drafts.get(drafter)) is None:
+            counts = entry.drafts[drafter] = Drafted()
+        counts.add(num, accepted)
+        self._observations.drafted(entry.spec, drafter, num, depth, accepted)
+
+    def _count_models(self, entry: Entry, ledger: tuple[int, int, int, int], cut: int) -> None:
+        """``cut`` tokens of the one model that has just made some lie behind a stop string."""
+        large, small, computed_large, computed_small = ledger
+        were_large, were_small, *_ = entry.by_model or (0, 0, 0, 0)
+        if large > were_large:
+            large -= cut
+        else:
+            small -= cut
+        entry.by_model = (large, small, computed_large, computed_small)
+        self._observations.by_model(large - were_large, small - were_small)
 
     def _finish(self, entry: Entry, event: Finished, now: float) -> None:
         reason, stop_reason = event.reason, event.stop_token_id
@@ -213,6 +260,8 @@ class Ledger:
             prefill_s=prefill_s,
             first_token_at=entry.first_token_at,
             finished_at=now,
+            drafts=entry.drafts,
+            by_model=entry.by_model,
         )
         entry.generation.end(done)
         self._observations.finished(entry.spec, done)

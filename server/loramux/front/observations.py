@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from loramux.errors import LoramuxError
+from loramux.front.drafts import DraftTotals
 from loramux.front.generation import Done, GenerationSpec
 from loramux.metrics.stats import StepStats
 
@@ -52,7 +53,8 @@ class Snapshot:
     is the newest StepStats (read ``resident``, ``pinned`` and ``waiting_adapters`` here:
     a message may leave them out). Totals survive engine restarts. ``adapter_tokens`` maps a
     digest ("" for the base) to [prompt, generation] tokens of finished requests and is bounded:
-    digests beyond the first 1000 are added up under "other".
+    digests beyond the first 1000 are added up under "other". ``model_tokens`` are output tokens of
+    entropy-adaptive requests by model.
     """
 
     stats: StepStats = field(default_factory=StepStats)
@@ -80,6 +82,8 @@ class Snapshot:
     rejected: dict[str, int] = field(default_factory=dict)
     uploads: dict[str, int] = field(default_factory=dict)
     adapter_tokens: dict[str, list[int]] = field(default_factory=dict)
+    drafts: DraftTotals = field(default_factory=DraftTotals)
+    model_tokens: dict[str, int] = field(default_factory=dict)
 
 
 _MOST_DIGESTS = 1000
@@ -117,6 +121,19 @@ class Observations:
             num, last_at = num - 1, now
         if num:
             self.observer.more_tokens(spec, num, now - last_at)
+
+    def drafted(
+        self, spec: GenerationSpec, drafter: str, num: int, depth: int, accepted: int
+    ) -> None:
+        """``num`` guesses, ``depth`` tokens ahead, were verified: the first ``accepted`` tokens of
+        them were right, and delivered."""
+        digest = spec.adapters[0].digest if spec.adapters else ""
+        self.snapshot.drafts.add(digest, drafter, num, depth, accepted)
+
+    def by_model(self, large: int, small: int) -> None:
+        """Tokens of an entropy-adaptive request were delivered."""
+        _count(self.snapshot.model_tokens, "large", large)
+        _count(self.snapshot.model_tokens, "small", small)
 
     def finished(self, spec: GenerationSpec, done: Done) -> None:
         """See Observer."""

@@ -15,7 +15,7 @@ from loramux.errors import InvalidRequest
 from loramux.front.front import Front
 from loramux.http.adapters import answer
 from loramux.http.auth import caller
-from loramux.http.choices import max_model_len, named
+from loramux.http.choices import engine_of, named
 from loramux.http.limits import read_json
 from loramux.http.schemas import DetokenizeRequest, Strict, TokenizeRequest
 from loramux.metrics.prometheus import Exporter
@@ -67,7 +67,7 @@ class Admin:
         return answer(
             {
                 "count": len(ids),
-                "max_model_len": max_model_len(front),
+                "max_model_len": engine_of(front).max_model_len,
                 "tokens": ids,
                 "token_strs": texts,
             }

@@ -20,6 +20,62 @@ class PromptDetails(msgspec.Struct):
     cached_tokens: int
 
 
+class PredictionDetails(msgspec.Struct):
+    """Guessed tokens: those that are part of the output, and all others."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
+class DrafterUsage(msgspec.Struct):
+    """``steps`` that verified guesses, the tokens guessed for them, and those in the output."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+class SpeculationUsage(msgspec.Struct):
+    """Guessing ahead as it was resolved, and what came of it."""
+
+    drafters: tuple[str, ...]
+    max_draft_tokens: int
+    tree: bool
+    acceptance: Literal["exact", "typical"]
+    steps: int
+    drafted: int
+    accepted: int
+    by_drafter: dict[str, DrafterUsage]
+
+
+class ByModel(msgspec.Struct):
+    """Tokens of the large model and of the small one."""
+
+    large: int
+    small: int
+
+
+class EntropyAdaptiveUsage(msgspec.Struct):
+    """Entropy-adaptive decoding as it was resolved; the output ``tokens`` of each model, those each
+    has ``computed`` (prompts and catching up included), and the large one's share of the output."""
+
+    threshold: float
+    window: int
+    min_dwell: int
+    start: Literal["small", "large"]
+    tokens: ByModel
+    computed: ByModel
+    share_large: float | None
+
+
+class UsageDetails(msgspec.Struct):
+    """``lossless``: the output is what the large model alone would have said."""
+
+    speculation: Literal["off"] | SpeculationUsage
+    lossless: bool
+    entropy_adaptive: EntropyAdaptiveUsage | UnsetType = UNSET
+
+
 class Usage(msgspec.Struct):
     """Tokens: every prompt once, every choice's output."""
 
@@ -27,6 +83,8 @@ class Usage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    completion_tokens_details: PredictionDetails | UnsetType
+    details: UsageDetails
 
 
 class CompletionLogprobs(msgspec.Struct):

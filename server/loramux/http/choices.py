@@ -18,7 +18,9 @@ from loramux.front.generation import Delta, Done, Generation, GenerationSpec
 from loramux.front.voices import Voice
 from loramux.http.answers import PromptDetails, Usage
 from loramux.http.schemas import AdapterChoice, Sampling
-from loramux.request import AdapterRef, Adapters
+from loramux.http.speculation import entropy_of, predictions, speculation_of, usage_details
+from loramux.request import AdapterRef, Adapters, EntropyAdaptive, Speculation
+from loramux.wire import Ready
 
 Body = TypeVar("Body", bound=Sampling)
 
@@ -84,7 +86,10 @@ def _several(
         adapters += _scaled(served, choice.scale)
         profiles += served.profiles
         versions += served.versions
-    return replace(base, adapters=adapters, profiles=profiles, versions=versions)
+    companions = served.companions if len(choices) == 1 else {}
+    return replace(
+        base, adapters=adapters, profiles=profiles, versions=versions, companions=companions
+    )
 
 
 def _scaled(served: Served, scale: float) -> Adapters:
@@ -108,11 +113,11 @@ def speaking(body: Body, voice: Voice) -> Body:
     return body.model_copy(update=update) if update else body
 
 
-def max_model_len(front: Front) -> int:
-    """Raises Overloaded when there is no engine to say."""
+def engine_of(front: Front) -> Ready:
+    """What the engine says of itself. Raises Overloaded when there is none to say."""
     if front.info is None:
         raise Overloaded("the engine is starting", code="engine_starting")
-    return front.info.max_model_len
+    return front.info
 
 
 def room_for(
@@ -124,7 +129,7 @@ def room_for(
     Raises ContextLengthExceeded when they do not fit, and InvalidRequest for ids that are no
     tokens of the model.
     """
-    limit = max_model_len(front)
+    limit = engine_of(front).max_model_len
     num = len(prompt.ids)
     wanted = 1 if max_tokens is None else max_tokens
     if num + wanted > limit:
@@ -161,6 +166,8 @@ class Choices:
         self._front, self._body, self._served = front, body, served
         self._eos_ids = voice.eos_ids
         self._tenant = tenant
+        self._speculation: Speculation | None = None
+        self._entropy: EntropyAdaptive | None = None
 
     def submit(
         self,
@@ -179,6 +186,9 @@ class Choices:
         body.check_vocabulary(front.tokenizer.vocab_size)
         if (body.min_tokens or 0) > min(max_tokens):
             raise InvalidRequest("min_tokens exceeds max_tokens", param="min_tokens")
+        info = engine_of(front)
+        self._speculation = speculation_of(body.speculation, front.config.speculation, info)
+        self._entropy = entropy_of(body.entropy_adaptive, self._served, info)
         needed = zip(self.prompts, max_tokens, strict=True)
         front.quotas.check_tokens(
             self._tenant, self.n * sum(len(prompt.ids) + most for prompt, most in needed)
@@ -200,6 +210,9 @@ class Choices:
                             logprobs=logprobs,
                             prompt_logprobs=prompt_logprobs,
                         ),
+                        speculation=self._speculation,
+                        entropy=self._entropy,
+                        companions=self._served.companions,
                         stop=tuple(body.stop),
                         include_stop=bool(body.include_stop_str_in_output),
                         skip_special_tokens=body.skip_special_tokens is not False,
@@ -244,13 +257,19 @@ class Choices:
         """Counts of the finished request. What one choice found in the cache because its twin had
         just put it there is not counted, so the number does not depend on n."""
         prompt_tokens = sum(len(prompt.ids) for prompt in self.prompts)
+        ends = [self.done(index) for index in range(len(self.generations))]
         if completion_tokens is None:
-            every = range(len(self.generations))
-            completion_tokens = sum(self.done(index).num_output_tokens for index in every)
-        first_choices = range(0, len(self.generations), self.n)
-        cached = sum(self.done(index).cached_tokens for index in first_choices)
-        total = prompt_tokens + completion_tokens
-        return Usage(prompt_tokens, completion_tokens, total, PromptDetails(cached))
+            completion_tokens = sum(done.num_output_tokens for done in ends)
+        cached = sum(done.cached_tokens for done in ends[:: self.n])
+        details = usage_details(self._speculation, self._entropy, ends)
+        return Usage(
+            prompt_tokens,
+            completion_tokens,
+            prompt_tokens + completion_tokens,
+            PromptDetails(cached),
+            predictions(details),
+            details,
+        )
 
     async def collect(self) -> list[Delta]:
         """Every choice's whole output; the first failure ends all."""

@@ -24,6 +24,7 @@ from pydantic import (
 
 from loramux.errors import InvalidRequest
 from loramux.http.failures import invalid
+from loramux.http.speculation import EntropyAdaptiveField, SpeculationField
 from loramux.request import SamplingParams
 
 MAX_PROMPTS = 64
@@ -220,6 +221,8 @@ class Sampling(Strict):
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     stream: Flag = None
     stream_options: StreamOptions | None = None
+    speculation: SpeculationField = None
+    entropy_adaptive: EntropyAdaptiveField = None
     user: str | None = None
     """Whose request it is: of an alias with shares, one user always gets the same."""
 

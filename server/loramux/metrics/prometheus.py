@@ -2,8 +2,8 @@
 and the Kubernetes inference gateway work unchanged; everything else is ``loramux_*``.
 
 No label ever holds what a client wrote, and no histogram is labelled by adapter: a thousand
-adapters times five histograms would be ten megabytes a scrape. Per adapter there is one gauge, for
-the twenty busiest.
+adapters times five histograms would be ten megabytes a scrape. Per adapter there are one gauge and
+what became of guesses (``metrics.drafts``), for the twenty busiest.
 
 Totals and gauges are read from the front's snapshot when someone scrapes; histograms are fed by
 single events (``Exporter`` is the front's observer).
@@ -22,6 +22,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from loramux.errors import LoramuxError
+from loramux.metrics import drafts
+from loramux.metrics.labels import OTHERS, adapter_label
 from loramux.metrics.stats import StepStats
 from loramux.request import SamplingParams
 from loramux.wire import Ready
@@ -68,6 +70,11 @@ class Snapshot(Protocol):
     failed: dict[str, int]
     rejected: dict[str, int]
     adapter_tokens: dict[str, list[int]]
+    model_tokens: dict[str, int]
+
+    @property
+    def drafts(self) -> drafts.Totals:
+        """What became of guesses."""
 
 
 class Source(Protocol):
@@ -257,6 +264,7 @@ class Exporter:
         async with self._rendering:
             if time.monotonic() - self._rendered_at >= CACHE_S:
                 self._collector.names = self._names()
+                self._collector.read_drafts()
                 self._rendered = await asyncio.to_thread(
                     prometheus_client.generate_latest, self.registry
                 )
@@ -270,6 +278,13 @@ class _SnapshotCollector(Collector):
     def __init__(self, source: Source) -> None:
         self._source = source
         self.names: Mapping[str, Sequence[str]] = {}
+        self._drafts: list[Metric] = []
+
+    def read_drafts(self) -> None:
+        """On the event loop, where they are counted: numbers that belong together stay so."""
+        totals = self._source.snapshot.drafts
+        totals.reseat()
+        self._drafts = list(drafts.families(totals, self._source.base_name, self.names))
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: no collection at registration."""
@@ -281,6 +296,7 @@ class _SnapshotCollector(Collector):
         yield from self._totals()
         yield from self._pool()
         yield from self._adapters()
+        yield from self._drafts
 
     def _vllm(
         self,
@@ -353,6 +369,12 @@ class _SnapshotCollector(Collector):
             ("request_failed", "code", "Choices that failed", snapshot.failed),
             ("admission_rejected", "reason", "Requests refused at the door", snapshot.rejected),
             ("adapter_evictions", "reason", "Adapters that left the pool", snapshot.evictions),
+            (
+                "entropy_adaptive_tokens",
+                "model",
+                "Tokens of entropy-adaptive requests by the model that made them",
+                snapshot.model_tokens,
+            ),
         ):
             family = CounterMetricFamily(f"loramux_{name}", about, labels=[label])
             for key, num in dict(counts).items():
@@ -400,10 +422,8 @@ class _SnapshotCollector(Collector):
         busiest = sorted(every.items(), key=lambda item: (-sum(item[1]), item[0]))
         lines: dict[str, list[int]] = {}
         for digest, tokens in busiest[:TOP_ADAPTERS]:
-            names = self.names.get(digest) or (f"sha256:{digest[:12]}",)
-            _add(
-                lines.setdefault(self._source.base_name if not digest else names[0], [0, 0]), tokens
-            )
+            label = adapter_label(digest, self._source.base_name, self.names)
+            _add(lines.setdefault(label, [0, 0]), tokens)
         for _, tokens in busiest[TOP_ADAPTERS:]:
             _add(rest, tokens)
         family = GaugeMetricFamily(
@@ -411,7 +431,7 @@ class _SnapshotCollector(Collector):
             f"Tokens of the {TOP_ADAPTERS} busiest adapters since the start, and of the others",
             labels=["adapter", "kind"],
         )
-        for name, tokens in [*lines.items(), ("(other)", rest)]:
+        for name, tokens in [*lines.items(), (OTHERS, rest)]:
             family.add_metric([name, "prompt"], tokens[0])
             family.add_metric([name, "generation"], tokens[1])
         yield family
