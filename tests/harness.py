@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from loramux.adapters.blobs import BlobStore
 from loramux.config import ServerConfig
 from loramux.engine.assemble import assemble
 from loramux.ingest.job import run
-from loramux.request import AdapterRef, Adapters, SamplingParams, Speculation
+from loramux.request import AdapterRef, SamplingParams, Speculation
 from loramux.wire import BaseDescription, Failed, Finished, IngestJob, Output, StepDone, Submit
 
 
@@ -45,9 +45,8 @@ class Harness:
         **config: Any,
     ) -> None:
         self.data_dir = Path(config.pop("data_dir", None) or tempfile.mkdtemp())
-        self.config = ServerConfig(
-            model=model, data_dir=self.data_dir, device="cpu", **{"max_num_seqs": 16, **config}
-        )
+        settings = {"max_num_seqs": 16, "speculation": "off", **config}  # off: all is verified
+        self.config = ServerConfig(model=model, data_dir=self.data_dir, device="cpu", **settings)
         assembled = assemble(self.config, poison=True, num_frames=num_frames, overlap=overlap)
         self.engine = assembled.engine
         self._loaded = threading.Event()
@@ -83,7 +82,6 @@ class Harness:
         output_ids: Sequence[int] = (),
         deadline_s: float | None = None,
         speculation: Speculation | None = None,
-        companions: Mapping[int, Adapters] | None = None,
         **sampling: Any,
     ) -> str:
         """Queue a request (greedy unless told otherwise); its id."""
@@ -107,7 +105,6 @@ class Harness:
                 cache_salt=cache_salt,
                 deadline_s=deadline_s,
                 speculation=speculation,
-                companions=dict(companions or {}),
                 sampling=SamplingParams(**params),
             )
         )

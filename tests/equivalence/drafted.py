@@ -36,11 +36,12 @@ def served(
     adapters: dict[str, Path],
     knobs: dict[str, Any],
     drafter: Any = None,
+    speculation: Speculation | None = None,
     **config: Any,
 ) -> Harness:
-    """Three adapters, the base, and three choices of one prompt, with or without guesses."""
+    """Three adapters, the base, and three choices of one prompt, with or without guesses: those of
+    ``drafter``, or of the engine's own as ``speculation`` has it."""
     harness = Harness(model, page_tokens=4, **config)
-    speculation = None
     if drafter is not None:
         harness.engine.drafting.drafters["scripted"] = drafter
         speculation = Speculation(drafters=("scripted",), max_draft_tokens=MOST)
@@ -84,10 +85,17 @@ def disturbed(
     rng: np.random.Generator,
     *,
     overlap: bool,
+    speculation: Speculation | None = None,
 ) -> dict[str, Any]:
     """What is told when steps are small and, without overlap, rows are preempted at random."""
     harness = served(
-        model, adapters, knobs, drafter, overlap=overlap, max_batch_tokens=int(rng.integers(16, 40))
+        model,
+        adapters,
+        knobs,
+        drafter,
+        speculation,
+        overlap=overlap,
+        max_batch_tokens=int(rng.integers(16, 40)),
     )
     while harness.engine.has_work:
         harness.step()

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from tests import tiny
-from tests.equivalence.test_drafted import SAMPLINGS, told
+from tests.equivalence.drafted import MOST, SAMPLINGS, served, told
 from tests.harness import Harness, install_adapter
 
 from loramux.request import DRAFT_MODEL_ID, AdapterRef, Speculation
-
-NUM_TOKENS = 14
 
 
 @pytest.fixture(scope="module")
@@ -23,38 +21,11 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_model(folder / "draft", "qwen3", seed=5, head_dim=32)
 
 
-def served(
-    model: Path,
-    adapters: dict[str, Path],
-    knobs: dict[str, Any],
-    draft: Path | None = None,
-    companion: Path | None = None,
-    **config: Any,
+def drafted(
+    model: Path, adapters: dict[str, Path], knobs: dict[str, Any], draft: Path, **config: Any
 ) -> Harness:
-    """Three adapters, the base, and three choices of one prompt, with or without guesses; every
-    other adapter's requests have a companion."""
-    harness = Harness(model, page_tokens=4, draft_model=draft, **config)
-    speculation, companions = None, {}
-    if draft is not None:
-        speculation = Speculation(drafters=("draft",), max_draft_tokens=5)
-    if companion is not None:
-        base = harness.ready.partners[DRAFT_MODEL_ID]
-        digest = install_adapter(companion, harness.data_dir, base)
-        companions = {DRAFT_MODEL_ID: (AdapterRef(digest, 0.5),)}
-    rng = np.random.default_rng(3)
-    for index, name in enumerate([None, *list(adapters)[:3], "three"]):
-        prompt = rng.integers(60, tiny.VOCAB_SIZE, 9 + index).tolist()
-        adapter = list(adapters.values())[0] if name == "three" else adapters.get(name or "")
-        for choice in range(3 if name == "three" else 1):
-            harness.submit(
-                prompt,
-                adapter,
-                name=f"{name}-{choice}",
-                speculation=speculation,
-                companions=companions if index % 2 else {},
-                **{"max_tokens": NUM_TOKENS, "choice": choice, **knobs},
-            )
-    return harness
+    speculation = Speculation(drafters=("draft",), max_draft_tokens=MOST)
+    return served(model, adapters, knobs, None, speculation, draft_model=draft, **config)
 
 
 @pytest.fixture(scope="module", params=SAMPLINGS)
@@ -88,7 +59,7 @@ def test_a_stranger_guesses(
     plain: dict[str, Any],
     overlap: bool,
 ) -> None:
-    harness = served(llama, adapters, knobs, stranger, overlap=overlap)
+    harness = drafted(llama, adapters, knobs, stranger, overlap=overlap)
     harness.run()
     assert told(harness) == plain
     guessed, right = guesses(harness)
@@ -100,8 +71,11 @@ def test_the_base_guesses_for_its_adapters(
     llama: Path, adapters: dict[str, Path], knobs: dict[str, Any], plain: dict[str, Any]
 ) -> None:
     """Right and wrong guesses in turn; some rows wear a companion, others none."""
-    companion = list(adapters.values())[1]
-    harness = served(llama, adapters, knobs, llama, companion, max_batch_tokens=24)
+    harness = drafted(llama, adapters, knobs, llama, max_batch_tokens=24)
+    base = harness.ready.partners[DRAFT_MODEL_ID]
+    digest = install_adapter(list(adapters.values())[1], harness.data_dir, base)
+    for request in list(harness.engine._requests.values())[1::2]:
+        request.companions = {DRAFT_MODEL_ID: (AdapterRef(digest, 0.5),)}
     harness.run()
     assert told(harness) == plain
     guessed, right = guesses(harness)
@@ -114,7 +88,7 @@ def test_across_preemption_and_eviction(
 ) -> None:
     """A pool too small for all, and rows sent back at random."""
     rng = np.random.default_rng(4)
-    harness = served(llama, adapters, knobs, llama, num_frames=44)
+    harness = drafted(llama, adapters, knobs, llama, num_frames=44)
     while harness.engine.has_work:
         harness.step()
         running = harness.engine.scheduler.running

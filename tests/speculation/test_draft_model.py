@@ -19,6 +19,7 @@ from loramux.model.runner import Plan, Scored
 from loramux.request import DRAFT_MODEL_ID, AdapterRef, Kv, Request, SamplingParams, Speculation
 from loramux.speculation.drafter import Ask, Guess
 from loramux.speculation.followers import Follower, Followers
+from loramux.wire import Submit
 
 DRAFTED = Speculation(drafters=("draft",), max_draft_tokens=4)
 PROCESSED: dict[str, Any] = {
@@ -386,6 +387,32 @@ def test_a_companion_is_worn_once_it_is_here(bench: Callable[..., Bench], shoute
     assert made.propose((worn, 3)) == [[]]
     until_here(made, worn)
     assert made.propose((worn, 3)) == [[17] * 3]
+
+
+def test_a_request_says_what_its_guesses_are_made_with(
+    models: dict[str, Path], shouter: Path
+) -> None:
+    """The target shouts and so does its draft model: all that is guessed is right."""
+    harness = Harness(models["target"], draft_model=models["target"])
+    digest = install_adapter(shouter, harness.data_dir, harness.ready.partners[1])
+    harness.outputs["a"], harness.details["a"] = [], []
+    harness.engine.submit(
+        Submit(
+            request_id="a",
+            tenant="",
+            model_id=0,
+            adapters=(AdapterRef(harness.install(shouter)),),
+            prompt_ids=[60, 61, 62],
+            sampling=SamplingParams(seed=0, temperature=0.0, max_tokens=30),
+            speculation=DRAFTED,
+            companions={DRAFT_MODEL_ID: (AdapterRef(digest),)},
+        )
+    )
+    harness.run()
+    assert harness.outputs["a"] == [17] * 30
+    guessed = [o for o in harness.details["a"] if o.drafted]
+    assert guessed and all(len(o.token_ids) == o.drafted[1] + 1 for o in guessed if o.drafted)
+    harness.close()
 
 
 def test_without_its_companion_it_guesses_bare(bench: Callable[..., Bench], shouter: Path) -> None:
