@@ -8,6 +8,16 @@ from dataclasses import dataclass, field
 from loramux.request import Adapters, Kv, Request
 
 
+def depths(length: int, parents: Sequence[int] | None) -> Sequence[int]:
+    """How far ahead the nodes of ``length`` guesses are: of the root 0, and so on."""
+    if parents is None:
+        return range(length + 1)
+    found = [0]
+    for parent in parents:
+        found.append(found[parent] + 1)
+    return found
+
+
 @dataclass(slots=True)
 class Row:
     """``num_tokens`` tokens of ``request``, beginning where ``kv`` ends: the request's own, or what
@@ -42,12 +52,7 @@ class Row:
     @property
     def depth(self) -> int:
         """How many tokens ahead the furthest guess is."""
-        if self.parents is None:
-            return len(self.drafts)
-        depths = [0]
-        for parent in self.parents:
-            depths.append(depths[parent] + 1)
-        return max(depths)
+        return max(depths(len(self.drafts), self.parents))
 
     def guessed(self) -> list[Sequence[int]]:
         """For each token that is drawn behind a guess: the guesses that lead there, it included."""

@@ -29,6 +29,7 @@ NO_TORCH = [
     "loramux.batch",
     "loramux.engine.scheduler",
     "loramux.engine.policy",
+    "loramux.speculation.drafting",
     "loramux.adapters.formats",
     "loramux.adapters.registry",
     "loramux.adapters.blobs",

@@ -18,6 +18,7 @@ from loramux.memory.frames import Owner
 from loramux.request import DRAFT_MODEL_ID, Kv, Request, SamplingParams
 from loramux.speculation.drafter import Ask, Guess
 from loramux.speculation.followers import Follower, Followers
+from loramux.speculation.planner import Priced
 
 PROCESSED: dict[str, Any] = {
     "temperature": 0.9,
@@ -268,12 +269,13 @@ def test_rows_whose_prompt_is_still_scored_are_not_drafted(models: dict[str, Pat
 
 def test_it_tells_what_its_steps_take(bench: Callable[..., Bench]) -> None:
     made = bench()
-    assert made.drafter.cost(4, 3) == 0.0
+    assert isinstance(made.drafter, Priced)
+    assert made.drafter.seconds(4, 3) == 0.0
     for rows, seconds in [(1, 0.5), (1, 0.5), (4, 2.0), (5, 2.0)]:
         made.drafter._took(rows, seconds)
-    assert made.drafter.cost(1, 3) == pytest.approx(1.5)
-    assert made.drafter.cost(6, 1) == made.drafter.cost(7, 1) == pytest.approx(2.0)
-    assert made.drafter.cost(64, 2) == pytest.approx(4.0)
+    assert made.drafter.seconds(1, 3) == pytest.approx(1.5)
+    assert made.drafter.seconds(6, 1) == made.drafter.seconds(7, 1) == pytest.approx(2.0)
+    assert made.drafter.seconds(64, 2) == pytest.approx(4.0)
 
 
 def test_a_round_ends_where_the_head_foresees_a_rejection(bench: Callable[..., Bench]) -> None:

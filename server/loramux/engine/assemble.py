@@ -10,6 +10,7 @@ import torch
 
 from loramux.adapters.residency import Residency
 from loramux.config import ServerConfig, parse_memory
+from loramux.engine.costs import measure_costs
 from loramux.engine.engine import Engine
 from loramux.engine.models import (
     Partner,
@@ -34,10 +35,15 @@ from loramux.model.loader import Progress
 from loramux.model.runner import ModelRunner
 from loramux.request import BASE_MODEL_ID, DRAFT_MODEL_ID
 from loramux.sampling.sampler import Sampler
+from loramux.speculation import suffix, trigram
 from loramux.speculation.acceptance import read_head
 from loramux.speculation.draft_model import DraftModel
-from loramux.speculation.drafter import Drafter, Drafting
+from loramux.speculation.drafter import Drafter
+from loramux.speculation.drafting import Drafting
 from loramux.speculation.lookup import COPYSPEC_MATCH, Lookup
+from loramux.speculation.planner import Planner
+from loramux.speculation.suffix import Suffix
+from loramux.speculation.trigram import Trigram
 from loramux.wire import Ready
 from loramux_kernels.jit import keep_compiled_in, set_num_threads
 
@@ -106,7 +112,7 @@ def assemble(
     timer.done("partners")
     residency = adapters_of(config, base, BASE_MODEL_ID, arena, pool, table)
     engine = _connect(config, epoch, pool, kv, decoder, residency, sampler, base, beside, overlap)
-    timer.done("graphs")
+    timer.done("graphs and costs")
     ready = Ready(
         engine_epoch=epoch,
         base=describe(
@@ -181,13 +187,17 @@ def _connect(
         ),
         fingerprint=base,
     )
+    runner = ModelRunner(decoder, kv, residency)
+    planner = None
+    if config.speculation != "off":
+        planner = Planner(measure_costs(runner, sampler, config.max_batch_tokens))
     return Engine(
         pool=pool,
         residency=residency,
         scheduler=scheduler,
-        runner=ModelRunner(decoder, kv, residency),
+        runner=runner,
         sampler=sampler,
-        drafting=Drafting(drafters() | draft_model(config, beside, pool, sampler)),
+        drafting=Drafting(drafters() | draft_model(config, beside, pool, sampler), planner),
         partners=beside,
         epoch=epoch,
         overlap=decoder.arena.is_cuda if overlap is None else overlap,
@@ -197,8 +207,10 @@ def _connect(
 def drafters() -> dict[str, Drafter]:
     """Those that need nothing but the request."""
     return {
+        suffix.NAME: Suffix(),
         "lookup": Lookup(),
         "copyspec": Lookup(shortest=COPYSPEC_MATCH, longest=COPYSPEC_MATCH, first=True),
+        trigram.NAME: Trigram(),
     }
 
 

@@ -22,7 +22,7 @@ from loramux.metrics.stats import PoolStats, StepStats
 from loramux.model.runner import ModelRunner
 from loramux.request import Request
 from loramux.sampling.sampler import Sampler
-from loramux.speculation.drafter import Drafting
+from loramux.speculation.drafting import Drafting
 from loramux.wire import Command, Failed, StepDone, Submit
 
 STATS_EVERY_S = 1.0

@@ -27,7 +27,9 @@ from loramux.request import FinishReason, Request, Status
 from loramux.sampling.logprobs import logprobs
 from loramux.sampling.sampler import Sampler, SampleResult
 from loramux.sampling.verify import verified
-from loramux.speculation.drafter import Ask, Drafting
+from loramux.speculation.costs import Load
+from loramux.speculation.drafter import Ask
+from loramux.speculation.drafting import Drafting
 from loramux.wire import Failed, Finished, Output, TokenLogprob
 
 
@@ -124,8 +126,15 @@ class StepLoop:
     def _draft(self, batch: Batch) -> None:
         """Have rows that decode guess ahead, for their one forward pass to verify."""
         rows = [row for row in batch.rows if row.num_tokens == 1 and row.request.speculation]
+        if not rows:
+            return
         asks = [Ask(row.request, self._scheduler.room_for_drafts(row)) for row in rows]
-        drafts = self._drafting.propose(asks, self._scheduler.budget_for_drafts(batch))
+        load = Load(
+            rows=sum(row.samples for row in batch.rows),
+            tokens=batch.num_tokens,
+            budget=self._scheduler.budget_for_drafts(batch),
+        )
+        drafts = self._drafting.propose(asks, load)
         for row, draft in zip(rows, drafts, strict=True):
             if draft is not None:
                 self._scheduler.draft(row, draft.drafter, *draft.guess)
@@ -180,6 +189,7 @@ class StepLoop:
             sampled.append(token_ids)
             if row.drafts:
                 report.stats.count_drafts(row.drafter, len(row.drafts), max(0, len(nodes) - 1))
+                self._drafting.learned(row, nodes[1:])
             if row.parents is not None:
                 kept[index] = nodes
             if nodes:

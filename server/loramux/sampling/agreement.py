@@ -22,8 +22,9 @@ def acceptance(p: Tensor, q: Tensor, token: Tensor) -> Tensor:
 def agreement(p: Tensor, q: Tensor) -> Tensor:
     """[...]: the chance that ``p`` and ``q`` [..., V] draw the same token with the same noise; the
     mean of :func:`acceptance` over the draft's tokens."""
-    # Which of the two is the maximum for x and y depends on the order of their q/p alone.
-    order = (q / p).nan_to_num(nan=0.0, posinf=torch.inf).argsort(-1)
+    # Which of the two is the maximum for x and y depends on the order of their q/p alone; where
+    # ids that neither has (0/0) stand in it does not matter.
+    order = (q / p).argsort(-1)
     p, q = p.gather(-1, order), q.gather(-1, order)
     below, above = p.cumsum(-1), q.flip(-1).cumsum(-1).flip(-1) - q
     both = p * q

@@ -91,13 +91,12 @@ class DraftModel:
         self._followers.ended(request)
         self._bare.discard(request)
 
-    def cost(self, rows: int, tokens: int) -> float:
-        """Seconds that so many guesses for each of so many rows take, 0 before the first; what
-        lags is not counted."""
+    def seconds(self, rows: int, most: int) -> float:
+        """See Priced; 0 before the first step was measured, and what lags is not counted."""
         if not self._step_s:
             return 0.0
         nearest = min(self._step_s, key=lambda known: abs(known - rows.bit_length()))
-        return tokens * self._step_s[nearest]
+        return most * self._step_s[nearest]
 
     # -- what it wears ---------------------------------------------------------------------------
 

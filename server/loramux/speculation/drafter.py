@@ -1,4 +1,4 @@
-"""Who guesses ahead: one protocol, and the order in which a request's drafters are asked.
+"""Who guesses ahead: one protocol for all.
 
 A draft costs rows of the same forward pass and is never seen in the output, so a drafter may be
 wrong as often as it likes; it must only be quick.
@@ -6,7 +6,7 @@ wrong as often as it likes; it must only be quick.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from loramux.request import Request
@@ -49,74 +49,3 @@ class Drafter(Protocol):
     def ended(self, request: Request) -> None:
         """``request`` is over, and was perhaps never asked about."""
         ...
-
-
-class Draft(NamedTuple):
-    """What to verify, and whose it is."""
-
-    drafter: str
-    guess: Guess
-
-
-class Drafting:
-    """The ``drafters`` of an engine by name."""
-
-    def __init__(self, drafters: Mapping[str, Drafter]) -> None:
-        self.drafters = dict(drafters)
-
-    def propose(self, asks: Sequence[Ask], budget: int) -> list[Draft | None]:
-        """For each of ``asks`` the guess of the first of its request's drafters that has one, as
-        far as a ``budget`` of guessed tokens goes."""
-        drafts: list[Draft | None] = [None] * len(asks)
-        unanswered = [index for index, ask in enumerate(asks) if min(ask.most, budget) > 0]
-        place = 0
-        while unanswered:
-            for name, those in self._by_drafter(asks, unanswered, place).items():
-                answers = self.drafters[name].propose([asks[index] for index in those])
-                for index, guess in zip(those, answers, strict=True):
-                    if guess.token_ids:
-                        drafts[index] = Draft(name, guess)
-            place += 1
-            unanswered = [
-                index
-                for index in unanswered
-                if drafts[index] is None and place < len(_drafters(asks[index]))
-            ]
-        return _within(drafts, budget)
-
-    def ended(self, request: Request) -> None:
-        """``request`` is over."""
-        for drafter in self.drafters.values():
-            drafter.ended(request)
-
-    @staticmethod
-    def _by_drafter(
-        asks: Sequence[Ask], indices: Sequence[int], place: int
-    ) -> dict[str, list[int]]:
-        groups: dict[str, list[int]] = {}
-        for index in indices:
-            groups.setdefault(_drafters(asks[index])[place], []).append(index)
-        return groups
-
-
-def _drafters(ask: Ask) -> Sequence[str]:
-    assert ask.request.speculation is not None
-    return ask.request.speculation.drafters
-
-
-def _within(drafts: list[Draft | None], budget: int) -> list[Draft | None]:
-    """``drafts`` cut to ``budget`` tokens in all, the first ones first. A tree that does not branch
-    is a chain, which is cheaper."""
-    cut: list[Draft | None] = []
-    for draft in drafts:
-        if draft is not None:
-            token_ids, parents, grade = draft.guess
-            token_ids = token_ids[:budget]
-            budget -= len(token_ids)
-            if parents is not None:
-                parents = parents[: len(token_ids)]
-                if list(parents) == list(range(len(parents))):
-                    parents = None
-            draft = Draft(draft.drafter, Guess(token_ids, parents, grade)) if token_ids else None
-        cut.append(draft)
-    return cut
