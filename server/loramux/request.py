@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -149,8 +149,9 @@ class Request:
     """One choice of one request as the engine carries it.
 
     ``ids[:num_ids]`` is prompt then output; ``kv`` is what the model that serves it now has of
-    them. A step computes some of those it has not; when it reaches the end, one more id is sampled.
-    While that step is on its way the id counts already, but is not known (``expects``).
+    them, and ``companions`` what other models wear for it, by model id. A step computes some of
+    those it has not; when it reaches the end, one more id is sampled. While that step is on its way
+    the id counts already, but is not known (``expects``).
 
     One that moves between two models has a ``router``, and in ``lagging`` what the other one has.
     """
@@ -167,6 +168,7 @@ class Request:
         tenant: str = "",
         cache_salt: str = "",
         speculation: Speculation | None = None,
+        companions: Mapping[int, Adapters] | None = None,
         deadline: float | None = None,
         arrival: float = 0.0,
     ) -> None:
@@ -177,6 +179,7 @@ class Request:
         self.cache_salt = cache_salt
         self.sampling = sampling
         self.speculation = speculation
+        self.companions = companions or {}
         self.deadline = deadline
         self.arrival = arrival
         self.status = Status.WAITING

@@ -33,9 +33,11 @@ from loramux.model.description import describe
 from loramux.model.fingerprint import fingerprint
 from loramux.model.loader import Progress
 from loramux.model.runner import ModelRunner
-from loramux.request import BASE_MODEL_ID, SMALL_MODEL_ID
+from loramux.request import BASE_MODEL_ID, DRAFT_MODEL_ID, SMALL_MODEL_ID
 from loramux.sampling.sampler import Sampler
 from loramux.speculation import suffix, trigram
+from loramux.speculation.acceptance import read_head
+from loramux.speculation.draft_model import DraftModel
 from loramux.speculation.drafter import Drafter
 from loramux.speculation.drafting import Drafting
 from loramux.speculation.lookup import COPYSPEC_MATCH, Lookup
@@ -200,7 +202,7 @@ def _connect(
         scheduler=scheduler,
         runner=runner,
         sampler=sampler,
-        drafting=Drafting(drafters(), planner),
+        drafting=Drafting(drafters() | draft_model(config, beside, pool, sampler), planner),
         partners=beside,
         epoch=epoch,
         overlap=decoder.arena.is_cuda if overlap is None else overlap,
@@ -215,6 +217,18 @@ def drafters() -> dict[str, Drafter]:
         "copyspec": Lookup(shortest=COPYSPEC_MATCH, longest=COPYSPEC_MATCH, first=True),
         trigram.NAME: Trigram(),
     }
+
+
+def draft_model(
+    config: ServerConfig, beside: dict[int, Partner], pool: Pool, sampler: Sampler
+) -> dict[str, Drafter]:
+    """The one that is a model, if there is one. Raises ConfigError if its head does not fit."""
+    partner = beside.get(DRAFT_MODEL_ID)
+    if partner is None or config.draft_model is None:
+        return {}
+    width = partner.decoder.architecture.hidden_size
+    head = read_head(config.draft_model, width, partner.decoder.arena.device)
+    return {"draft": DraftModel(partner, pool, sampler, head)}
 
 
 def _device(name: str) -> torch.device:

@@ -97,6 +97,7 @@ class Engine:
             tenant=message.tenant,
             cache_salt=message.cache_salt,
             speculation=message.speculation,
+            companions=message.companions,
             arrival=self._clock(),
             deadline=None if message.deadline_s is None else self._clock() + message.deadline_s,
         )

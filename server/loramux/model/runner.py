@@ -93,6 +93,13 @@ class ModelRunner:
         )
         return Plan(batch, step, sampling, prompt)
 
+    def onward(self, plan: Plan) -> Plan:
+        """The step after a ``plan`` of one token for each row, which was computed: the next token
+        of every row, in pages that it has already."""
+        pages = replace(plan.step.pages, context=plan.step.pages.context + 1)
+        step = replace(plan.step, positions=plan.step.positions + 1, pages=pages)
+        return replace(plan, step=step)
+
     def forward(self, plan: Plan) -> Scored:
         """Compute the batch, whose ids are all known: its KV is in the pool afterwards."""
         rows = plan.batch.rows

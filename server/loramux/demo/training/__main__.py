@@ -1,4 +1,4 @@
-"""Train the base, the draft and the adapters again: ``python -m loramux.demo.training``."""
+"""Train base, draft, its head and the adapters again: ``python -m loramux.demo.training``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .train_acceptance import train_acceptance
 from .train_adapters import train_adapters, train_small_adapters
 from .train_base import train_base
 from .train_draft import train_draft
@@ -27,6 +28,7 @@ def main() -> None:
     base = args.out / "base"
     train_base(base)
     train_draft(args.out / "draft", base)
+    train_acceptance(args.out / "draft", base)
     train_adapters(args.out / "adapters", base)
     train_small_adapters(args.out / "small_adapters", args.out / "draft", base)
 
