@@ -35,6 +35,7 @@ from loramux.model.runner import ModelRunner
 from loramux.request import BASE_MODEL_ID
 from loramux.sampling.sampler import Sampler
 from loramux.speculation.drafter import Drafter, Drafting
+from loramux.speculation.heads import Medusa, base_heads
 from loramux.speculation.lookup import COPYSPEC_MATCH, Lookup
 from loramux.wire import Ready
 from loramux_kernels.jit import keep_compiled_in, set_num_threads
@@ -185,19 +186,23 @@ def _connect(
         scheduler=scheduler,
         runner=ModelRunner(decoder, kv, residency),
         sampler=sampler,
-        drafting=Drafting(drafters()),
+        drafting=Drafting(drafters(config, decoder)),
         partners=beside,
         epoch=epoch,
         overlap=decoder.arena.is_cuda if overlap is None else overlap,
     )
 
 
-def drafters() -> dict[str, Drafter]:
-    """Those that need nothing but the request."""
-    return {
+def drafters(config: ServerConfig, decoder: Decoder) -> dict[str, Drafter]:
+    """Those that need nothing but the request, and the heads the base has."""
+    found: dict[str, Drafter] = {
         "lookup": Lookup(),
         "copyspec": Lookup(shortest=COPYSPEC_MATCH, longest=COPYSPEC_MATCH, first=True),
     }
+    heads = base_heads(config.model, decoder.weights.lm_head, decoder.weights.norm)
+    if heads is not None:
+        found["medusa"] = Medusa(heads)
+    return found
 
 
 def _device(name: str) -> torch.device:

@@ -47,6 +47,7 @@ class Flight:
     """A step that was launched: ``result`` waits for what its rows sampled."""
 
     plan: Plan
+    scored: Scored
     result: Callable[[], SampleResult]
     began: float
 
@@ -119,7 +120,7 @@ class StepLoop:
         result = self._sample(batch, scored)
         timer.done("sample")
         self._scheduler.launched(batch)
-        self._flight = Flight(plan, result, began)
+        self._flight = Flight(plan, scored, result, began)
 
     def _draft(self, batch: Batch) -> None:
         """Have rows that decode guess ahead, for their one forward pass to verify."""
@@ -155,15 +156,16 @@ class StepLoop:
         result = flight.result()
         timer.done("sample")
         self._residency.pace.took(time.perf_counter() - flight.began)
-        self._commit(flight.plan, result, report)
+        self._commit(flight, result, report)
         timer.done("commit")
 
-    def _commit(self, plan: Plan, result: SampleResult, report: Report) -> None:
+    def _commit(self, flight: Flight, result: SampleResult, report: Report) -> None:
         ids, bad, logprobs = result.token_ids.tolist(), result.bad.tolist(), result.logprobs
         now, line = self._clock(), 0
-        batch = plan.batch
+        batch = flight.plan.batch
         sampled: list[list[int]] = []
         broken: list[Request] = []
+        read: dict[int, Request] = {}
         kept: dict[int, list[int]] = {}
         for index, row in enumerate(batch.rows):
             request, first = row.request, line
@@ -185,12 +187,17 @@ class StepLoop:
             if nodes:
                 asked = [logprobs[first + node] for node in nodes]
                 report.outputs.append(self._output(row, token_ids, asked, now))
+                if self._drafting.reads(request):
+                    read[first + nodes[-1]] = request
         if kept:
-            self._runner.compact(plan, kept)
+            self._runner.compact(flight.plan, kept)
         report.stats.generation_tokens = sum(len(output.token_ids) for output in report.outputs)
         self._scheduler.commit(batch, sampled)
         for output in report.outputs:
             self._sampler.commit(output.request_id, output.token_ids)
+        if read:
+            lines = flight.scored.sampling[list(read)]
+            self._drafting.saw(list(read.values()), flight.scored.hidden[lines])
         for request in broken:
             self._fail(request, "numerical_error", "the model produced no finite logits", report)
         self._finish(batch, report)

@@ -191,6 +191,19 @@ def _result(
     return SampleResult(token_ids, bad, results)
 
 
+def draw_params(params: Sequence[SamplingParams], keys: Sequence[int]) -> kernels.DrawParams:
+    """What rows draw with whose requests have such ``params`` and stream ``keys``."""
+    return kernels.DrawParams(
+        temperature=np.array([p.temperature for p in params], np.float64),
+        log_min_p=np.array(
+            [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], np.float64
+        ),
+        top_k=np.array([p.top_k for p in params], np.int64),
+        top_p=np.array([p.top_p for p in params], np.float64),
+        key=np.array(keys, np.uint64),
+    )
+
+
 def _build(request_ids: list[str], requests: list[_Request]) -> _Batch:
     params = [request.params for request in requests]
     biased = [(row, request) for row, request in enumerate(requests) if len(request.bias_ids)]
@@ -206,15 +219,7 @@ def _build(request_ids: list[str], requests: list[_Request]) -> _Batch:
         )
     return _Batch(
         request_ids=request_ids,
-        draw=kernels.DrawParams(
-            temperature=np.array([p.temperature for p in params], np.float64),
-            log_min_p=np.array(
-                [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], np.float64
-            ),
-            top_k=np.array([p.top_k for p in params], np.int64),
-            top_p=np.array([p.top_p for p in params], np.float64),
-            key=np.array([request.key for request in requests], np.uint64),
-        ),
+        draw=draw_params(params, [request.key for request in requests]),
         bias=bias,
         held=[
             (row, request)

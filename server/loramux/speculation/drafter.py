@@ -7,9 +7,12 @@ wrong as often as it likes; it must only be quick.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from loramux.request import Request
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Ask(NamedTuple):
@@ -51,6 +54,16 @@ class Drafter(Protocol):
         ...
 
 
+@runtime_checkable
+class HiddenReader(Protocol):
+    """A drafter that looks at what the target has computed."""
+
+    def saw(self, requests: Sequence[Request], hidden: torch.Tensor) -> None:
+        """``hidden[i]`` of ``[R, hidden]``, which may be kept, is what the output matrix read when
+        the last token of ``requests[i]`` was drawn."""
+        ...
+
+
 class Draft(NamedTuple):
     """What to verify, and whose it is."""
 
@@ -83,6 +96,19 @@ class Drafting:
                 if drafts[index] is None and place < len(_drafters(asks[index]))
             ]
         return _within(drafts, budget)
+
+    def reads(self, request: Request) -> bool:
+        """One of the request's drafters is a HiddenReader."""
+        speculation = request.speculation
+        return speculation is not None and any(
+            hasattr(self.drafters[name], "saw") for name in speculation.drafters
+        )
+
+    def saw(self, requests: Sequence[Request], hidden: torch.Tensor) -> None:
+        """See HiddenReader."""
+        for drafter in self.drafters.values():
+            if isinstance(drafter, HiddenReader):
+                drafter.saw(requests, hidden)
 
     def ended(self, request: Request) -> None:
         """``request`` is over."""
