@@ -62,11 +62,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 class Speculation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Which drafters guess ahead for a request, the first that has something to say, and how many
     tokens at most in a step; ``tree``: guesses may branch. What is delivered does not depend on
-    it."""
+    it, unless ``typical``: then a guess passes that is likely enough, where tokens are drawn at
+    random (see ``sampling.typical``)."""
 
     drafters: tuple[str, ...]
     max_draft_tokens: int = 8
     tree: bool = False
+    typical: bool = False
 
 
 class EntropyAdaptive(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

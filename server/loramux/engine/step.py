@@ -138,15 +138,19 @@ class StepLoop:
             _collect_prompt_logprobs(batch.rows[index], scored.logits[line:])
         rows: list[tuple[str, int]] = []
         guessed: dict[int, Sequence[int]] = {}
+        judged: list[tuple[int, int]] = []
         for row in batch.rows:
             if row.samples:
                 first = row.request.num_outputs
+                if row.drafts and _is_judged(row.request):
+                    parents = range(len(row.drafts)) if row.parents is None else row.parents
+                    judged += zip([len(rows) + node for node in parents], row.drafts, strict=True)
                 rows.append((row.request.id, first))
                 for ahead in row.guessed() if row.drafts else ():
                     guessed[len(rows)] = ahead
                     rows.append((row.request.id, first + len(ahead)))
         logits = scored.logits[scored.sampling] if scored.prompt else scored.logits
-        return self._sampler.start(logits, rows, guessed)
+        return self._sampler.start(logits, rows, guessed, judged)
 
     def _land(self, report: Report, timer: _PhaseTimer) -> None:
         """Wait for the step that is on its way, and commit it."""
@@ -161,7 +165,7 @@ class StepLoop:
 
     def _commit(self, flight: Flight, result: SampleResult, report: Report) -> None:
         ids, bad, logprobs = result.token_ids.tolist(), result.bad.tolist(), result.logprobs
-        now, line = self._clock(), 0
+        now, line, judged = self._clock(), 0, 0
         batch = flight.plan.batch
         sampled: list[list[int]] = []
         broken: list[Request] = []
@@ -170,15 +174,21 @@ class StepLoop:
         for index, row in enumerate(batch.rows):
             request, first = row.request, line
             line += row.num_samples
+            typical: list[bool] = []
+            if row.drafts and _is_judged(row.request):
+                typical = result.typical[judged : judged + len(row.drafts)]
+                judged += len(row.drafts)
             if request.status is Status.DONE or line == first:  # it may have ended on its way
                 sampled.append([])
                 continue
             stops = request.sampling.stop_token_ids
-            nodes = verified(row.drafts, ids[first:line], stops, row.parents)
+            nodes = verified(row.drafts, ids[first:line], stops, row.parents, typical)
+            token_ids = [row.drafts[node - 1] for node in nodes[1:]]
             if bad[first + nodes[-1]]:
                 broken.append(request)
                 nodes.pop()
-            token_ids = [ids[first + node] for node in nodes]
+            else:
+                token_ids.append(ids[first + nodes[-1]])
             sampled.append(token_ids)
             if row.drafts:
                 report.stats.count_drafts(row.drafter, len(row.drafts), max(0, len(nodes) - 1))
@@ -186,6 +196,8 @@ class StepLoop:
                 kept[index] = nodes
             if nodes:
                 asked = [logprobs[first + node] for node in nodes]
+                if typical and asked[0] is not None:
+                    asked = self._of_delivered(flight.scored, first, nodes, token_ids, request)
                 report.outputs.append(self._output(row, token_ids, asked, now))
                 if self._drafting.reads(request):
                     read[first + nodes[-1]] = request
@@ -201,6 +213,15 @@ class StepLoop:
         for request in broken:
             self._fail(request, "numerical_error", "the model produced no finite logits", report)
         self._finish(batch, report)
+
+    @staticmethod
+    def _of_delivered(
+        scored: Scored, first: int, nodes: list[int], token_ids: list[int], request: Request
+    ) -> list[TokenLogprob | None]:
+        """The log-probabilities at ``nodes``, where others may have been drawn."""
+        lines = scored.sampling[[first + node for node in nodes]]
+        num = [request.sampling.logprobs or 0] * len(nodes)
+        return logprobs(scored.logits[lines], token_ids, num)
 
     @staticmethod
     def _output(
@@ -281,6 +302,12 @@ class StepLoop:
             min(row.num_tokens, max(row.request.num_prompt - row.kv.num_computed, 0))
             for row in batch.rows
         )
+
+
+def _is_judged(request: Request) -> bool:
+    """Its guesses pass where they are typical."""
+    speculation = request.speculation
+    return speculation is not None and speculation.typical and request.sampling.temperature > 0
 
 
 def _start(request: Request) -> tuple[int, float, float]:

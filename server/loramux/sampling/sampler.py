@@ -16,6 +16,7 @@ from loramux.request import SamplingParams
 from loramux.sampling.history import History
 from loramux.sampling.logprobs import logprobs
 from loramux.sampling.processors import Bias, Edit, Mask, Penalties, edited
+from loramux.sampling.typical import typical
 from loramux.wire import TokenLogprob
 from loramux_kernels import sampling as kernels
 
@@ -28,12 +29,13 @@ class SampleResult:
 
     ``token_ids`` int64 [R]; ``bad`` [R]: the row's logits held a NaN, a +inf or nothing finite, its
     token is -1 and its request cannot go on. ``logprobs`` [R]: None where none were asked for, and
-    for bad rows.
+    for bad rows. ``typical``: of each guess that was to be judged.
     """
 
     token_ids: NDArray[np.int64]
     bad: NDArray[np.bool_]
     logprobs: list[TokenLogprob | None]
+    typical: list[bool]
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,14 @@ class Sampler:
         logits: Tensor,
         rows: Sequence[tuple[str, int]],
         guessed: Mapping[int, Sequence[int]] = NOTHING_GUESSED,
+        judged: Sequence[tuple[int, int]] = (),
     ) -> Callable[[], SampleResult]:
         """Begin to draw one token per row of ``logits`` float32 [R, V], contiguous. What it returns
         waits for a device and gives the result.
 
         ``rows`` [R] are (request id, output position); a request may have several, of which
         ``guessed`` has the ids that are taken to stand before a row behind the output so far.
+        ``judged`` are (row, token) that shall be called typical there or not.
         ``logits`` come back as they were and must stay until the result is there. A row's result
         depends on its own logits, request and guesses alone.
         """
@@ -137,7 +141,8 @@ class Sampler:
         position = np.fromiter((at for _, at in rows), np.int64, len(rows))
         with edited(logits, _edits(batch, position, guessed)):
             drawn = kernels.start_draw(logits, batch.draw, position)
-        return lambda: _result(logits, batch.num_logprobs, *drawn())
+            verdicts = typical(logits, batch.draw, judged) if judged else None
+        return lambda: _result(logits, batch.num_logprobs, verdicts, *drawn())
 
     def warm_up(self) -> None:
         """Compile everything a step can need, so that no request waits for it."""
@@ -177,6 +182,7 @@ class Sampler:
 def _result(
     logits: Tensor,
     num_logprobs: NDArray[np.int64],
+    verdicts: Tensor | None,
     token_ids: NDArray[np.int64],
     bad: NDArray[np.bool_],
 ) -> SampleResult:
@@ -188,7 +194,7 @@ def _result(
         table = logprobs(chosen, token_ids[wanted].tolist(), num_logprobs[wanted].tolist())
         for row, entry in zip(wanted.tolist(), table, strict=True):
             results[row] = entry
-    return SampleResult(token_ids, bad, results)
+    return SampleResult(token_ids, bad, results, [] if verdicts is None else verdicts.tolist())
 
 
 def draw_params(params: Sequence[SamplingParams], keys: Sequence[int]) -> kernels.DrawParams:

@@ -1,4 +1,4 @@
-"""Train the base, the draft and the adapters again: ``python -m loramux.demo.training``."""
+"""Train the base, the draft, the heads and the adapters again: ``python -m loramux.demo.training``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from .train_adapters import train_adapters
 from .train_base import train_base
 from .train_draft import train_draft
+from .train_heads import train_heads
 
 DEMO = Path(__file__).parent.parent
 
@@ -27,6 +28,7 @@ def main() -> None:
     base = args.out / "base"
     train_base(base)
     train_draft(args.out / "draft", base)
+    train_heads(base)
     train_adapters(args.out / "adapters", base)
 
 
