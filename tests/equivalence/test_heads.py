@@ -64,7 +64,8 @@ class Watching:
         if not ask.may_branch:
             return Guess([*come[:2], wrong])
         other = (come[0] + 1) % tiny.VOCAB_SIZE
-        return Guess([other, other, come[0], come[1], wrong], [0, 1, 0, 3, 4])
+        tree = [other, other, come[0], come[1], wrong][: ask.most]
+        return Guess(tree, [0, 1, 0, 3, 4][: ask.most])
 
     def ended(self, request: Request) -> None: ...
 

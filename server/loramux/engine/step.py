@@ -23,7 +23,7 @@ from loramux.engine.models import Partner
 from loramux.engine.scheduler import Counts, Scheduler
 from loramux.metrics.stats import StepStats
 from loramux.model.runner import ModelRunner, Plan, Scored
-from loramux.request import FinishReason, Request, Status
+from loramux.request import BASE_MODEL_ID, FinishReason, Request, Status
 from loramux.sampling.logprobs import logprobs
 from loramux.sampling.sampler import Sampler, SampleResult
 from loramux.sampling.verify import verified
@@ -199,7 +199,7 @@ class StepLoop:
                 if typical and asked[0] is not None:
                     asked = self._of_delivered(flight.scored, first, nodes, token_ids, request)
                 report.outputs.append(self._output(row, token_ids, asked, now))
-                if self._drafting.reads(request):
+                if batch.model_id == BASE_MODEL_ID and self._drafting.reads(request):
                     read[first + nodes[-1]] = request
         if kept:
             self._runner.compact(flight.plan, kept)

@@ -1,4 +1,4 @@
-"""Train the base, the draft, the heads and the adapters again: ``python -m loramux.demo.training``."""
+"""Train base, draft, heads and adapters again: ``python -m loramux.demo.training``."""
 
 from __future__ import annotations
 
