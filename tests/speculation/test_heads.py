@@ -23,7 +23,7 @@ from loramux_kernels.linear import Matrix
 from loramux_kernels.sampling import reference, stream_key
 
 HIDDEN, VOCAB = 24, 70
-KNOBS: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.001}
+KNOBS: dict[str, Any] = {"temperature": 2.5, "top_k": 9, "top_p": 0.7, "min_p": 0.01}
 
 
 def lm_head(dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -20,10 +20,10 @@ from . import corpus
 from .loop import train
 
 HEADS, RANKS = 4, 10
-STEPS, SEED = 600, 31
+STEPS, SEED = 130, 31
 DECAY = 0.8
 """The published weight of head j's loss is this to the power of j."""
-HELD_OUT_ROWS = 64
+HELD_OUT_ROWS = 32
 
 
 class Heads(nn.Module):
@@ -69,7 +69,7 @@ def train_heads(base: Path) -> None:
     def rows(width: int) -> Iterator[NDArray[np.int64]]:
         return corpus.rows(SEED + (width != 512), tok, width)
 
-    train(heads, rows, STEPS, "heads", loss_of, muon_lr=0.01, adam_lr=0.004)
+    train(heads, rows, STEPS, "heads", loss_of, muon_lr=0.1, adam_lr=0.02)
     found = {}
     for head, block in enumerate(heads.half().blocks):
         for name, tensor in block.state_dict().items():
