@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from loramux.request import SamplingParams
 from loramux.sampling.sampler import Sampler
 
-VOCAB = 6
+VOCAB = 9
 
 
 def passing(logits: list[float], params: SamplingParams) -> set[int]:
@@ -38,12 +38,15 @@ def passing(logits: list[float], params: SamplingParams) -> set[int]:
     return {token for token, value in p.items() if value > least}
 
 
+STEEP, FLAT = st.integers(-12, 12), st.integers(-4, 4)
 ROWS = st.lists(
-    st.lists(st.integers(-12, 12), min_size=VOCAB, max_size=VOCAB), min_size=1, max_size=5
+    st.one_of(*(st.lists(logit, min_size=VOCAB, max_size=VOCAB) for logit in (STEEP, FLAT, FLAT))),
+    min_size=1,
+    max_size=5,
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     rows=ROWS,
     temperature=st.sampled_from([0.3, 1.0, 1.7]),
