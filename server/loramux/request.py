@@ -73,8 +73,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 class Speculation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Which drafters guess ahead for a request, the first that has something to say, and how many
     tokens at most in a step; ``tree``: guesses may branch. What is delivered does not depend on
-    it, unless ``typical``: then a guess is kept when it is likely enough, not only when it is the
-    token drawn (Medusa's typical acceptance, arXiv 2401.10774)."""
+    it, unless ``typical``: then a guess passes that is likely enough, where tokens are drawn at
+    random (see ``sampling.typical``)."""
 
     drafters: tuple[str, ...]
     max_draft_tokens: int = 8

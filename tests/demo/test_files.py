@@ -12,11 +12,13 @@ from minijinja import Environment
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from loramux.adapters.heads_file import read_heads
 from loramux.config import DEMO_DIR
 from loramux.demo.prompts import SHOWCASE
 from loramux.demo.training.train_adapters import PARTNER, PARTNERED
 
 ADAPTERS = sorted(path.name for path in (DEMO_DIR / "adapters").iterdir())
+HEADS = DEMO_DIR / "base" / "medusa_heads.safetensors"
 MB = 1_000_000
 
 
@@ -46,13 +48,16 @@ def tensors(path: Path) -> dict[str, tuple[str, list[int]]]:
     ],
 )
 def test_sizes_stay_within_the_budget(folder: str, budget: float) -> None:
-    assert 0 < size(DEMO_DIR / folder) <= budget
+    heads = HEADS.stat().st_size if folder == "base" else 0
+    assert 0 < size(DEMO_DIR / folder) - heads <= budget
+    assert heads <= 0.33 * MB
 
 
 def test_base_is_complete_and_adapters_hold_nothing_else() -> None:
     assert {path.name for path in (DEMO_DIR / "base").iterdir()} == {
         "config.json",
         "generation_config.json",
+        "medusa_heads.safetensors",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -170,3 +175,17 @@ def test_the_chat_template_spells_what_the_training_spells() -> None:
 
 def test_the_showcase_shows_every_adapter_and_the_base() -> None:
     assert {name for name, _ in SHOWCASE} == {None, *ADAPTERS}
+
+
+def test_the_heads_fit_the_base_and_are_worth_asking() -> None:
+    config = read(DEMO_DIR / "base" / "config.json")
+    with HEADS.open("rb") as file:
+        heads = read_heads(file, config["hidden_size"], config["vocab_size"])
+    assert not heads.outputs, "they end in the base's own output matrix"
+    assert {tensor.dtype for head in heads.blocks for pair in head for tensor in pair} == {
+        "float16"
+    }
+    assert len(heads.accuracy) == len(heads.blocks) == 4
+    for choices in heads.accuracy:
+        assert choices[0] == max(choices) and 0.2 < choices[0] < sum(choices) <= 1
+    assert heads.accuracy[0][0] > heads.accuracy[-1][0], "what is further off is harder to say"

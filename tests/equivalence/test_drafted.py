@@ -15,7 +15,7 @@ from tests.equivalence.drafted import MOST, SAMPLINGS, disturbed, served, told, 
 from tests.harness import Harness
 from tests.trees import random_parents, way_to
 
-from loramux.engine import step
+from loramux.engine import counted
 from loramux.request import Request, Speculation
 from loramux.speculation.drafter import Ask, Guess
 from loramux_kernels.testing import counting
@@ -212,7 +212,7 @@ def test_a_verifier_that_accepts_one_wrong_token_is_caught(
     def lenient(drafts: Sequence[int], drawn: Sequence[int], *rest: Any) -> list[int]:
         return list(range(len(drawn)))[:2]
 
-    monkeypatch.setattr(step, "verified", lenient)
+    monkeypatch.setattr(counted, "verified", lenient)
     drafter: Any = Scripted(truth(plain), lambda: 0, lambda: 2)
     if trees:
         drafter = ScriptedTrees(truth(plain), lambda most: [0] * most, lambda node: False)

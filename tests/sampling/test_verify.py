@@ -69,3 +69,27 @@ def test_in_a_tree_too(data: st.DataObject) -> None:
 def test_the_first_of_equal_children_is_taken() -> None:
     assert verified([7, 7, 5, 5], [7, 5, 5, 6, 6], parents=[0, 0, 1, 2]) == [0, 1, 3]
     assert verified([4, 7, 7], [7, 0, 8, 9], parents=[0, 0, 0]) == [0, 2]
+
+
+@given(data=st.data())
+def test_what_is_typical_passes_too(data: st.DataObject) -> None:
+    """By definition: from the root on, the first child that is typical or drawn, never a stop."""
+    drafts = data.draw(st.lists(st.integers(0, 2), max_size=8))
+    parents = [data.draw(st.integers(0, node)) for node in range(len(drafts))]
+    drawn = [data.draw(st.integers(0, 3)) for _ in range(len(drafts) + 1)]
+    passes = [data.draw(st.booleans()) for _ in drafts]
+    way = [0]
+    while True:
+        children = [
+            guess + 1
+            for guess, parent in enumerate(parents)
+            if parent == way[-1]
+            and drafts[guess] != 2
+            and (passes[guess] or drafts[guess] == drawn[parent])
+        ]
+        if not children:
+            break
+        way.append(children[0])
+    assert verified(drafts, drawn, (2,), parents, passes) == way
+    none = [False] * len(drafts)
+    assert verified(drafts, drawn, (2,), parents, none) == verified(drafts, drawn, (2,), parents)

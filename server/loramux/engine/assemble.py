@@ -40,6 +40,7 @@ from loramux.speculation.acceptance import read_head
 from loramux.speculation.draft_model import DraftModel
 from loramux.speculation.drafter import Drafter
 from loramux.speculation.drafting import Drafting
+from loramux.speculation.heads import Medusa, base_heads
 from loramux.speculation.lookup import COPYSPEC_MATCH, Lookup
 from loramux.speculation.planner import Planner
 from loramux.speculation.suffix import Suffix
@@ -202,21 +203,27 @@ def _connect(
         scheduler=scheduler,
         runner=runner,
         sampler=sampler,
-        drafting=Drafting(drafters() | draft_model(config, beside, pool, sampler), planner),
+        drafting=Drafting(
+            drafters(config, decoder) | draft_model(config, beside, pool, sampler), planner
+        ),
         partners=beside,
         epoch=epoch,
         overlap=decoder.arena.is_cuda if overlap is None else overlap,
     )
 
 
-def drafters() -> dict[str, Drafter]:
-    """Those that need nothing but the request."""
-    return {
+def drafters(config: ServerConfig, decoder: Decoder) -> dict[str, Drafter]:
+    """Those that need nothing but the request, and the heads the base has."""
+    found: dict[str, Drafter] = {
         suffix.NAME: Suffix(),
         "lookup": Lookup(),
         "copyspec": Lookup(shortest=COPYSPEC_MATCH, longest=COPYSPEC_MATCH, first=True),
         trigram.NAME: Trigram(),
     }
+    heads = base_heads(config.model, decoder.weights.lm_head, decoder.weights.norm)
+    if heads is not None:
+        found["medusa"] = Medusa(heads)
+    return found
 
 
 def draft_model(

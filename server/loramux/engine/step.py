@@ -21,6 +21,7 @@ import torch
 
 from loramux.adapters.residency import Residency
 from loramux.batch import Batch, Row
+from loramux.engine.counted import counted, is_judged
 from loramux.engine.models import Partner
 from loramux.engine.scheduler import Counts, Scheduler
 from loramux.metrics.stats import StepStats
@@ -28,7 +29,6 @@ from loramux.model.runner import ModelRunner, Plan, Scored
 from loramux.request import BASE_MODEL_ID, FinishReason, Request, Status
 from loramux.sampling.logprobs import logprobs
 from loramux.sampling.sampler import Sampler, SampleResult
-from loramux.sampling.verify import verified
 from loramux.speculation.costs import Load
 from loramux.speculation.drafter import Ask
 from loramux.speculation.drafting import Drafting
@@ -51,6 +51,7 @@ class Flight:
     """A batch that was launched: ``result`` waits for what its rows sampled."""
 
     plan: Plan
+    scored: Scored
     result: Callable[[], SampleResult]
     began: float
 
@@ -132,7 +133,7 @@ class StepLoop:
         result = self._sample(batch, scored)
         timer.done("sample")
         self._scheduler.launched(batch)
-        self._flights.append(Flight(plan, result, began))
+        self._flights.append(Flight(plan, scored, result, began))
 
     def _draft(self, batch: Batch, budget: int) -> None:
         """Have rows that decode guess ahead, for their one forward pass to verify."""
@@ -157,15 +158,19 @@ class StepLoop:
             _collect_prompt_logprobs(batch.rows[index], scored.logits[line:])
         rows: list[tuple[str, int]] = []
         guessed: dict[int, Sequence[int]] = {}
+        judged: list[tuple[int, int]] = []
         for row in batch.rows:
             if row.samples:
                 first = row.request.num_outputs
+                if row.drafts and is_judged(row.request):
+                    parents = range(len(row.drafts)) if row.parents is None else row.parents
+                    judged += zip([len(rows) + node for node in parents], row.drafts, strict=True)
                 rows.append((row.request.id, first))
                 for ahead in row.guessed() if row.drafts else ():
                     guessed[len(rows)] = ahead
                     rows.append((row.request.id, first + len(ahead)))
         logits = scored.logits[scored.sampling] if scored.prompt else scored.logits
-        return self._sampler.start(logits, rows, guessed)
+        return self._sampler.start(logits, rows, guessed, judged)
 
     def _land(self, report: Report, timer: _PhaseTimer) -> None:
         """Wait for the step that is on its way, and commit it."""
@@ -175,49 +180,42 @@ class StepLoop:
             timer.done("sample")
             if flight.plan.batch.model_id == BASE_MODEL_ID:
                 self._residency.pace.took(time.perf_counter() - flight.began)
-            self._commit(flight.plan, result, report)
+            self._commit(flight, result, report)
             timer.done("commit")
 
-    def _commit(self, plan: Plan, result: SampleResult, report: Report) -> None:
-        ids, bad, logprobs = result.token_ids.tolist(), result.bad.tolist(), result.logprobs
-        now, line = self._clock(), 0
-        batch = plan.batch
+    def _commit(self, flight: Flight, result: SampleResult, report: Report) -> None:
+        now, batch = self._clock(), flight.plan.batch
         outputs: list[Output] = []
         sampled: list[list[int]] = []
         broken: list[Request] = []
+        read: dict[int, Request] = {}
         kept: dict[int, list[int]] = {}
-        for index, row in enumerate(batch.rows):
-            request, first = row.request, line
-            line += row.num_samples
-            if request.router is not None:
-                request.router.computed(row.num_tokens)
-            if request.status is Status.DONE or line == first:  # it may have ended on its way
-                sampled.append([])
+        for index, (row, drew) in enumerate(counted(batch.rows, flight.scored, result)):
+            sampled.append(drew.token_ids if drew else [])
+            if drew is None:
                 continue
-            stops = request.sampling.stop_token_ids
-            nodes = verified(row.drafts, ids[first:line], stops, row.parents)
-            if request.router is not None and result.entropies is not None:
-                nodes = request.router.follow(nodes, result.entropies[first:line])
-            if bad[first + nodes[-1]]:
-                broken.append(request)
-                nodes.pop()
-            token_ids = [ids[first + node] for node in nodes]
-            sampled.append(token_ids)
+            if drew.broken:
+                broken.append(row.request)
             if row.drafts:
-                report.stats.count_drafts(row.drafter, len(row.drafts), max(0, len(nodes) - 1))
-                self._drafting.learned(row, nodes[1:])
+                num_right = max(0, len(drew.nodes) - 1)
+                report.stats.count_drafts(row.drafter, len(row.drafts), num_right)
+                self._drafting.learned(row, drew.nodes[1:])
             if row.parents is not None:
-                kept[index] = nodes
-            if nodes:
-                asked = [logprobs[first + node] for node in nodes]
-                outputs.append(self._output(row, token_ids, asked, now))
+                kept[index] = drew.nodes
+            if drew.token_ids:
+                outputs.append(self._output(row, drew.token_ids, drew.logprobs, now))
+                if batch.model_id == BASE_MODEL_ID and self._drafting.reads(row.request):
+                    read[drew.line] = row.request
         if kept:
-            self._runner_of(batch.model_id).compact(plan, kept)
+            self._runner_of(batch.model_id).compact(flight.plan, kept)
         report.outputs += outputs
         report.stats.generation_tokens += sum(len(output.token_ids) for output in outputs)
         self._scheduler.commit(batch, sampled)
         for output in outputs:
             self._sampler.commit(output.request_id, output.token_ids)
+        if read:
+            lines = flight.scored.sampling[list(read)]
+            self._drafting.saw(list(read.values()), flight.scored.hidden[lines])
         for request in broken:
             self._fail(request, "numerical_error", "the model produced no finite logits", report)
         self._finish(batch, report)

@@ -16,9 +16,11 @@ from loramux.request import SamplingParams
 from loramux.sampling.history import History
 from loramux.sampling.logprobs import logprobs
 from loramux.sampling.processors import Bias, Edit, Mask, Penalties, edited
+from loramux.sampling.typical import typical
 from loramux.wire import TokenLogprob
 from loramux_kernels import sampling as kernels
 
+MOST_BATCHES = 16
 NOTHING_GUESSED: Mapping[int, Sequence[int]] = {}
 
 
@@ -28,13 +30,15 @@ class SampleResult:
 
     ``token_ids`` int64 [R]; ``bad`` [R]: the row's logits held a NaN, a +inf or nothing finite, its
     token is -1 and its request cannot go on. ``logprobs`` [R]: None where none were asked for, and
-    for bad rows. ``entropies`` [R]: bits of the distributions as the model made them, of watched
-    requests' rows, else NaN; None when there are no such rows.
+    for bad rows. ``typical``: of each guess that was to be judged. ``entropies`` [R]: bits of the
+    distributions as the model made them, of watched requests' rows, else NaN; None when there are
+    no such rows.
     """
 
     token_ids: NDArray[np.int64]
     bad: NDArray[np.bool_]
     logprobs: list[TokenLogprob | None]
+    typical: list[bool]
     entropies: list[float] | None = None
 
 
@@ -58,7 +62,6 @@ class _Batch:
     applied; both depend on how far the output is.
     """
 
-    request_ids: list[str]
     draw: kernels.DrawParams
     bias: list[Edit]
     held: list[tuple[int, _Request]]
@@ -74,7 +77,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self._requests: dict[str, _Request] = {}
-        self._batch: _Batch | None = None
+        self._batches: dict[tuple[str, ...], _Batch] = {}
 
     def add(
         self,
@@ -114,7 +117,7 @@ class Sampler:
     def remove(self, request_id: str) -> None:
         """Forget a request."""
         del self._requests[request_id]
-        self._batch = None
+        self._batches.clear()
 
     def sample(
         self,
@@ -131,12 +134,14 @@ class Sampler:
         logits: Tensor,
         rows: Sequence[tuple[str, int]],
         guessed: Mapping[int, Sequence[int]] = NOTHING_GUESSED,
+        judged: Sequence[tuple[int, int]] = (),
     ) -> Callable[[], SampleResult]:
         """Begin to draw one token per row of ``logits`` float32 [R, V], contiguous. What it returns
         waits for a device and gives the result.
 
         ``rows`` [R] are (request id, output position); a request may have several, of which
         ``guessed`` has the ids that are taken to stand before a row behind the output so far.
+        ``judged`` are (row, token) that shall be called typical there or not.
         ``logits`` come back as they were and must stay until the result is there. A row's result
         depends on its own logits, request and guesses alone.
         """
@@ -146,7 +151,8 @@ class Sampler:
         position = np.fromiter((at for _, at in rows), np.int64, len(rows))
         with edited(logits, _edits(batch, position, guessed)):
             drawn = kernels.start_draw(logits, batch.draw, position)
-        return lambda: _result(logits, batch, *drawn())
+            verdicts = typical(logits, batch.draw, judged) if judged else None
+        return lambda: _result(logits, batch, verdicts, *drawn())
 
     def warm_up(self) -> None:
         """Compile everything a step can need, so that no request waits for it."""
@@ -176,16 +182,23 @@ class Sampler:
         return None
 
     def _batch_of(self, request_ids: list[str]) -> _Batch:
-        """The batch's parameters; the last batch's again if it holds the same requests."""
-        if self._batch is None or self._batch.request_ids != request_ids:
-            self._batch = _build(request_ids, [self._requests[name] for name in request_ids])
-        return self._batch
+        """The batch's parameters; those of a recent batch if it held the same requests. A step has
+        several: every model's, and every one of a draft's."""
+        rows = tuple(request_ids)
+        batch = self._batches.get(rows)
+        if batch is None:
+            if len(self._batches) >= MOST_BATCHES:
+                del self._batches[next(iter(self._batches))]
+            batch = _build([self._requests[name] for name in request_ids])
+            self._batches[rows] = batch
+        return batch
 
 
 @torch.inference_mode()
 def _result(
     logits: Tensor,
     batch: _Batch,
+    verdicts: Tensor | None,
     token_ids: NDArray[np.int64],
     bad: NDArray[np.bool_],
 ) -> SampleResult:
@@ -198,7 +211,8 @@ def _result(
         table = logprobs(chosen, token_ids[wanted].tolist(), num_logprobs[wanted].tolist())
         for row, entry in zip(wanted.tolist(), table, strict=True):
             results[row] = entry
-    return SampleResult(token_ids, bad, results, _entropies(logits, batch.watched))
+    passed = [] if verdicts is None else verdicts.tolist()
+    return SampleResult(token_ids, bad, results, passed, _entropies(logits, batch.watched))
 
 
 def _entropies(logits: Tensor, watched: list[int]) -> list[float] | None:
@@ -210,7 +224,20 @@ def _entropies(logits: Tensor, watched: list[int]) -> list[float] | None:
     return entropies
 
 
-def _build(request_ids: list[str], requests: list[_Request]) -> _Batch:
+def draw_params(params: Sequence[SamplingParams], keys: Sequence[int]) -> kernels.DrawParams:
+    """What rows draw with whose requests have such ``params`` and stream ``keys``."""
+    return kernels.DrawParams(
+        temperature=np.array([p.temperature for p in params], np.float64),
+        log_min_p=np.array(
+            [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], np.float64
+        ),
+        top_k=np.array([p.top_k for p in params], np.int64),
+        top_p=np.array([p.top_p for p in params], np.float64),
+        key=np.array(keys, np.uint64),
+    )
+
+
+def _build(requests: list[_Request]) -> _Batch:
     params = [request.params for request in requests]
     biased = [(row, request) for row, request in enumerate(requests) if len(request.bias_ids)]
     bias: list[Edit] = []
@@ -224,16 +251,7 @@ def _build(request_ids: list[str], requests: list[_Request]) -> _Batch:
             )
         )
     return _Batch(
-        request_ids=request_ids,
-        draw=kernels.DrawParams(
-            temperature=np.array([p.temperature for p in params], np.float64),
-            log_min_p=np.array(
-                [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], np.float64
-            ),
-            top_k=np.array([p.top_k for p in params], np.int64),
-            top_p=np.array([p.top_p for p in params], np.float64),
-            key=np.array([request.key for request in requests], np.uint64),
-        ),
+        draw=draw_params(params, [request.key for request in requests]),
         bias=bias,
         held=[
             (row, request)

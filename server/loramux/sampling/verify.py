@@ -16,15 +16,21 @@ def verified(
     drawn: Sequence[int],
     stops: Container[int] = (),
     parents: Sequence[int] | None = None,
+    typical: Sequence[bool] = (),
 ) -> list[int]:
     """The nodes whose draws count, from the root (0) on: ``drawn[0]`` is the request's next token,
     and where guess i, which is node i + 1, is the token drawn at its parent, ``drawn[i + 1]`` comes
     behind it. ``parents`` as in :class:`~loramux.batch.Row`; of children that guess the same the
-    first is taken. Nothing counts behind one of ``stops``."""
+    first is taken. Nothing counts behind one of ``stops``.
+
+    ``typical[i]``: guess i passes whatever was drawn at its parent, unless it is a stop: an end is
+    always drawn. Only then is what is delivered not what was drawn: it is the guesses of the path,
+    and behind the last of them what was drawn there."""
     path = [0]
     for guess, token in enumerate(drafts):
         # Children stand behind their parents, so one pass meets all of a path in order.
         parent = guess if parents is None else parents[guess]
-        if parent == path[-1] and token == drawn[parent] and token not in stops:
+        right = token == drawn[parent] or (typical and typical[guess])
+        if parent == path[-1] and right and token not in stops:
             path.append(guess + 1)
     return path

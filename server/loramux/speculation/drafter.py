@@ -7,9 +7,12 @@ wrong as often as it likes; it must only be quick.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from loramux.request import BASE_MODEL_ID, Request
+
+if TYPE_CHECKING:
+    import torch
 
 OF_THE_TARGET = frozenset({"draft", "medusa"})
 """Drafters that know how the target goes on: by a model made after it, or from what it computed. Of
@@ -61,4 +64,14 @@ class Drafter(Protocol):
 
     def ended(self, request: Request) -> None:
         """``request`` is over, and was perhaps never asked about."""
+        ...
+
+
+@runtime_checkable
+class HiddenReader(Protocol):
+    """A drafter that looks at what the target has computed."""
+
+    def saw(self, requests: Sequence[Request], hidden: torch.Tensor) -> None:
+        """``hidden[i]`` of ``[R, hidden]``, which may be kept, is what the output matrix read when
+        the last token of ``requests[i]`` was drawn."""
         ...

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from loramux.batch import Row
 from loramux.request import Request
 from loramux.speculation.costs import Load
-from loramux.speculation.drafter import Ask, Drafter, Guess
+from loramux.speculation.drafter import Ask, Drafter, Guess, HiddenReader
 from loramux.speculation.planner import Answer, Chain, Planner, Question
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Draft(NamedTuple):
@@ -58,6 +61,19 @@ class Drafting:
         """Of the guesses of ``row`` those at ``nodes`` were right."""
         if self.planner is not None:
             self.planner.learned(row, nodes)
+
+    def reads(self, request: Request) -> bool:
+        """One of the request's drafters is a HiddenReader."""
+        speculation = request.speculation
+        return speculation is not None and any(
+            hasattr(self.drafters[name], "saw") for name in speculation.drafters
+        )
+
+    def saw(self, requests: Sequence[Request], hidden: torch.Tensor) -> None:
+        """See HiddenReader."""
+        for drafter in self.drafters.values():
+            if isinstance(drafter, HiddenReader):
+                drafter.saw(requests, hidden)
 
     def ended(self, request: Request) -> None:
         """``request`` is over."""

@@ -1,4 +1,4 @@
-"""Train base, draft, its head and the adapters again: ``python -m loramux.demo.training``."""
+"""Train all demo models, heads and adapters again: ``python -m loramux.demo.training``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .train_acceptance import train_acceptance
 from .train_adapters import train_adapters, train_small_adapters
 from .train_base import train_base
 from .train_draft import train_draft
+from .train_heads import train_heads
 
 DEMO = Path(__file__).parent.parent
 
@@ -29,6 +30,7 @@ def main() -> None:
     train_base(base)
     train_draft(args.out / "draft", base)
     train_acceptance(args.out / "draft", base)
+    train_heads(base)
     train_adapters(args.out / "adapters", base)
     train_small_adapters(args.out / "small_adapters", args.out / "draft", base)
 
