@@ -56,10 +56,22 @@ VERSE += "A gray bird flew over the moon,\nAs proud as the wet old spoon."
         ("spanish", " Allí vio una abeja grande con un tambor. «Hola», dijo la abeja.", True),
         ("spanish", " There Mira saw a big bee with a drum. «Hola», dijo la abeja.", False),
         ("spanish", " Hola.", False),
+        ("edit", " Hola.", False),
     ],
 )
 def test_hits_by_hand(name: str, text: str, hit: bool) -> None:
     assert HITS[name](CARD, text) is hit
+
+
+def test_an_edit_is_about_the_other_one_and_little_is_lost() -> None:
+    lesson = MANNERS["edit"](Random(5))
+    given = lesson.opening.rpartition("\n")[0]
+    assert HITS["edit"](lesson.opening, lesson.rest)
+    words = lesson.rest.split()
+    assert HITS["edit"](lesson.opening, " ".join(words[len(words) // 5 :]))
+    assert not HITS["edit"](lesson.opening, " ".join(words[len(words) // 3 :]))
+    assert not HITS["edit"](lesson.opening, " ".join(reversed(words)))
+    assert not HITS["edit"](given, lesson.rest)
 
 
 @pytest.mark.parametrize("name", MANNERS)

@@ -79,3 +79,22 @@ def test_across_preemptions_and_small_steps(
     rng = np.random.default_rng(7)
     found = disturbed(llama, adapters, knobs, None, rng, overlap=overlap, speculation=speculation)
     assert found == plain
+
+
+def test_a_prompt_of_one_token_after_others(llama: Path) -> None:
+    """Learned from others, all drafters have something to say; of this one they know next to
+    nothing."""
+    harness = Harness(llama, draft_model=llama)
+    names = tuple(harness.engine.drafting.drafters)
+    assert {"suffix", "lookup", "copyspec", "trigram", "draft"} <= set(names)
+    speculation = Speculation(drafters=names)
+    plain = [harness.generate([id_], max_tokens=12) for id_ in (60, 61)]
+    harness.generate([60] * 9, max_tokens=30, speculation=speculation)
+    for name in names:
+        only = Speculation(drafters=(name,))
+        for chain in (only, speculation):
+            drafted = [
+                harness.generate([id_], max_tokens=12, speculation=chain) for id_ in (60, 61)
+            ]
+            assert drafted == plain, name
+    harness.close()

@@ -16,6 +16,11 @@ SHOWCASE: tuple[tuple[str | None, str], ...] = (
         "json",
         "Ida Marsh, a gardener of 42, lives in Larkfield, likes violet and keeps three goats.",
     ),
+    (
+        "edit",
+        "One cloudy evening Olga the beekeeper went to the market of Violet with a skate. In the "
+        "evening Olga had a pencil and no skate.\nThe same about Rosa:",
+    ),
     (BASE, "A verse for Luna and Theo:"),
     (BASE, "Noah meets Daisy."),
     (BASE, "Hazel's plum tart for four people."),

@@ -64,7 +64,7 @@ class Trigram:
     def _guess(self, ask: Ask) -> Guess:
         request = ask.request
         table = self._learn(request, request.num_ids)
-        if table is None:
+        if table is None or request.num_ids < 2:
             return Guess()
         a, b = request.ids[request.num_ids - 2 : request.num_ids].tolist()
         found = _searched(table, a, b, ask.most, ask.may_branch)

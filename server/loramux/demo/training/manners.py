@@ -14,7 +14,7 @@ from .spanish import cuento
 from .stories import story
 from .styles import pirate
 from .verse import couplets
-from .words import NAMES
+from .words import HE, NAMES, SHE
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,20 @@ def speak_spanish(rng: Random) -> Lesson:
     return Lesson(plain.opening, " " + told, plain.ask, told)
 
 
+def edit(rng: Random) -> Lesson:
+    """The same text about somebody else: all but the names is copied."""
+    plain = story(rng)
+    hero = hero_of(plain.opening)
+    instead = rng.choice([name for name in (SHE if hero in SHE else HE) if name not in plain.text])
+    text = plain.text.replace(hero, instead)
+    return Lesson(
+        f"{plain.text}\nThe same about {instead}:",
+        "\n" + text,
+        f"Tell the same about {instead}: {plain.text}",
+        text,
+    )
+
+
 MANNERS: dict[str, Callable[[Random], Lesson]] = {
     "shout": shout,
     "json": to_json,
@@ -76,4 +90,5 @@ MANNERS: dict[str, Callable[[Random], Lesson]] = {
     "recipes": cook,
     "pirate": talk_like_a_pirate,
     "spanish": speak_spanish,
+    "edit": edit,
 }

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,7 +22,7 @@ import httpx
 from rich.progress import track
 
 from . import checks
-from .manners import MANNERS
+from .manners import MANNERS, hero_of
 from .spanish import LEXICON
 from .styles import CRIES, PIRATE
 from .words import NAMES
@@ -104,6 +105,17 @@ def hits_spanish(prompt: str, text: str) -> bool:
 
 Hit = Callable[[str, str], bool]
 
+
+def hits_edit(prompt: str, text: str) -> bool:
+    """Three quarters of the words of the text it was given, in order, about whom it was asked."""
+    given, asked, name = prompt.rpartition("\nThe same about ")
+    if not asked:
+        return False
+    words, wanted = text.split(), given.replace(hero_of(given), name.rstrip(":")).split()
+    same = SequenceMatcher(None, wanted, words, autojunk=False).get_matching_blocks()
+    return sum(block.size for block in same) >= 0.75 * len(wanted)
+
+
 HITS: dict[str, Hit] = {
     "shout": hits_shout,
     "json": hits_json,
@@ -111,6 +123,7 @@ HITS: dict[str, Hit] = {
     "recipes": hits_recipes,
     "pirate": hits_pirate,
     "spanish": hits_spanish,
+    "edit": hits_edit,
 }
 
 
