@@ -173,7 +173,6 @@ class Request:
         arrival: float = 0.0,
     ) -> None:
         self.id = request_id
-        self.model_id = model_id
         self.tenant = tenant
         self.adapters = adapters
         self.cache_salt = cache_salt

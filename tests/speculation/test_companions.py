@@ -11,7 +11,7 @@ from tests.harness import Harness, install_adapter
 from tests.speculation.drafting import DRAFTED, Bench
 
 from loramux.request import DRAFT_MODEL_ID, AdapterRef, Request, SamplingParams
-from loramux.wire import Submit
+from loramux.wire import Command, Submit
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,11 @@ def test_a_request_says_what_its_guesses_are_made_with(
     assert harness.outputs["a"] == [17] * 30
     guessed = [o for o in harness.details["a"] if o.drafted]
     assert guessed and all(len(o.token_ids) == o.drafted[1] + 1 for o in guessed if o.drafted)
+    # It is listed, its load was told, and it goes when an operator asks, as the target's do.
+    assert set(harness.step().stats["resident"]) == {digest, harness.install(shouter)}
+    assert digest in {load[0] for step in harness.steps for load in step.stats.get("loads", ())}
+    harness.engine.command(Command(command_id=1, kind="evict", digest=digest))
+    assert not harness.engine.partners[DRAFT_MODEL_ID].residency.resident()
     harness.close()
 
 

@@ -54,6 +54,7 @@ class Engine:
         self.residency = residency
         self.drafting = drafting
         self.partners = partners
+        self._residencies = [residency, *(partner.residency for partner in partners.values())]
         self.new_router: Callable[[EntropyAdaptive, bytes | None, int], Router] = Router.resumed
         self.scheduler = scheduler
         self._loop = StepLoop(
@@ -169,9 +170,9 @@ class Engine:
             )
         if command.kind == "unpin":
             self.residency.unpin(digest)
-        if command.kind == "evict" and not self.residency.evict(digest):
+        if command.kind == "evict" and not all([r.evict(digest) for r in self._residencies]):
             raise LoramuxError("the adapter is in use", code="adapter_in_use")
-        return {"resident": self.residency.resident(), "pinned": self.residency.pinned()}
+        return {"resident": self._resident(), "pinned": self.residency.pinned()}
 
     def check(self) -> None:
         """The books balance; an error here is a bug of ours."""
@@ -187,9 +188,9 @@ class Engine:
         for residency in self._residencies:
             residency.close()
 
-    @property
-    def _residencies(self) -> list[Residency]:
-        return [self.residency, *(partner.residency for partner in self.partners.values())]
+    def _resident(self) -> list[str]:
+        """Digests rows may run on now, on any of the models."""
+        return [digest for residency in self._residencies for digest in residency.resident()]
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.id]
@@ -212,9 +213,12 @@ class Engine:
         stats.num_running = len(self.scheduler.running)
         stats.num_waiting = len(self.scheduler.waiting)
         stats.num_loading = self.num_loading
-        stats.loads, self.residency.finished_loads = self.residency.finished_loads, []
         stats.arrival_wait_s = self.residency.take_waited_s()
-        evicted_adapters, self.residency.num_evicted = self.residency.num_evicted, 0
+        evicted_adapters = 0
+        for residency in self._residencies:
+            stats.loads += residency.finished_loads
+            evicted_adapters += residency.num_evicted
+            residency.finished_loads, residency.num_evicted = [], 0
         evicted_pages, self.pool.prefix.num_evicted = self.pool.prefix.num_evicted, 0
         stats.evictions = {"adapter": evicted_adapters, "prefix": evicted_pages}
         self._list_adapters(stats)
@@ -228,8 +232,8 @@ class Engine:
         if self.scheduler.waiting.version != self._told_waiting:
             self._told_waiting = self.scheduler.waiting.version
             stats.waiting_adapters = self.scheduler.waiting.digests()
-        if self.residency.version != self._told_version:
-            self._told_version = self.residency.version
-            stats.resident = self.residency.resident()
+        if (version := sum(r.version for r in self._residencies)) != self._told_version:
+            self._told_version = version
+            stats.resident = self._resident()
         if self.residency.pinned() is not self._told_pins:
             stats.pinned = self._told_pins = self.residency.pinned()
