@@ -220,11 +220,11 @@ COLUMNS = {
 
 
 def sides(demo: Demo) -> dict[str, Side]:
-    """What is compared with off: each drafter alone, verified whole and as planned, and all."""
+    """What is compared with off: each drafter alone, verified whole, and all of them as planned."""
     names = list(demo.engine.drafting.drafters)
     found = {f"{name}, 8": Side(name, planned=False) for name in names}
-    found |= {f"{name}, planned": Side(name) for name in names}
-    return found | {"auto": Side(*names)}
+    found |= {f"{name}, 8, tree": Side(name, tree=True, planned=False) for name in ("medusa",)}
+    return found | {"auto": Side(*names), "draft, planned": Side("draft")}
 
 
 def fixed(demo: Demo) -> dict[str, Side]:
@@ -237,14 +237,17 @@ def fixed(demo: Demo) -> dict[str, Side]:
 def main() -> None:
     parser = report.arguments(__doc__)
     parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--rows", type=int, nargs="*", default=(1, 8, 32))
+    parser.add_argument("--kinds", nargs="*", default=("free", "editing", "mixed"))
     args = parser.parse_args()
-    pairs, batches = (2, (1, 2)) if args.quick else (args.pairs, (1, 8, 32))
+    pairs, batches = (2, (1, 2)) if args.quick else (args.pairs, args.rows)
     found = header()
     with tempfile.TemporaryDirectory() as scratch:
         demo, prompts = Demo(Path(scratch)), Prompts()
         assert isinstance(demo.engine.drafting.planner, Planner)
         kinds = {"free": prompts.free(), "editing": prompts.editing(), "mixed": prompts.mixed()}
-        for kind, asks in kinds.items():
+        for kind in args.kinds:
+            asks = kinds[kind]
             for rows in batches:
                 for name, side in (fixed if kind == "mixed" else sides)(demo).items():
                     case = {"kind": kind, "rows": rows, "drafters": name}

@@ -63,8 +63,7 @@ def test_with_what_was_learned_and_without(
         assert rows(second) < rows(first)
 
 
-@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("tree", "overlap"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("name", sorted(LEARNING))
 def test_across_preemptions_and_small_steps(
     llama: Path,

@@ -19,6 +19,7 @@ from tests import interpreter
 from tests.model.paged import CPU, Paged, Request
 
 
+@pytest.mark.slow  # a minute: the interpreter runs whole models
 def test_recorded_steps_pass_under_the_interpreter() -> None:
     interpreter.passes("tests/model/graphs_interpreted.py")
 

@@ -18,8 +18,11 @@ SHOWCASE: tuple[tuple[str | None, str], ...] = (
     ),
     (
         "edit",
-        "One cloudy evening Olga the beekeeper went to the market of Violet with a skate. In the "
-        "evening Olga had a pencil and no skate.\nThe same about Rosa:",
+        "Early one cloudy evening Olga the beekeeper went to the market of Violet with a skate. "
+        "Otto the mayor took the skate and gave him a fishbowl for it. So in the evening Olga had "
+        'a fishbowl and no skate. "This fishbowl is better than the skate," he told his sister. '
+        "Years later Olga still remembered Otto, the skate and the fishbowl.\n"
+        "The same about Rosa:",
     ),
     (BASE, "A verse for Luna and Theo:"),
     (BASE, "Noah meets Daisy."),
