@@ -47,9 +47,11 @@ def served(
 
 
 def near(got: float, rates: Any) -> None:
-    """Not slower than nothing, and next to the best fixed length where that is clearly better."""
+    """Not slower than nothing, and no further from the best fixed length than the planner's own
+    margin: it is not told what is best and goes on trying. Where that is hardly better than nothing
+    it may well stay with nothing."""
     assert got >= 0.98 * rates[0]
-    assert got >= 0.97 * rates.max() / (1 if rates.max() > 1.1 * rates[0] else MARGIN)
+    assert got >= rates.max() / MARGIN * (1 if rates.max() > 1.1 * rates[0] else 0.97)
 
 
 @settings(max_examples=10, deadline=None)

@@ -47,7 +47,8 @@ ASKS_TRUST = 1.0
 ASKS_WINDOW = 16.0
 USUAL_MOST = 8
 PLAN_STEPS = 32
-"""So long who is asked stays decided while the load is the same."""
+"""So long who is asked stays decided while the load is about the same: planning takes longer than
+a step of a small model."""
 BROUGHT_STEPS = 2
 """What an ask brings is counted so often: that takes time too."""
 PROBE_SHARE = 0.005
@@ -188,7 +189,7 @@ class Planner:
         self._shadows: dict[str, _Shadow] = {}
         self._verified: dict[str, int] = {}
         self._planned: dict[_Group, Chain] = {}
-        self._planned_for: tuple[int, Load] | None = None
+        self._planned_for: tuple[int, int, int] | None = None
         self._steps_left = 0
         self._credit_s = 0.0
         self._turn = 0
@@ -201,12 +202,8 @@ class Planner:
         """For each of ``asks``: which of its request's ``drafters`` to ask."""
         self._compare(asks)
         groups = [_group(ask) for ask in asks]
-        now = (len(asks), load)
-        if (
-            self._steps_left == 0
-            or now != self._planned_for
-            or not all(group in self._planned for group in groups)
-        ):
+        now = (len(asks).bit_length(), load.rows.bit_length(), load.tokens.bit_length())
+        if self._steps_left == 0 or now != self._planned_for or not self._knows(groups):
             self._learn()
             self._priced = {k: v for k, v in drafters.items() if isinstance(v, Priced)}
             self._planned = self._plan(Counter(groups), load)
@@ -216,6 +213,19 @@ class Planner:
             [(name, min(most, ask.most)) for name, most in self._planned[group]]
             for group, ask in zip(groups, asks, strict=True)
         ]
+
+    def _knows(self, groups: Sequence[_Group]) -> bool:
+        """There is a plan for each of ``groups``: its own, or until the next time that of another
+        with the same drafters, since requests of new adapters come at any step."""
+        for group in groups:
+            if group not in self._planned:
+                alike = (
+                    g for g in self._planned if g[1:] == group[1:] and g[0][1:] == group[0][1:]
+                )
+                if (other := next(alike, None)) is None:
+                    return False
+                self._planned[group] = self._planned[other]
+        return True
 
     def took(self, drafter: str, rows: int, seconds: float) -> None:
         """``drafter`` was asked about ``rows`` requests, which took ``seconds``."""
