@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from loramux.adapters.blobs import BlobStore
 from loramux.config import ServerConfig
 from loramux.engine.assemble import assemble
@@ -162,6 +164,18 @@ class Harness:
                 return self.outputs
             self.step()
         raise AssertionError("the engine does not come to an end")
+
+    def run_preempting(self, rng: np.random.Generator, share: float) -> int:
+        """Run to the end; after a ``share`` of the steps somebody who runs is preempted. How often
+        that was."""
+        count = 0
+        while self.engine.has_work:
+            self.step()
+            running = self.engine.scheduler.running
+            if running and rng.random() < share:
+                self.engine.scheduler._preempt(running[int(rng.integers(len(running)))])
+                count += 1
+        return count
 
     def generate(
         self, prompt_ids: Sequence[int], adapter: Any = None, **sampling: Any

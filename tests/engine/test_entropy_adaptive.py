@@ -313,14 +313,7 @@ def test_preempted_anywhere_is_uninterrupted(
     rng = np.random.default_rng(2)
     harness = engine(models, max_batch_tokens=16)
     names = many(harness, how, worn)
-    count = 0
-    while harness.engine.has_work:
-        harness.step()
-        running = harness.engine.scheduler.running
-        if running and rng.random() < 0.5:
-            count += 1
-            harness.engine.scheduler._preempt(running[int(rng.integers(len(running)))])
-    assert count > 10
+    assert harness.run_preempting(rng, 0.5) > 10
     assert [harness.outputs[name] for name in names] == at_ease
     harness.close()
 

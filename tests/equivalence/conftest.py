@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tests import tiny
+from tests.equivalence.drafted import SAMPLINGS, served, told
 
 
 @pytest.fixture(scope="session")
@@ -72,3 +73,18 @@ def shouters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, 
         for token in range(10, 48)
     }
     return model, made
+
+
+@pytest.fixture(scope="module", params=SAMPLINGS)
+def knobs(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """How the requests of drafted tests draw."""
+    return SAMPLINGS[request.param]
+
+
+@pytest.fixture(scope="module")
+def plain(llama: Path, adapters: dict[str, Path], knobs: dict[str, Any]) -> dict[str, Any]:
+    """What they are told when nobody guesses."""
+    harness = served(llama, adapters, knobs)
+    harness.run()
+    harness.close()
+    return told(harness)

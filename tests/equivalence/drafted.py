@@ -97,11 +97,7 @@ def disturbed(
         overlap=overlap,
         max_batch_tokens=int(rng.integers(16, 40)),
     )
-    while harness.engine.has_work:
-        harness.step()
-        running = harness.engine.scheduler.running
-        if running and rng.random() < 0.1 and not overlap:
-            harness.engine.scheduler._preempt(running[int(rng.integers(len(running)))])
+    harness.run_preempting(rng, 0.0 if overlap else 0.1)
     found = told(harness)
     harness.close()
     return found

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests import tiny
-from tests.equivalence.drafted import MOST, SAMPLINGS, served, told
+from tests.equivalence.drafted import MOST, served, told
 from tests.harness import Harness, install_adapter
 
 from loramux.request import DRAFT_MODEL_ID, AdapterRef, Speculation
@@ -26,19 +26,6 @@ def drafted(
 ) -> Harness:
     speculation = Speculation(drafters=("draft",), max_draft_tokens=MOST)
     return served(model, adapters, knobs, None, speculation, draft_model=draft, **config)
-
-
-@pytest.fixture(scope="module", params=SAMPLINGS)
-def knobs(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return SAMPLINGS[request.param]
-
-
-@pytest.fixture(scope="module")
-def plain(llama: Path, adapters: dict[str, Path], knobs: dict[str, Any]) -> dict[str, Any]:
-    harness = served(llama, adapters, knobs)
-    harness.run()
-    harness.close()
-    return told(harness)
 
 
 def guesses(harness: Harness) -> tuple[int, int]:
@@ -89,11 +76,7 @@ def test_across_preemption_and_eviction(
     """A pool too small for all, and rows sent back at random."""
     rng = np.random.default_rng(4)
     harness = drafted(llama, adapters, knobs, llama, num_frames=44)
-    while harness.engine.has_work:
-        harness.step()
-        running = harness.engine.scheduler.running
-        if running and rng.random() < 0.15:
-            harness.engine.scheduler._preempt(running[int(rng.integers(len(running)))])
+    harness.run_preempting(rng, 0.15)
     assert told(harness) == plain
     assert guesses(harness)[1] > 0
     harness.close()

@@ -81,19 +81,6 @@ class ScriptedTrees:
         return Guess(token_ids, parents)
 
 
-@pytest.fixture(scope="module", params=SAMPLINGS)
-def knobs(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return SAMPLINGS[request.param]
-
-
-@pytest.fixture(scope="module")
-def plain(llama: Path, adapters: dict[str, Path], knobs: dict[str, Any]) -> dict[str, Any]:
-    harness = served(llama, adapters, knobs)
-    harness.run()
-    harness.close()
-    return told(harness)
-
-
 @pytest.mark.parametrize("right", range(MOST + 1))
 def test_right_then_wrong_at_each_position(
     llama: Path, adapters: dict[str, Path], knobs: dict[str, Any], plain: Any, right: int

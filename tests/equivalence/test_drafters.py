@@ -22,14 +22,6 @@ def knobs(request: pytest.FixtureRequest) -> dict[str, Any]:
     return {**SAMPLINGS[request.param], "max_tokens": 40}
 
 
-@pytest.fixture(scope="module")
-def plain(llama: Path, adapters: dict[str, Path], knobs: dict[str, Any]) -> dict[str, Any]:
-    harness = served(llama, adapters, knobs)
-    harness.run()
-    harness.close()
-    return told(harness)
-
-
 def rows(harness: Harness) -> int:
     return sum(step.stats.get("batch_rows", 0) for step in harness.steps)
 

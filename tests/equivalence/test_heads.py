@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tests import tiny
+from tests.equivalence.drafted import MOST, disturbed, served, told
 from tests.harness import Harness
 from tests.heads import write_heads
 
@@ -20,21 +21,6 @@ from loramux.speculation.drafter import Ask, Guess
 
 HIDDEN = 64
 HEADS = 3
-SAMPLINGS: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "sampled": {"temperature": 1.0, "seed": 5},
-    "processed": {
-        "temperature": 0.9,
-        "seed": 6,
-        "top_p": 0.9,
-        "repetition_penalty": 1.2,
-        "presence_penalty": 0.4,
-        "logit_bias": {9: 3.0},
-        "min_tokens": 5,
-        "stop_token_ids": tuple(range(30, 60)),
-        "logprobs": 2,
-    },
-}
 TREES = {"chain": False, "tree": True}
 
 
@@ -70,45 +56,12 @@ class Watching:
     def ended(self, request: Request) -> None: ...
 
 
-def served(
-    model: Path, adapters: dict[str, Path], drafter: str, tree: bool = False, **knobs: Any
-) -> Harness:
-    """The base, three adapters, and three choices of one prompt."""
-    harness = Harness(model, page_tokens=4)
-    submit_all(harness, adapters, drafter, tree, **knobs)
-    return harness
+def guessing(model: Path, adapters: dict[str, Path], knobs: dict[str, Any], shape: str) -> Harness:
+    return served(model, adapters, knobs, None, by_heads(shape))
 
 
-def submit_all(
-    harness: Harness, adapters: dict[str, Path], drafter: str, tree: bool, **knobs: Any
-) -> None:
-    speculation = None
-    if drafter:
-        speculation = Speculation(drafters=(drafter,), max_draft_tokens=5, tree=tree)
-    rng = np.random.default_rng(3)
-    for index, name in enumerate([None, *list(adapters)[:3], "three"]):
-        prompt = rng.integers(60, tiny.VOCAB_SIZE, 9 + index).tolist()
-        adapter = list(adapters.values())[0] if name == "three" else adapters.get(name or "")
-        for choice in range(3 if name == "three" else 1):
-            harness.submit(
-                prompt,
-                adapter,
-                name=f"{name}-{choice}",
-                speculation=speculation,
-                **{"max_tokens": 14, "choice": choice, **knobs},
-            )
-
-
-def told(harness: Harness) -> dict[str, Any]:
-    """All that a client sees: ids, log-probabilities, how it ended."""
-    return {
-        name: (
-            ids,
-            [entry for output in harness.details[name] for entry in output.logprobs or ()],
-            (harness.finished[name].reason, harness.finished[name].stop_token_id),
-        )
-        for name, ids in harness.outputs.items()
-    }
+def by_heads(shape: str) -> Speculation:
+    return Speculation(drafters=("medusa",), max_draft_tokens=MOST, tree=TREES[shape])
 
 
 def accepted(harness: Harness) -> int:
@@ -124,19 +77,6 @@ def with_heads(model: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=SAMPLINGS)
-def knobs(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return SAMPLINGS[request.param]
-
-
-@pytest.fixture(scope="module")
-def plain(llama: Path, adapters: dict[str, Path], knobs: dict[str, Any]) -> dict[str, Any]:
-    harness = served(llama, adapters, "", **knobs)
-    harness.run()
-    harness.close()
-    return told(harness)
-
-
 @pytest.fixture(scope="module")
 def trained(
     llama: Path,
@@ -147,9 +87,7 @@ def trained(
 ) -> Path:
     """The model with heads that were fitted, by least squares, to how these very texts go on."""
     watching = Watching()
-    harness = Harness(llama, page_tokens=4)
-    harness.engine.drafting.drafters["watching"] = watching
-    submit_all(harness, adapters, "watching", False, **knobs)
+    harness = served(llama, adapters, knobs, watching)
     lengths = {id: len(r.ids) - r.max_ids + r.num_prompt for id, r in _requests(harness).items()}
     harness.run()
     harness.close()
@@ -178,7 +116,7 @@ def _requests(harness: Harness) -> dict[str, Request]:
 def test_drafted_is_plain_and_some_of_it_was_guessed(
     trained: Path, adapters: dict[str, Path], knobs: dict[str, Any], plain: Any, shape: str
 ) -> None:
-    harness = served(trained, adapters, "medusa", TREES[shape], **knobs)
+    harness = guessing(trained, adapters, knobs, shape)
     assert harness.ready.drafters[-1] == "medusa"
     harness.run()
     assert told(harness) == plain
@@ -201,17 +139,17 @@ def test_with_heads_that_know_nothing_too(
     """Across preemptions, and on a schedule that is planned ahead."""
     folder = with_heads(llama, tmp_path / "base")
     write_heads(folder / "medusa_heads.safetensors", HIDDEN, blocks=2, dtype=torch.float16)
-    rng = np.random.default_rng(7)
     for overlap in (False, True):
-        harness = Harness(folder, page_tokens=4, overlap=overlap, max_batch_tokens=24)
-        submit_all(harness, adapters, "medusa", TREES[shape], **knobs)
-        while harness.engine.has_work:
-            harness.step()
-            running = harness.engine.scheduler.running
-            if running and rng.random() < 0.2 and not overlap:
-                harness.engine.scheduler._preempt(running[int(rng.integers(len(running)))])
-        assert told(harness) == plain
-        harness.close()
+        found = disturbed(
+            folder,
+            adapters,
+            knobs,
+            None,
+            np.random.default_rng(7),
+            overlap=overlap,
+            speculation=by_heads(shape),
+        )
+        assert found == plain
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -240,11 +178,7 @@ def test_the_states_are_those_the_last_tokens_were_drawn_from(
                     drafters=("watching",), max_draft_tokens=6, tree=TREES[shape]
                 ),
             )
-        while harness.engine.has_work:
-            harness.step()
-            running = harness.engine.scheduler.running
-            if running and rng.random() < 0.2 and not overlap:
-                harness.engine.scheduler._preempt(running[int(rng.integers(len(running)))])
+        harness.run_preempting(rng, 0.0 if overlap else 0.2)
         truth = dict(harness.outputs)
         assert (accepted(harness) > 5) == drafted
         for name, adapter in prompts.items():
@@ -266,15 +200,12 @@ def test_nothing_is_copied_when_nobody_asks(
     trained: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watching = Watching()
-    for drafter in ("", "lookup"):
-        harness = Harness(trained, page_tokens=4)
+    for speculation in (None, Speculation(drafters=("lookup",))):
+        harness = served(trained, adapters, {}, None, speculation)
         monkeypatch.setattr(harness.engine.drafting, "saw", lambda *_: pytest.fail("copied"))
-        submit_all(harness, adapters, drafter, False)
         harness.run()
         harness.close()
-    harness = Harness(trained, page_tokens=4)
-    harness.engine.drafting.drafters["watching"] = watching
-    submit_all(harness, adapters, "watching", False)
+    harness = served(trained, adapters, {}, watching)
     harness.run()
     assert 0 < watching.calls <= len(harness.steps), "one copy a step, for all of its rows"
     assert len(watching.states) > watching.calls

@@ -46,11 +46,7 @@ def test_tokens_do_not_depend_on_the_planner(
         )
     harness = served(llama, adapters, knobs, drafter, max_batch_tokens=24)
     planned(harness, token_s)
-    while harness.engine.has_work:
-        harness.step()
-        running = harness.engine.scheduler.running
-        if running and rng.random() < 0.1:
-            harness.engine.scheduler._preempt(running[int(rng.integers(len(running)))])
+    harness.run_preempting(rng, 0.1)
     assert told(harness) == plain
     verified = sum(sum(step.stats.get("drafted", {}).values()) for step in harness.steps)
     assert (verified > 0) is (token_s < 1.0)

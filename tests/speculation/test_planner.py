@@ -443,3 +443,27 @@ def test_adapters_come_and_go() -> None:
     assert len(planner._right._owned) <= 16
     assert len(planner._right._counts) == 64
     assert MOST_TOKENS >= max(server.verified) > 0, "a new adapter begins with what is known"
+
+
+def test_requests_that_come_and_go_do_not_make_it_plan_every_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their prompts and their new adapters: a plan takes longer than a small model's step."""
+    world, costs = World(12), Costs.alike(table(0.01, 0.0003))
+    drafter, planner = Scripted(world, lambda _: [0.9] * 8), Planner(costs)
+    plans: list[Load] = []
+    plan = planner._plan
+    monkeypatch.setattr(
+        planner, "_plan", lambda groups, load: plans.append(load) or plan(groups, load)
+    )
+    for step in range(planners.PLAN_STEPS):
+        come = [request(f"{step}-{i}", adapter=f"a{step}") for i in range(8 + step % 8)]
+        asks = [Ask(each, 8) for each in come]
+        chains = planner.chains(asks, Load(len(come), 130 + step, 64), {"scripted": drafter})
+        assert all(chain for chain in chains), "the new ones guess too"
+    assert len(plans) == 1
+    asks = [Ask(request("few", most=4), 8)] * 8
+    planner.chains(asks, Load(8, 130, 64), {"scripted": drafter})
+    assert len(plans) == 2, "what is unlike all that is known is planned"
+    planner.chains(asks * 4, Load(32, 130, 64), {"scripted": drafter})
+    assert len(plans) == 3, "and so is another load"

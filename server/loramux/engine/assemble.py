@@ -17,6 +17,7 @@ from loramux.engine.models import (
     adapter_table,
     adapters_of,
     compile_kernels,
+    described,
     free_memory,
     part_of,
     partners,
@@ -29,7 +30,6 @@ from loramux.memory.formats import KvFormat
 from loramux.memory.pool import Pool
 from loramux.model.architecture import Architecture, read_architecture
 from loramux.model.decoder import Decoder
-from loramux.model.description import describe
 from loramux.model.fingerprint import fingerprint
 from loramux.model.loader import Progress
 from loramux.model.runner import ModelRunner
@@ -116,15 +116,7 @@ def assemble(
     timer.done("graphs and costs")
     ready = Ready(
         engine_epoch=epoch,
-        base=describe(
-            config,
-            architecture,
-            config.model,
-            fingerprint=base,
-            slice_bytes=kv.frame.slice_bytes,
-            pool_bytes=frames * kv.frame.frame_bytes,
-            itemsize=dtype.itemsize,
-        ),
+        base=described(config, architecture, config.model, base, arena, dtype),
         vocab_size=architecture.vocab_size,
         max_model_len=_max_model_len(config, architecture),
         page_tokens=config.page_tokens,

@@ -125,16 +125,28 @@ def _partner(
         decoder,
         residency,
         ModelRunner(decoder, kv, residency),
-        describe(
-            config,
-            architecture,
-            directory,
-            fingerprint=base,
-            slice_bytes=arena.frame.slice_bytes,
-            pool_bytes=arena.num_frames * arena.frame.frame_bytes,
-            itemsize=dtype.itemsize,
-        ),
+        described(config, architecture, directory, base, arena, dtype),
         longest,
+    )
+
+
+def described(
+    config: ServerConfig,
+    architecture: Architecture,
+    directory: Path,
+    base: str,
+    arena: Arena,
+    dtype: torch.dtype,
+) -> BaseDescription:
+    """What the other processes are told of a model whose fingerprint is ``base``."""
+    return describe(
+        config,
+        architecture,
+        directory,
+        fingerprint=base,
+        slice_bytes=arena.frame.slice_bytes,
+        pool_bytes=arena.num_frames * arena.frame.frame_bytes,
+        itemsize=dtype.itemsize,
     )
 
 

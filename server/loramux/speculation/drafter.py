@@ -7,7 +7,7 @@ wrong as often as it likes; it must only be quick.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from loramux.request import BASE_MODEL_ID, Request
 
@@ -67,7 +67,6 @@ class Drafter(Protocol):
         ...
 
 
-@runtime_checkable
 class HiddenReader(Protocol):
     """A drafter that looks at what the target has computed."""
 

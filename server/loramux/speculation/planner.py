@@ -108,6 +108,10 @@ class _Group(NamedTuple):
     drafters: tuple[str, ...]
     most: int
 
+    def is_like(self, other: _Group) -> bool:
+        """They differ in whose text it is only."""
+        return self._replace(kind=other.kind) == other and self.kind.tree == other.kind.tree
+
 
 class _Class(NamedTuple):
     """Guesses that are right equally often. One who takes longer for more has a class of all its
@@ -219,10 +223,8 @@ class Planner:
         with the same drafters, since requests of new adapters come at any step."""
         for group in groups:
             if group not in self._planned:
-                alike = (
-                    g for g in self._planned if g[1:] == group[1:] and g[0][1:] == group[0][1:]
-                )
-                if (other := next(alike, None)) is None:
+                other = next((known for known in self._planned if known.is_like(group)), None)
+                if other is None:
                     return False
                 self._planned[group] = self._planned[other]
         return True

@@ -64,7 +64,7 @@ class Trigram:
     def _guess(self, ask: Ask) -> Guess:
         request = ask.request
         table = self._learn(request, request.num_ids)
-        if table is None or request.num_ids < 2:
+        if table is None:
             return Guess()
         a, b = request.ids[request.num_ids - 2 : request.num_ids].tolist()
         found = _searched(table, a, b, ask.most, ask.may_branch)
@@ -77,8 +77,10 @@ class Trigram:
         )
 
     def _learn(self, request: Request, known: int) -> TrigramTable | None:
-        """The table of the request's owner, with all there is of it by now; None: it is too short
-        to have a third token."""
+        """The table of the request's owner, with all there is of it by now; None: there is none, or
+        the request has no two tokens to look up."""
+        if known < 2:
+            return None
         whose = owner(request)
         table = self._tables.use(whose)
         seen = self._seen.get(request.id, 0)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, silu
 from transformers import LlamaForCausalLM
 
+from loramux.sampling.agreement import acceptance
 from loramux.speculation.acceptance import FILE, read_head
 
 from . import corpus
@@ -62,14 +63,6 @@ class Head(nn.Module):
         }
         halves = {name: t.detach().half().contiguous() for name, t in tensors.items()}
         save_file(halves, path, {"format": "pt"})
-
-
-def acceptance(p: Tensor, q: Tensor, guesses: Tensor) -> Tensor:
-    """How likely the target, drawing from ``p`` [..., V], draws ``guesses`` [...], which the draft
-    drew from ``q`` with the same noise."""
-    p_y = p.gather(-1, guesses[..., None]).clamp(torch.finfo(p.dtype).tiny)
-    q_y = q.gather(-1, guesses[..., None])
-    return 1.0 / torch.maximum(p * (q_y / p_y), q).sum(-1)
 
 
 def probabilities(model: Any, ids: Tensor) -> Tensor:
