@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import starmap
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,8 @@ SEED = 17
 
 Progress = Callable[[int, int], None]
 """Told how many runs over the prompts are done, and of how many."""
+Judge = Callable[[int, Sequence[int]], bool]
+"""Says of the token ids of the answer to a prompt, by its index, whether it is as it should be."""
 Routers = Callable[[EntropyAdaptive, bytes | None, int], Router]
 
 
@@ -52,13 +55,15 @@ class Point:
     Shares of the large model: of the tokens that were drawn (``tokens``), and what all tokens that
     were computed cost, prompts and catching up included, against the large model alone (``cost``).
     ``quality`` is the mean log-likelihood in nats of a token under the large model, ``agreement``
-    how often it is the one that the large model holds most likely.
+    how often it is the one that the large model holds most likely, ``hits`` how many of the answers
+    passed a judge, if there is one.
     """
 
     tokens: float
     cost: float
     quality: float
     agreement: float
+    hits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ class Frontier:
 
         def told(point: Point) -> dict[str, float]:
             share = float(np.exp(point.quality - self.large.quality))
-            return {**asdict(point), "quality_share": share}
+            told = {name: value for name, value in asdict(point).items() if value is not None}
+            return {**told, "quality_share": share}
 
         return {
             "large": told(self.large),
@@ -140,9 +146,13 @@ class Pair:
         self._relative_cost = relative_cost
         self._large_alone = 0.0
         self._num_runs = 0
+        self._judge: Judge | None = None
 
-    def frontier(self, thresholds: Sequence[float], progress: Progress) -> Frontier:
+    def frontier(
+        self, thresholds: Sequence[float], progress: Progress, judge: Judge | None = None
+    ) -> Frontier:
         """The sweep; with no ``thresholds``, over quantiles of what the small model shows."""
+        self._judge = judge
         total = 2 + 2 * (len(thresholds) or len(QUANTILES))
         done = iter(range(1, total + 1))
 
@@ -172,12 +182,14 @@ class Pair:
         cost = computed_large + computed_small * self._relative_cost
         if how is LARGE_ALONE:
             self._large_alone = cost
-        scores = self._scores([[i for o in told for i in o.token_ids] for told in outputs])
+        answers = [[i for output in told for i in output.token_ids] for told in outputs]
+        scores = self._scores(answers)
         return Point(
             tokens=large / (large + small),
             cost=cost / self._large_alone,
             quality=float(np.mean([logprob for logprob, _ in scores])),
             agreement=float(np.mean([rank == 1 for _, rank in scores])),
+            hits=self._judge and float(np.mean(list(starmap(self._judge, enumerate(answers))))),
         )
 
     def _ask(self, index: int, prompt: Sequence[int], how: EntropyAdaptive) -> Submit:

@@ -54,14 +54,17 @@ def test_tokens_do_not_depend_on_the_planner(
 
 
 class Hopeless:
-    """Guesses what never comes."""
+    """Looks at what was computed, and guesses what never comes."""
 
     def __init__(self) -> None:
-        self.rows = 0
+        self.rows = self.looks = 0
 
     def propose(self, asks: list[Ask]) -> list[Guess]:
         self.rows += len(asks)
         return [Guess([1] * ask.most) for ask in asks]
+
+    def saw(self, requests: Any, hidden: Any) -> None:
+        self.looks += 1
 
     def ended(self, request: Any) -> None: ...
 
@@ -72,20 +75,21 @@ def test_who_is_never_right_is_hardly_asked_and_not_verified(llama: Path) -> Non
     harness.engine.drafting.drafters["hopeless"] = hopeless = Hopeless()
     speculation = Speculation(drafters=("hopeless",), max_draft_tokens=4)
 
-    def serve() -> tuple[int, int, int]:
-        first, asked = len(harness.steps), hopeless.rows
+    def serve() -> tuple[int, int, int, int]:
+        first, asked, looks = len(harness.steps), hopeless.rows, hopeless.looks
         for index in range(4):
             harness.submit([60 + index] * 3, speculation=speculation, max_tokens=200)
         harness.run()
         steps = harness.steps[first:]
         verified = sum(sum(step.stats.get("drafted", {}).values()) for step in steps)
-        return len(steps), verified, hopeless.rows - asked
+        return len(steps), verified, hopeless.rows - asked, hopeless.looks - looks
 
     serve()
-    num_steps, verified, asked = serve()
+    num_steps, verified, asked, looks = serve()
     assert verified == 0
+    assert looks <= num_steps / 8 + 1, "states are copied only for steps in which somebody asks"
     assert asked <= 4 * (num_steps / 8 + 1), "probed more often than every eighth step"
-    assert not planner._shadows, "of requests that ended"
+    assert not planner._record._shadows, "of requests that ended"
     harness.close()
 
 

@@ -126,7 +126,8 @@ class Server:
         asks = [Ask(r, r.speculation.max_draft_tokens) for r in self.requests if r.speculation]
         num_tokens = len(rows) + prompt_tokens
         load = Load(len(rows), num_tokens, MOST_TOKENS - num_tokens)
-        drafts = iter(self.drafting.propose(asks, load))
+        rests = self.drafting.rests(load)
+        drafts = iter([None] * len(asks) if rests else self.drafting.propose(asks, load))
         for row in rows:
             if row.request.speculation and (draft := next(drafts)) is not None:
                 row.drafter = draft.drafter
@@ -139,6 +140,7 @@ class Server:
         self.verified.append(total - num_tokens)
         for row in rows:
             self._commit(row)
+        self.drafting.stepped()
 
     def _commit(self, row: Row) -> None:
         request = row.request

@@ -18,7 +18,7 @@ from loramux.memory.frames import Owner
 from loramux.request import DRAFT_MODEL_ID, Kv, Request, SamplingParams
 from loramux.speculation.drafter import Ask, Guess
 from loramux.speculation.followers import Follower, Followers
-from loramux.speculation.planner import Priced
+from loramux.speculation.prospects import Priced
 
 PROCESSED: dict[str, Any] = {
     "temperature": 0.9,

@@ -140,12 +140,14 @@ class StepLoop:
         rows = [row for row in batch.rows if row.num_tokens == 1 and row.request.speculation]
         if not rows:
             return
-        asks = [Ask(row.request, self._scheduler.room_for_drafts(row)) for row in rows]
         load = Load(
             rows=sum(row.samples for row in batch.rows),
             tokens=batch.num_tokens,
             budget=budget,
         )
+        if self._drafting.rests(load):
+            return
+        asks = [Ask(row.request, self._scheduler.room_for_drafts(row)) for row in rows]
         drafts = self._drafting.propose(asks, load)
         for row, draft in zip(rows, drafts, strict=True):
             if draft is not None:
@@ -182,6 +184,8 @@ class StepLoop:
                 self._residency.pace.took(time.perf_counter() - flight.began)
             self._commit(flight, result, report)
             timer.done("commit")
+        if len(flights) == 1:  # else nobody can tell what each model's rows took
+            self._drafting.stepped()
 
     def _commit(self, flight: Flight, result: SampleResult, report: Report) -> None:
         now, batch = self._clock(), flight.plan.batch

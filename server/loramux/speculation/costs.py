@@ -6,6 +6,7 @@ and as much as a token, once it waits for the arithmetic. Where that turns is re
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ POINTS = (1, 16, 4, 8, 2, 32, 64, 128, 3, 6, 12, 24, 48, 96, 192, 256)
 REPEATS = 3
 LIMIT_S = 1.0
 """What a measurement may take, unless the first two points take more."""
+
+NEWEST, FORGOTTEN = 16, 1000
+"""Steps after which what was seen of others counts for little."""
 
 
 class CostTable:
@@ -74,6 +78,39 @@ class Costs(NamedTuple):
         prompts = seconds[load.tokens] - seconds[load.rows]
         upto: Floats = seconds[load.tokens : load.tokens + load.budget + 1] - prompts
         return upto
+
+
+class Reality:
+    """How much longer than a table says steps take in which somebody is asked than others do, by
+    how many rows they have: what asking, verifying and committing take beside the forward pass, and
+    what contexts are longer than when the table was measured.
+
+    While nobody is asked nothing is seen of it, and what was once disturbed by another program
+    would stay: so it is slowly forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._means: dict[tuple[int, bool], float] = {}
+        self._counts: Counter[tuple[int, bool]] = Counter()
+
+    def knows_plain(self, rows: int) -> bool:
+        """A step of about ``rows`` was seen in which nobody was asked."""
+        return (rows.bit_length(), False) in self._means
+
+    def took(self, rows: int, *, asked: bool, ratio: float) -> None:
+        """A step of ``rows`` took ``ratio`` times what the table says."""
+        these = (rows.bit_length(), asked)
+        mean = self._means.setdefault(these, ratio)
+        self._counts[these] += 1
+        self._means[these] += (min(ratio, 2 * mean) - mean) / min(self._counts[these], NEWEST)
+        if not asked and (those := (rows.bit_length(), True)) in self._means:
+            self._means[those] += (self._means[these] - self._means[those]) / FORGOTTEN
+
+    def factor(self, rows: int) -> float:
+        """What the table's seconds of a step with guesses have to be multiplied by."""
+        size = rows.bit_length()
+        plain, asking = self._means.get((size, False)), self._means.get((size, True))
+        return asking / plain if plain and asking else 1.0
 
 
 def measure(

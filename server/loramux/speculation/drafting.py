@@ -36,6 +36,19 @@ class Drafting:
         self.drafters = dict(drafters)
         self.planner = planner
         self._clock = clock
+        self._began: float | None = None
+        self._asked_s = 0.0
+
+    def rests(self, load: Load) -> bool:
+        """In this step, of ``load``, nobody is to be asked. To be called as the step begins."""
+        self._began, self._asked_s = self._clock(), 0.0
+        return self.planner is not None and self.planner.rests(load)
+
+    def stepped(self) -> None:
+        """The step is committed."""
+        began, self._began = self._began, None
+        if self.planner is not None and began is not None:
+            self.planner.stepped(self._clock() - began - self._asked_s)
 
     def propose(self, asks: Sequence[Ask], load: Load) -> list[Draft | None]:
         """For each of ``asks`` the guess of the first of its request's drafters that has one, as
@@ -49,6 +62,8 @@ class Drafting:
         numbers = [len(answer.guess.token_ids) for answer in answers]
         if self.planner is not None and answers:
             numbers = self.planner.choose(answers, load, self._clock() - began)
+        if self.planner is not None:
+            self.planner.proposed(self._clock() - began - self._asked_s)
         budget = load.budget
         for answer, number in zip(answers, numbers, strict=True):
             if number := min(number, budget):
@@ -63,11 +78,11 @@ class Drafting:
             self.planner.learned(row, nodes)
 
     def reads(self, request: Request) -> bool:
-        """One of the request's drafters is a HiddenReader."""
+        """One of the request's drafters is a HiddenReader, and may be asked in the next step."""
         speculation = request.speculation
-        return speculation is not None and any(
-            hasattr(self.drafters[name], "saw") for name in speculation.drafters
-        )
+        if speculation is None or (self.planner is not None and not self.planner.wakes):
+            return False
+        return any(hasattr(self.drafters[name], "saw") for name in speculation.drafters)
 
     def saw(self, requests: Sequence[Request], hidden: torch.Tensor) -> None:
         """See HiddenReader."""
@@ -111,8 +126,10 @@ class Drafting:
             now = [asks[question.number]._replace(most=question.most) for question in those]
             began = self._clock()
             guesses = self.drafters[name].propose(now)
+            took_s = self._clock() - began
+            self._asked_s += took_s
             if self.planner is not None:
-                self.planner.took(name, len(now), self._clock() - began)
+                self.planner.took(name, len(now), took_s)
             for (number, _, most), ask, guess in zip(those, now, guesses, strict=True):
                 guess = _beginning(guess, most)
                 answers.append(Answer(number, ask, name, guess, probe))
