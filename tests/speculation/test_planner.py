@@ -146,6 +146,18 @@ def test_nothing_is_guessed_for_five_per_cent(gain: float, guesses: int) -> None
     assert len(chosen) == guesses
 
 
+@pytest.mark.parametrize(("gain", "asks"), [(0.03, False), (0.09, True)])
+def test_nobody_is_asked_for_five_per_cent(gain: float, asks: bool) -> None:
+    """Whose guesses would all be cut need not guess."""
+    costs = Costs.alike(CostTable({1: 0.01, 2: 0.01 * 1.5 / (1 + gain)}, MOST_TOKENS))
+    drafter = Scripted(World(19), lambda _: [0.5])
+    server = served(drafter, costs, 1, most=1)
+    server.run(3000)
+    asked = drafter.rows_asked
+    server.run(400)
+    assert (drafter.rows_asked - asked > 200) is asks
+
+
 def test_what_prompts_take_is_no_reason_to_guess() -> None:
     """Beside a long prompt a guess looks cheap, but the prompt has to be computed either way."""
     costs = Costs.alike(table(0.01, 0.004))
