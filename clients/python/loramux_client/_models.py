@@ -272,10 +272,11 @@ class Adapter(Record):
     ``status``: receiving, validating, ready, failed, deleting or incompatible. ``residency``:
     "pool" when it can be used at once, "disk" when it is loaded on first use. ``report`` is what
     validation found, ``error`` why it failed (code, message, problems). ``profile`` is how it is
-    spoken to and speaks; only ``show`` has it, the others have its digest ("" for none). ``base``
-    is the model it is for: target, draft or small. ``companions`` are the adapters for the others
-    that its profile names, by model: each ``{"name", "status", "digest"}``, used when it is ready.
-    ``created`` and ``expires_at`` (None: never) are Unix seconds.
+    spoken to and speaks; only ``show`` has it, the others have its digest ("" for none).
+    ``heads_digest`` is that of Medusa heads of its own ("" for none); ``report`` says what they
+    are. ``base`` is the model it is for: target, draft or small. ``companions`` are the adapters
+    for the others that its profile names, by model: each ``{"name", "status", "digest"}``, used
+    when it is ready. ``created`` and ``expires_at`` (None: never) are Unix seconds.
     """
 
     name: str
@@ -295,6 +296,7 @@ class Adapter(Record):
     report: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] | None = None
     profile_digest: str = ""
+    heads_digest: str = ""
     profile: dict[str, Any] | None = None
     companions: dict[str, dict[str, Any]] = field(default_factory=dict)
 
