@@ -33,7 +33,7 @@ def within(condition: Callable[[], object], seconds: float = 20) -> bool:
 
 
 class Files:
-    """Heads by name, each of 10 bytes; reading waits for ``gate``, fails for names in ``broken``."""
+    """Heads by name, 10 bytes each; reading waits for ``gate``, fails for names in ``broken``."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()

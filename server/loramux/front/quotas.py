@@ -141,7 +141,7 @@ class Quotas:
         most = self._limits(tenant).max_adapter_bytes
         if most is not None and used + num_bytes > most:
             raise QuotaExceeded(
-                f"this tenant has {used} bytes of weights and of files that wait for an adapter, "
+                f"this tenant has {used} bytes of weights, heads and files that wait for an adapter, "
                 f"and may have {most}; this one has {num_bytes}"
             )
 
