@@ -82,7 +82,9 @@ class CompletionTokensDetails(Record):
 @dataclass(frozen=True, kw_only=True)
 class SpeculationUsage(Record):
     """How the server guessed ahead, and what came of it: ``steps`` that verified guesses, the
-    tokens ``drafted`` for them and those ``accepted``; by drafter the same three."""
+    tokens ``drafted`` for them and those ``accepted``; by drafter the same three. ``heads``: with
+    which of them ``medusa`` guessed, "base" or the digest of an adapter's own; None: it was not to
+    be asked."""
 
     WORDS = frozenset({"off"})
 
@@ -94,6 +96,7 @@ class SpeculationUsage(Record):
     drafted: int = 0
     accepted: int = 0
     by_drafter: dict[str, dict[str, int]] = field(default_factory=dict)
+    heads: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
