@@ -108,6 +108,7 @@ def test_what_cannot_be_read_is_said_once_and_tried_again_later(
         assert within(lambda: not own._reading)
         for _ in range(3):
             assert own.get("a") is None
+            assert within(lambda: not own._reading)
     assert files.read == ["a"] and len(caplog.records) == 1
     assert "cannot be read" in caplog.text
     assert within(lambda: own.get("b")), "others are read all the same"

@@ -4,6 +4,7 @@ disk, and the handler runs from the first byte on, not after the last."""
 from __future__ import annotations
 
 import re
+from contextlib import AsyncExitStack
 from typing import Literal
 
 from python_multipart.exceptions import FormParserError
@@ -60,6 +61,7 @@ class Upload:
         self._headers: dict[bytes, bytes] = {}
         self._pieces: list[tuple[Streamed, bytes]] = []
         self._writers: dict[Streamed, UploadWriter] = {}
+        self._open = AsyncExitStack()
         self._complete = False
 
     async def read(self, request: Request) -> None:
@@ -98,13 +100,13 @@ class Upload:
 
     async def abort(self) -> None:
         """Leaves nothing of an upload that was not registered."""
-        for writer in self._writers.values():
-            await writer.abort()
+        await self._open.aclose()
 
     async def _store(self) -> None:
         for part in STREAMED:
             if part in self._seen and part not in self._writers:
-                self._writers[part] = await self._adapters.begin(part)
+                writer = self._writers[part] = await self._adapters.begin(part)
+                self._open.push_async_callback(writer.abort)
         for part, piece in self._pieces:
             await self._writers[part].write(piece)
         self._pieces.clear()
