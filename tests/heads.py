@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 
 def write_heads(
@@ -37,3 +37,19 @@ def write_heads(
         tensors["accuracy"] = accuracy
     save_file(tensors, path)
     return tensors
+
+
+def saying(
+    token_id: int, hidden: int, vocab_size: int, *, heads: int = 3, **more: torch.Tensor
+) -> bytes:
+    """A file of heads that say one token for ever, whatever they read: their blocks add a large
+    constant, of which that token's row of the output matrix makes its logit. ``more`` takes the
+    place of tensors, or joins them."""
+    constant, output = torch.zeros(hidden), torch.zeros(vocab_size, hidden)
+    constant[0], output[token_id, 0] = 1000.0, 1.0
+    tensors = {}
+    for j in range(heads):
+        tensors[f"{j}.0.linear.weight"] = torch.zeros(hidden, hidden)
+        tensors[f"{j}.0.linear.bias"] = constant.clone()
+        tensors[f"{j}.1.weight"] = output.clone()
+    return save({**tensors, **more})

@@ -51,6 +51,12 @@ def add_adapters(commands: Any) -> None:
         action="store_false",
         help="leave out the folder's chat template, generation_config.json and loramux.json",
     )
+    push.add_argument(
+        "--no-heads",
+        dest="heads",
+        action="store_false",
+        help="leave out the folder's medusa_heads.safetensors",
+    )
     _add_blend(verbs)
     verbs.add_parser("list", help="all adapters")
     for verb, text in {
@@ -169,6 +175,7 @@ def _push(client: Any, args: dict[str, Any]) -> Any:
                 base=args["base"],
                 ttl_s=args["ttl"],
                 profile=args["profile"],
+                heads=args["heads"],
                 progress=progress,
             )
     except ImportError as error:

@@ -15,6 +15,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEMO_DIR = Path(__file__).parent / "demo"
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+HEADS_BYTES = 512 << 20
+"""An engine keeps adapters' own Medusa heads of so many bytes, whoever used them last."""
 """What an adapter may be called: it ends up in labels, logs and URLs, and is never a path."""
 
 
@@ -100,6 +102,11 @@ class ServerConfig(BaseSettings):
     header_timeout_s: float = Field(10.0, gt=0, description="time for a request's headers to come")
     keep_alive_s: float = Field(15.0, gt=0, description="a silent stream gets a comment this often")
     drain_s: float = Field(30.0, ge=0, description="time for running requests after SIGTERM")
+
+    @property
+    def max_heads_bytes(self) -> int:
+        """Of an adapter's own Medusa heads. An engine keeps HEADS_BYTES of such files."""
+        return min(self.max_adapter_file_bytes, HEADS_BYTES)
 
     @property
     def keys_file(self) -> Path:

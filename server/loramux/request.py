@@ -74,12 +74,14 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Which drafters guess ahead for a request, the first that has something to say, and how many
     tokens at most in a step; ``tree``: guesses may branch. What is delivered does not depend on
     it, unless ``typical``: then a guess passes that is likely enough, where tokens are drawn at
-    random (see ``sampling.typical``)."""
+    random (see ``sampling.typical``). ``heads``: the digest of the file of heads that ``medusa``
+    guesses with, which an adapter has brought; "" for the base's own."""
 
     drafters: tuple[str, ...]
     max_draft_tokens: int = 8
     tree: bool = False
     typical: bool = False
+    heads: str = ""
 
 
 class EntropyAdaptive(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -196,7 +196,8 @@ class Ready(msgspec.Struct, tag=True, kw_only=True):
     """The engine has a model, a pool and compiled kernels: requests may come.
 
     ``drafters`` are those it has, in the order in which a request that leaves the choice to the
-    server asks them. ``partners`` are the other models it has, by model id.
+    server asks them; for an adapter with heads of its own it has ``medusa`` as well, also when the
+    base has no heads. ``partners`` are the other models it has, by model id.
     """
 
     engine_epoch: int
@@ -253,8 +254,9 @@ class Heartbeat(msgspec.Struct, tag=True):
 class IngestJob(msgspec.Struct, tag=True, kw_only=True):
     """Validate two blobs as a PEFT adapter and, if they are good, write the packed form.
 
-    ``profile_digest``: a third blob, the adapter's profile; "" when it has none. ``base`` rides
-    along so the ingest process keeps no state. ``pack=False`` only validates.
+    ``profile_digest`` and ``heads_digest``: two more blobs, the adapter's profile and its own
+    Medusa heads; "" when it has none. ``base`` rides along so the ingest process keeps no state.
+    ``pack=False`` only validates.
     """
 
     job_id: int
@@ -262,6 +264,7 @@ class IngestJob(msgspec.Struct, tag=True, kw_only=True):
     weights_digest: str
     base: BaseDescription
     profile_digest: str = ""
+    heads_digest: str = ""
     pack: bool = True
 
 

@@ -108,7 +108,7 @@ def test_a_repository_of_a_hub(
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)  # type: ignore[arg-type]
     source = "hf:someone/their-adapter" + (f"@{revision}" if revision else "")
     connect(server).call("adapters.push", source)
-    files = [CONFIG, "adapter_model.safetensors", *BESIDE]
+    files = [CONFIG, "adapter_model.safetensors", "medusa_heads.safetensors", *BESIDE]
     options = {"revision": revision, "allow_patterns": files}
     assert hub.asked == [("someone/their-adapter", options)]
     assert sha(WEIGHTS) in server.blobs and server.registered[0]["name"] == "their-adapter"

@@ -40,7 +40,9 @@ def main() -> None:
         done = wire.IngestDone(job_id=job.job_id, problems=config.get("bad", []))
         done.code = config.get("code", done.code)
         if not done.problems:
-            done.digest = adapter_digest(job.config_digest, job.weights_digest, job.profile_digest)
+            done.digest = adapter_digest(
+                job.config_digest, job.weights_digest, job.profile_digest, job.heads_digest
+            )
             done.report = {"rank": 4, "num_bytes": 128, "num_frames": 1}
             if job.profile_digest:
                 profile = json.loads(store.path(job.profile_digest).read_bytes())

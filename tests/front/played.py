@@ -37,11 +37,18 @@ class Ingest:
         self.blocked: set[asyncio.Task[Any] | None] = set()
 
     async def examine(
-        self, config: str, weights: str, profile: str, base: BaseDescription, *, pack: bool
+        self,
+        config: str,
+        weights: str,
+        profile: str,
+        heads: str,
+        base: BaseDescription,
+        *,
+        pack: bool,
     ) -> IngestDone:
         store = BlobStore(self.data_dir)
         assert store.has(weights), "the files stay while they are examined"
-        digest = adapter_digest(config, weights, profile)
+        digest = adapter_digest(config, weights, profile, heads)
         done = IngestDone(job_id=1, digest=digest)
         if not is_good(store.path(config).read_bytes()):
             done = IngestDone(job_id=1, problems=["bad"], code="adapter_invalid")

@@ -130,7 +130,7 @@ class FakeAdapters:
     def put(self, *rows: AdapterRow) -> None:
         self.catalog.put(rows[0].name, list(rows), tenant=rows[0].tenant)
 
-    async def begin(self) -> FakeWriter:
+    async def begin(self, param: str = "weights") -> FakeWriter:
         self.writers.append(FakeWriter(self.config.max_adapter_file_bytes))
         return self.writers[-1]
 
@@ -141,6 +141,7 @@ class FakeAdapters:
         weights_digest: str,
         *,
         profile: bytes = b"",
+        heads_digest: str = "",
         validate_only: bool = False,
         wait_s: float = 0,
         expected_generation: int | None = None,

@@ -22,6 +22,7 @@ from loramux_client._errors import AdapterFilesError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+HEADS = "medusa_heads.safetensors"
 BESIDE = (
     "chat_template.jinja",
     "generation_config.json",
@@ -58,12 +59,13 @@ class File:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The two files of an adapter; ``name`` is what their folder or archive is called, ``beside``
-    has those of BESIDE that lie in the same folder."""
+    """The two files of an adapter; ``name`` is what their folder or archive is called, ``heads``
+    and ``beside`` are HEADS and those of BESIDE that lie in the same folder."""
 
     name: str
     config: File
     weights: File
+    heads: File | None = None
     beside: dict[str, File] = field(default_factory=dict)
 
 
@@ -71,12 +73,14 @@ def find_adapter(source: Source) -> AdapterFiles:
     """Raises AdapterFilesError when there is not exactly one adapter there."""
     if isinstance(source, tuple):
         config, weights = map(Path, source)
-        return AdapterFiles(weights.resolve().parent.name, _local(config), _local(weights))
+        return AdapterFiles(weights.resolve().parent.name, local_file(config), local_file(weights))
     path = Path(source)
     if path.is_dir():
-        beside = {name: _local(path / name) for name in BESIDE if (path / name).is_file()}
-        name = path.resolve().name
-        return AdapterFiles(name, _local(path / CONFIG), _local(path / WEIGHTS), beside)
+        names = (name for name in (HEADS, *BESIDE) if (path / name).is_file())
+        beside = {name: local_file(path / name) for name in names}
+        return _together(
+            path.resolve().name, local_file(path / CONFIG), local_file(path / WEIGHTS), beside
+        )
     if not path.is_file():
         raise AdapterFilesError(f"{path} is neither a folder nor a file")
     name = path.name
@@ -84,17 +88,23 @@ def find_adapter(source: Source) -> AdapterFiles:
         name = name.removesuffix(suffix)
     try:
         if zipfile.is_zipfile(path):
-            return AdapterFiles(name, *_in_zip(path))
+            return _together(name, *_in_zip(path))
         if tarfile.is_tarfile(path):
-            return AdapterFiles(name, *_in_tar(path))
+            return _together(name, *_in_tar(path))
     except _UNREADABLE as exc:
         raise AdapterFilesError(f"{path} cannot be read as an archive: {exc}") from exc
     raise AdapterFilesError(f"{path} is neither a folder nor a tar or zip archive")
 
 
-def _local(path: Path) -> File:
+def _together(name: str, config: File, weights: File, beside: dict[str, File]) -> AdapterFiles:
+    return AdapterFiles(name, config, weights, beside.pop(HEADS, None), beside)
+
+
+def local_file(path: Path) -> File:
+    """Raises AdapterFilesError when there is none."""
     if not path.is_file():
-        raise AdapterFilesError(f"{path} is missing: PEFT saves {CONFIG} and {WEIGHTS}")
+        which = f": PEFT saves {CONFIG} and {WEIGHTS}" if path.name in (CONFIG, WEIGHTS) else ""
+        raise AdapterFilesError(f"{path} is missing{which}")
     return File(lambda: path.open("rb"), path.stat().st_size)
 
 
@@ -154,7 +164,7 @@ def _pick(
     beside = {
         PurePosixPath(name).name: File(opener(name), size)
         for name, size in members.items()
-        if PurePosixPath(name).parent == folder and PurePosixPath(name).name in BESIDE
+        if PurePosixPath(name).parent == folder and PurePosixPath(name).name in (HEADS, *BESIDE)
     }
     return config, weights, beside
 

@@ -82,7 +82,9 @@ class CompletionTokensDetails(Record):
 @dataclass(frozen=True, kw_only=True)
 class SpeculationUsage(Record):
     """How the server guessed ahead, and what came of it: ``steps`` that verified guesses, the
-    tokens ``drafted`` for them and those ``accepted``; by drafter the same three."""
+    tokens ``drafted`` for them and those ``accepted``; by drafter the same three. ``heads``: with
+    which of them ``medusa`` guessed, "base" or the digest of an adapter's own; None: it was not to
+    be asked."""
 
     WORDS = frozenset({"off"})
 
@@ -94,6 +96,7 @@ class SpeculationUsage(Record):
     drafted: int = 0
     accepted: int = 0
     by_drafter: dict[str, dict[str, int]] = field(default_factory=dict)
+    heads: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,10 +275,11 @@ class Adapter(Record):
     ``status``: receiving, validating, ready, failed, deleting or incompatible. ``residency``:
     "pool" when it can be used at once, "disk" when it is loaded on first use. ``report`` is what
     validation found, ``error`` why it failed (code, message, problems). ``profile`` is how it is
-    spoken to and speaks; only ``show`` has it, the others have its digest ("" for none). ``base``
-    is the model it is for: target, draft or small. ``companions`` are the adapters for the others
-    that its profile names, by model: each ``{"name", "status", "digest"}``, used when it is ready.
-    ``created`` and ``expires_at`` (None: never) are Unix seconds.
+    spoken to and speaks; only ``show`` has it, the others have its digest ("" for none).
+    ``heads_digest`` is that of Medusa heads of its own ("" for none); ``report`` says what they
+    are. ``base`` is the model it is for: target, draft or small. ``companions`` are the adapters
+    for the others that its profile names, by model: each ``{"name", "status", "digest"}``, used
+    when it is ready. ``created`` and ``expires_at`` (None: never) are Unix seconds.
     """
 
     name: str
@@ -295,6 +299,7 @@ class Adapter(Record):
     report: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] | None = None
     profile_digest: str = ""
+    heads_digest: str = ""
     profile: dict[str, Any] | None = None
     companions: dict[str, dict[str, Any]] = field(default_factory=dict)
 

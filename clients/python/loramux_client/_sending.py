@@ -39,14 +39,18 @@ _FOR_NOW = frozenset({408, 409, 429, 500, 502, 503, 504})
 
 
 def send(files: AdapterFiles, progress: Progress | None) -> Flow[dict[str, Any]]:
-    """Make both files blobs of the caller's; ``{"config": digest, "weights": digest}``.
+    """Make the files blobs of the caller's; ``{"config": digest, "weights": digest}``, and
+    ``heads`` if there are any.
 
-    ``progress`` counts bytes of both files; those the server has already count as sent.
+    ``progress`` counts bytes of all files; those the server has already count as sent.
     """
-    total = files.config.size + files.weights.size
+    parts = {"config": files.config, "weights": files.weights}
+    if files.heads is not None:
+        parts["heads"] = files.heads
+    total = sum(file.size for file in parts.values())
     before = 0
     fields: dict[str, Any] = {}
-    for name, file in (("config", files.config), ("weights", files.weights)):
+    for name, file in parts.items():
 
         def sent(num_bytes: int, before: int = before) -> None:
             if progress:

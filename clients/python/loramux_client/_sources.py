@@ -12,7 +12,15 @@ from typing import Protocol
 
 from loramux_client._compress import Compressed
 from loramux_client._errors import AdapterFilesError
-from loramux_client._files import BESIDE, CONFIG, WEIGHTS, AdapterFiles, Source, find_adapter
+from loramux_client._files import (
+    BESIDE,
+    CONFIG,
+    HEADS,
+    WEIGHTS,
+    AdapterFiles,
+    Source,
+    find_adapter,
+)
 
 HUB = "hf:"
 
@@ -72,6 +80,6 @@ def _download(repository: str) -> AdapterFiles:
     if name.count("/") != 1 or not all(name.split("/")):
         raise AdapterFilesError(f"{HUB}{repository} is not {HUB}ORGANISATION/REPOSITORY")
     folder = snapshot_download(
-        name, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS, *BESIDE]
+        name, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS, HEADS, *BESIDE]
     )
     return replace(find_adapter(folder), name=name.rpartition("/")[2])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, Required, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 from loramux_client import _compress
 from loramux_client._compress import Compressed
 from loramux_client._errors import RequestTimeoutError, api_error
-from loramux_client._files import Progress
+from loramux_client._files import Progress, local_file
 from loramux_client._models import (
     Adapter,
     Alias,
@@ -195,6 +198,7 @@ def push(
     ttl_s: int | None = None,
     compress: Compression | None = None,
     profile: Choice = True,
+    heads: bool | str | os.PathLike[str] = True,
     progress: Progress | None = None,
     wait: bool | float = True,
 ) -> Flow[Adapter]:
@@ -204,17 +208,18 @@ def push(
 
     ``name`` is that of the folder, archive or repository if not given. ``base``: which of the
     server's models it is for; one for the draft or the small model is asked for by no request, but
-    named among the ``companions`` of another's profile, and has none itself. ``compress``: send it
-    compressed, ``{"density": 0.1}``; ``report`` of the answer says what that did. A name that holds
-    other weights is only given these when ``expected_generation`` is its present one. Files that
-    the server has are not sent again, large ones are resumed after a broken connection.
-    ``progress(sent, total)`` counts bytes.
+    named among the ``companions`` of another's profile, and has neither profile nor heads itself.
+    ``compress``: send it compressed, ``{"density": 0.1}``; ``report`` of the answer says what that
+    did. A name that holds other weights is only given these when ``expected_generation`` is its
+    present one. Files that the server has are not sent again, large ones are resumed after a broken
+    connection. ``progress(sent, total)`` counts bytes.
 
     ``profile``: how it is spoken to and speaks, as an object or the path of a JSON file; True takes
     it from the chat template, generation_config.json and loramux.json in the folder, False sends
-    none. ``ttl_s``: seconds until it is deleted. ``wait``: until the server has validated it
-    (seconds, or True for ten minutes), else return at once with status "validating". Raises
-    AdapterInvalidError with all its problems.
+    none. ``heads``: the path of Medusa heads of its own, which guess what it says next; True takes
+    medusa_heads.safetensors from the folder, False sends none. ``ttl_s``: seconds until it is
+    deleted. ``wait``: until the server has validated it (seconds, or True for ten minutes), else
+    return at once with status "validating". Raises AdapterInvalidError with all its problems.
     """
     with open_adapter(source) as files:
         name = name or files.name
@@ -223,6 +228,10 @@ def push(
         voice = profile_of(files, profile if base == "target" or profile is not True else False)
         if compress is not None:
             files = _compress.compress(files, **compress).files
+        if not isinstance(heads, bool):
+            files = replace(files, heads=local_file(Path(heads)))
+        elif not heads or base != "target":
+            files = replace(files, heads=None)
         fields = yield from send(files, progress)
     if voice:
         fields["profile"] = voice

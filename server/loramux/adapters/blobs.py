@@ -36,16 +36,21 @@ def check_digest(digest: str) -> str:
     return digest
 
 
-def adapter_digest(config_digest: str, weights_digest: str, profile_digest: str = "") -> str:
+def adapter_digest(
+    config_digest: str, weights_digest: str, profile_digest: str = "", heads_digest: str = ""
+) -> str:
     """The identity of an adapter version.
 
-    SHA-256 over its files' raw digests (config, weights, and the profile if it has one), each after
-    its length as 8 bytes, little-endian.
+    SHA-256 over its files' raw digests (config, weights, profile, heads), each after its length as
+    8 bytes, little-endian. One that it has not ("") is empty, and left out when none follows.
     """
     whole = hashlib.sha256()
-    files = (config_digest, weights_digest, profile_digest)
-    for digest in files if profile_digest else files[:2]:
-        raw = bytes.fromhex(check_digest(digest))
+    files = [check_digest(config_digest), check_digest(weights_digest)]
+    files += [profile_digest, heads_digest]
+    while not files[-1]:
+        files.pop()
+    for digest in files:
+        raw = bytes.fromhex(check_digest(digest)) if digest else b""
         whole.update(len(raw).to_bytes(8, "little") + raw)
     return whole.hexdigest()
 

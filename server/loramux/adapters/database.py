@@ -78,6 +78,7 @@ ALTER TABLE adapters ADD COLUMN expires INTEGER;
 ALTER TABLE adapters ADD COLUMN base TEXT NOT NULL DEFAULT 'target'
     CHECK (base IN ('target', 'draft', 'small'));
 """,
+    6: "ALTER TABLE adapters ADD COLUMN heads_digest TEXT NOT NULL DEFAULT '';",
 }
 """What makes a database of each version out of one of the version before; each is a transaction."""
 

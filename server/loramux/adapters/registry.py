@@ -62,12 +62,13 @@ class AdapterRow(msgspec.Struct, frozen=True, kw_only=True):
     expires: int | None = None
     profile_digest: str = ""
     base: Role = "target"
+    heads_digest: str = ""
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The digests of its blobs: config, weights, and the profile if it has one."""
-        files = (self.config_digest, self.weights_digest, self.profile_digest)
-        return files if self.profile_digest else files[:2]
+        """The digests of its blobs: config, weights, and the profile and heads if it has any."""
+        files = (self.config_digest, self.weights_digest, self.profile_digest, self.heads_digest)
+        return tuple(filter(None, files))
 
 
 Rows = list[AdapterRow]
@@ -99,6 +100,7 @@ class Registry:
         config_digest: str,
         weights_digest: str,
         profile_digest: str = "",
+        heads_digest: str = "",
         expected_generation: int | None = None,
         ttl_s: int | None = None,
         tenant: str = "",
@@ -115,7 +117,7 @@ class Registry:
         so is that of an adapter for another model than ``base``, unless it failed.
         ``blend``: how the files were made here; it stays in the report.
         """
-        files = (config_digest, weights_digest, profile_digest)
+        files = (config_digest, weights_digest, profile_digest, heads_digest)
         digest = adapter_digest(*files)
         with self._transaction() as db:
             aliases = self._expire(db, tenant, name)
@@ -160,7 +162,7 @@ class Registry:
         tenant: str,
         name: str,
         digest: str,
-        files: tuple[str, str, str],
+        files: tuple[str, str, str, str],
         base: Role,
     ) -> AdapterRow:
         (generation,) = db.execute(
@@ -170,8 +172,8 @@ class Registry:
         ).fetchone()
         cursor = db.execute(
             "INSERT INTO adapters (tenant, name, generation, digest, config_digest, weights_digest,"
-            " profile_digest, base, status, created)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'validating', ?)",
+            " profile_digest, heads_digest, base, status, created)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'validating', ?)",
             (tenant, name, generation, digest, *files, base, time.time()),
         )
         assert cursor.lastrowid is not None
@@ -351,7 +353,8 @@ class Registry:
         check_digest(digest)
         with self._reading() as db:
             query = (
-                "SELECT 1 FROM adapters WHERE ?1 IN (config_digest, weights_digest, profile_digest)"
+                "SELECT 1 FROM adapters"
+                " WHERE ?1 IN (config_digest, weights_digest, profile_digest, heads_digest)"
                 " AND error = 'null' AND (?2 IS NULL OR tenant = ?2) LIMIT 1"
             )
             return db.execute(query, (digest, tenant)).fetchone() is not None

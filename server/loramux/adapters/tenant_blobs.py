@@ -47,18 +47,18 @@ class TenantBlobs:
         with self._database.reading() as db:
             return db.execute(query, (check_digest(digest),)).fetchone() is not None
 
-    def waiting_bytes(self, tenant: str, *, but: str = "") -> int:
+    def waiting_bytes(self, tenant: str, *, but: tuple[str, str] = ("", "")) -> int:
         """Bytes the tenant keeps here beside its adapters: blobs that none of them needs, ``but``
-        one, and what open uploads have announced."""
+        two, and what open uploads have announced."""
         query = """
             SELECT num_bytes FROM tenant_blobs AS blob
-            WHERE tenant = ?1 AND expires > ?2 AND digest != ?3 AND NOT EXISTS (
+            WHERE tenant = ?1 AND expires > ?2 AND digest NOT IN (?3, ?4) AND NOT EXISTS (
                 SELECT 1 FROM adapters WHERE tenant = ?1 AND status NOT IN ('failed', 'deleting')
-                AND blob.digest IN (config_digest, weights_digest))
+                AND blob.digest IN (config_digest, weights_digest, heads_digest))
             UNION ALL SELECT num_bytes FROM uploads WHERE tenant = ?1 AND expires > ?2
         """
         with self._database.reading() as db:
-            values = (tenant, time.time(), but)
+            values = (tenant, time.time(), *but)
             return sum(num_bytes for (num_bytes,) in db.execute(query, values))
 
     def sweep(self) -> set[str]:

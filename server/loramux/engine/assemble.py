@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from loramux.adapters.residency import Residency
-from loramux.config import ServerConfig, parse_memory
+from loramux.config import HEADS_BYTES, ServerConfig, parse_memory
 from loramux.engine.costs import measure_costs
 from loramux.engine.engine import Engine
 from loramux.engine.models import (
@@ -42,6 +42,7 @@ from loramux.speculation.drafter import Drafter
 from loramux.speculation.drafting import Drafting
 from loramux.speculation.heads import Medusa, base_heads
 from loramux.speculation.lookup import COPYSPEC_MATCH, Lookup
+from loramux.speculation.own_heads import OwnHeads, reader
 from loramux.speculation.planner import Planner
 from loramux.speculation.suffix import Suffix
 from loramux.speculation.trigram import Trigram
@@ -125,7 +126,9 @@ def assemble(
         max_num_seqs=config.max_num_seqs,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        drafters=tuple(engine.drafting.drafters),
+        drafters=tuple(
+            name for name, each in engine.drafting.drafters.items() if _is_for_all(each)
+        ),
         partners={model_id: partner.description for model_id, partner in beside.items()},
         startup_s=timer.seconds,
     )
@@ -186,6 +189,9 @@ def _connect(
         },
     )
     runner = ModelRunner(decoder, kv, residency)
+    lm_head, like = decoder.weights.lm_head, decoder.weights.norm
+    own_heads = OwnHeads(reader(config.data_dir, lm_head, like), HEADS_BYTES)
+    medusa = Medusa(base_heads(config.model, lm_head, like), own_heads.get)
     planner = None
     if config.speculation != "off":
         planner = Planner(measure_costs(runner, sampler, config.max_batch_tokens))
@@ -195,27 +201,28 @@ def _connect(
         scheduler=scheduler,
         runner=runner,
         sampler=sampler,
-        drafting=Drafting(
-            drafters(config, decoder) | draft_model(config, beside, pool, sampler), planner
-        ),
+        drafting=Drafting(drafters(medusa) | draft_model(config, beside, pool, sampler), planner),
         partners=beside,
+        own_heads=own_heads,
         epoch=epoch,
         overlap=decoder.arena.is_cuda if overlap is None else overlap,
     )
 
 
-def drafters(config: ServerConfig, decoder: Decoder) -> dict[str, Drafter]:
-    """Those that need nothing but the request, and the heads the base has."""
-    found: dict[str, Drafter] = {
+def drafters(medusa: Medusa) -> dict[str, Drafter]:
+    """Those that are no model, which are asked before the one that is."""
+    return {
         suffix.NAME: Suffix(),
         "lookup": Lookup(),
         "copyspec": Lookup(shortest=COPYSPEC_MATCH, longest=COPYSPEC_MATCH, first=True),
         trigram.NAME: Trigram(),
+        "medusa": medusa,
     }
-    heads = base_heads(config.model, decoder.weights.lm_head, decoder.weights.norm)
-    if heads is not None:
-        found["medusa"] = Medusa(heads)
-    return found
+
+
+def _is_for_all(drafter: Drafter) -> bool:
+    """Not if only the heads of adapters are there to guess with."""
+    return not isinstance(drafter, Medusa) or drafter.base is not None
 
 
 def draft_model(

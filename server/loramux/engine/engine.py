@@ -24,6 +24,7 @@ from loramux.request import SMALL_MODEL_ID, EntropyAdaptive, Kv, Request
 from loramux.sampling.sampler import Sampler
 from loramux.speculation.drafting import Drafting
 from loramux.speculation.entropy import Router
+from loramux.speculation.own_heads import OwnHeads
 from loramux.wire import Command, Failed, StepDone, Submit
 
 STATS_EVERY_S = 1.0
@@ -46,6 +47,7 @@ class Engine:
         sampler: Sampler,
         drafting: Drafting,
         partners: Mapping[int, Partner],
+        own_heads: OwnHeads,
         epoch: int = 0,
         clock: Callable[[], float] = time.monotonic,
         overlap: bool = False,
@@ -54,6 +56,7 @@ class Engine:
         self.residency = residency
         self.drafting = drafting
         self.partners = partners
+        self.own_heads = own_heads
         self._residencies = [residency, *(partner.residency for partner in partners.values())]
         self.new_router: Callable[[EntropyAdaptive, bytes | None, int], Router] = Router.resumed
         self.scheduler = scheduler
@@ -161,7 +164,8 @@ class Engine:
         )
 
     def command(self, command: Command) -> dict[str, object]:
-        """Carry out an operator's wish. Raises LoramuxError when it cannot be done now."""
+        """Carry out an operator's wish. Raises LoramuxError when it cannot be done now. Whose
+        digest is to be evicted, an adapter's or a file of heads, goes without saying."""
         digest = command.digest or ""
         if command.kind == "pin" and not self.residency.pin(digest):
             raise LoramuxError(
@@ -172,6 +176,8 @@ class Engine:
             self.residency.unpin(digest)
         if command.kind == "evict" and not all([r.evict(digest) for r in self._residencies]):
             raise LoramuxError("the adapter is in use", code="adapter_in_use")
+        if command.kind == "evict":
+            self.own_heads.forget(digest)
         return {"resident": self._resident(), "pinned": self.residency.pinned()}
 
     def check(self) -> None:
@@ -185,6 +191,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop the loaders' threads."""
+        self.own_heads.close()
         for residency in self._residencies:
             residency.close()
 

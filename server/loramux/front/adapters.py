@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from loramux.adapters import heads_file
 from loramux.adapters.blobs import READ_BYTES, BlobStore
 from loramux.adapters.profile import MAX_PROFILE_BYTES
 from loramux.adapters.registry import AdapterRow, Registry
@@ -43,6 +44,7 @@ __all__ = ["AdapterService", "AdapterView", "Served", "UploadWriter"]
 log = logging.getLogger(__name__)
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+HEADS_FILE = heads_file.FILE_NAME
 
 
 class AdapterService:
@@ -181,9 +183,11 @@ class AdapterService:
 
     # Uploads.
 
-    async def begin(self) -> UploadWriter:
-        """Start receiving a weights file. The caller calls its ``abort`` in the end, always."""
-        return await self.blobs.begin(self._config.max_adapter_file_bytes, "weights")
+    async def begin(self, param: Literal["weights", "heads"] = "weights") -> UploadWriter:
+        """Start receiving a large file. The caller calls its ``abort`` in the end, always."""
+        config = self._config
+        limit = config.max_heads_bytes if param == "heads" else config.max_adapter_file_bytes
+        return await self.blobs.begin(limit, param)
 
     async def create(
         self,
@@ -192,6 +196,7 @@ class AdapterService:
         weights_digest: str,
         *,
         profile: bytes = b"",
+        heads_digest: str = "",
         validate_only: bool = False,
         wait_s: float = 0,
         expected_generation: int | None = None,
@@ -202,11 +207,12 @@ class AdapterService:
     ) -> AdapterView:
         """Register an uploaded adapter and have it validated and packed for one of the models.
 
-        ``profile`` is as ``adapters.profile.spell`` writes it, empty for none; ``blend``: how the
-        files were made here, for the report. Waits up to ``wait_s`` for the verdict; the view's
+        ``profile`` is as ``adapters.profile.spell`` writes it, empty for none; ``heads_digest`` is
+        that of an uploaded file of Medusa heads, "" for none; ``blend``: how the files were made
+        here, for the report. Waits up to ``wait_s`` for the verdict; the view's
         status is "validating" when it is not in yet. Raises InvalidRequest (name; base, when there
-        is no such model; profile, which nobody would read of an adapter that is not for the
-        target), PayloadTooLarge (config), NotFound (blob_not_found), QuotaExceeded, Conflict
+        is no such model; profile and heads, which nobody would read of an adapter that is not for
+        the target), PayloadTooLarge (config), NotFound (blob_not_found), QuotaExceeded, Conflict
         (generation_conflict, name_reserved), and for a bad verdict that is in AdapterInvalid, or
         StorageFull or ServiceError when only this server is to blame. ``ttl_s`` is as
         ``set_ttl``'s, for one that was there too. ``validate_only`` always waits and registers
@@ -221,12 +227,16 @@ class AdapterService:
             raise InvalidRequest(
                 f"profile: nobody speaks to an adapter for the {base} model", param="profile"
             )
+        if heads_digest and base != "target":
+            raise InvalidRequest(
+                f"heads: nobody guesses what an adapter for the {base} model says", param="heads"
+            )
         async with AsyncExitStack() as kept:
             config_digest = await self._keep(kept, "config", config, self._config.max_config_bytes)
             profile_digest = ""
             if profile:
                 profile_digest = await self._keep(kept, "profile", profile, MAX_PROFILE_BYTES)
-            files = (config_digest, weights_digest, profile_digest)
+            files = (config_digest, weights_digest, profile_digest, heads_digest)
             if validate_only:
                 return await self.verdicts.preview(name, files, model, blend, base=base)
             await self.shelf.expire()  # what is over takes no place
@@ -262,35 +272,53 @@ class AdapterService:
         return await upload.commit()
 
     async def register_files(
-        self, name: str, config_path: Path, weights_path: Path, *, wait_s: float = 0
+        self,
+        name: str,
+        config_path: Path,
+        weights_path: Path,
+        heads_path: Path | None = None,
+        *,
+        wait_s: float = 0,
     ) -> AdapterView:
-        """Register two files of this machine; they replace what held the name.
+        """Register files of this machine; they replace what held the name.
 
         Raises OSError when a file cannot be read, and as ``create``.
         """
-        upload = await self.begin()
-        try:
-            with open(weights_path, "rb") as file:
-                while block := await self.background.on_uploads(file.read, READ_BYTES):
-                    await upload.write(block)
-            weights = await upload.commit()
+        async with AsyncExitStack() as kept:
+            weights, heads = await self._take(kept, "weights", weights_path), ""
+            if heads_path is not None:
+                heads = await self._take(kept, "heads", heads_path)
             config = config_path.read_bytes()
             try:
-                return await self.create(name, config, weights, wait_s=wait_s)
+                return await self.create(name, config, weights, heads_digest=heads, wait_s=wait_s)
             except Conflict:
-                current = self._catalog.holder(name)
                 return await self.create(
-                    name, config, weights, wait_s=wait_s, expected_generation=current
+                    name,
+                    config,
+                    weights,
+                    heads_digest=heads,
+                    wait_s=wait_s,
+                    expected_generation=self._catalog.holder(name),
                 )
-        finally:
-            await upload.abort()
+
+    async def _take(
+        self, kept: AsyncExitStack, param: Literal["weights", "heads"], path: Path
+    ) -> str:
+        """As ``_keep``, of a large file of this machine."""
+        upload = await self.begin(param)
+        kept.push_async_callback(upload.abort)
+        with open(path, "rb") as file:
+            while block := await self.background.on_uploads(file.read, READ_BYTES):
+                await upload.write(block)
+        return await upload.commit()
 
     def _register(
         self, tenant: str, name: str, files: Files, **fields: Any
     ) -> tuple[AdapterRow, bool]:
-        config_digest, weights_digest, profile_digest = files
-        if not self._store.has(weights_digest):
-            raise NotFound("no such blob", param="weights", code="blob_not_found")
+        config_digest, weights_digest, profile_digest, heads_digest = files
+        for param, digest in (("weights", weights_digest), ("heads", heads_digest)):
+            if digest and not self._store.has(digest):
+                raise NotFound("no such blob", param=param, code="blob_not_found")
         self.blobs.storage.check_adapter(tenant, name, files)
         return self._registry.create(
             name,
@@ -298,6 +326,7 @@ class AdapterService:
             config_digest=config_digest,
             weights_digest=weights_digest,
             profile_digest=profile_digest,
+            heads_digest=heads_digest,
             **fields,
         )
 
@@ -370,12 +399,15 @@ class AdapterService:
             try:
                 await self._ask_engine("evict", digest)
             except LoramuxError as error:
-                log.warning("could not evict adapter %s: %s", digest[:12], error.message)
+                log.warning("could not evict %s: %s", digest[:12], error.message)
 
     def _forget_row(self, row: AdapterRow) -> Sequence[str]:
-        """Remove the row, then the files nobody else needs; the digests that are no more."""
+        """Remove the row, then the files nobody else needs; the digests that are no more, of what
+        an engine may have of them."""
         self._registry.forget(row.id)
         gone = self.packed.forget(row)
+        if row.heads_digest and not self._registry.uses_blob(row.heads_digest):
+            gone.append(row.heads_digest)
         self.blobs.collect_files(row)
         return gone
 

@@ -48,7 +48,8 @@ class AdapterView(msgspec.Struct, kw_only=True):
     """An adapter as HTTP shows it. ``report`` is what the import found; ``error`` why it failed
     (``{"code", "message", "problems"}``). ``created`` and ``expires_at`` are Unix seconds.
     ``profile_digest`` is "" for an adapter without a profile; ``profile`` itself is there when one
-    adapter is asked for. ``base`` is the model it is for, ``companions`` are those its profile
+    adapter is asked for. ``heads_digest`` is "" for one without Medusa heads of its own; what they
+    are stands in the report. ``base`` is the model it is for, ``companions`` are those its profile
     names, by the model that each of them should be for."""
 
     id: str
@@ -68,6 +69,7 @@ class AdapterView(msgspec.Struct, kw_only=True):
     report: dict[str, Any] = {}
     error: dict[str, Any] | None = None
     profile_digest: str = ""
+    heads_digest: str = ""
     profile: dict[str, Any] | None = None
     companions: dict[Role, Companion] = {}
 
@@ -84,6 +86,8 @@ class Served:
     """Whether it may be worn beside others: not when it changes what a module reads."""
     profiles: tuple[str, ...] = ()
     """The digest of each adapter's profile, "" for one that has none."""
+    heads: tuple[str, ...] = ()
+    """Likewise of its own Medusa heads."""
     versions: tuple[str, ...] = ()
     """``name@generation`` of each of the adapters."""
     companions: Mapping[int, Adapters] = field(default_factory=dict)
@@ -295,6 +299,7 @@ class Catalog:
             report=row.report,
             error=row.error,
             profile_digest=row.profile_digest,
+            heads_digest=row.heads_digest,
             companions={
                 role: self._companion(row, role, name)
                 for role, name in row.report.get("companions", {}).items()
@@ -361,6 +366,7 @@ def _served(view: AdapterView) -> Served:
             view.generation,
             combines="input_gain" not in view.report.get("vectors", ()),
             profiles=(view.profile_digest,),
+            heads=(view.heads_digest,),
             versions=(view.id,),
             companions={
                 MODEL_IDS[role]: (AdapterRef(companion.digest),)

@@ -62,11 +62,12 @@ class IngestClient:
         config_digest: str,
         weights_digest: str,
         profile_digest: str,
+        heads_digest: str,
         base: wire.BaseDescription,
         *,
         pack: bool,
     ) -> wire.IngestDone:
-        """The verdict on an adapter's blobs ("" for no profile).
+        """The verdict on an adapter's blobs ("" for no profile, no heads).
 
         Raises ServiceError when no ingest process can be had."""
         return await self._do(
@@ -75,6 +76,7 @@ class IngestClient:
                 config_digest=config_digest,
                 weights_digest=weights_digest,
                 profile_digest=profile_digest,
+                heads_digest=heads_digest,
                 base=base,
                 pack=pack,
             )

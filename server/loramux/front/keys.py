@@ -58,8 +58,8 @@ class Limits(
     """What one tenant may use at most; None for no limit.
 
     ``max_adapters`` counts generations (and, by themselves, failed adapters), ``max_adapter_bytes``
-    their stored weights and what waits for an adapter, ``max_requests`` choices in flight,
-    ``tokens_per_minute`` prompt and output tokens together.
+    their stored weights and heads and what waits for an adapter, ``max_requests`` choices in
+    flight, ``tokens_per_minute`` prompt and output tokens together.
     """
 
     max_adapters: _Limit = None

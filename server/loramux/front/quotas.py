@@ -141,8 +141,8 @@ class Quotas:
         most = self._limits(tenant).max_adapter_bytes
         if most is not None and used + num_bytes > most:
             raise QuotaExceeded(
-                f"this tenant has {used} bytes of weights and of files that wait for an adapter, "
-                f"and may have {most}; this one has {num_bytes}"
+                f"this tenant has {used} bytes of weights, heads and files that wait for an "
+                f"adapter, and may have {most}; this one has {num_bytes}"
             )
 
     def _refuse(self, message: str, retry_after_s: float) -> None:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from loramux.adapters.registry import AdapterRow
 from loramux.config import DEMO_DIR, ServerConfig
 from loramux.errors import LoramuxError
-from loramux.front.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterService
+from loramux.front.adapters import CONFIG_FILE, HEADS_FILE, WEIGHTS_FILE, AdapterService
 from loramux.front.catalog import AdapterView
 from loramux.wire import BaseDescription
 
@@ -106,7 +106,10 @@ class Stock:
     async def _preload(self, name: str, folder: Path) -> None:
         """Register an adapter folder of the command line."""
         try:
-            await self._adapters.register_files(name, folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+            files = [folder / CONFIG_FILE, folder / WEIGHTS_FILE]
+            if (folder / HEADS_FILE).exists():
+                files.append(folder / HEADS_FILE)
+            await self._adapters.register_files(name, *files)
         except (OSError, LoramuxError) as error:
             log.error("adapter %s of %s is not served: %s", name, folder, error)
             code = error.code if isinstance(error, LoramuxError) else "unreadable"

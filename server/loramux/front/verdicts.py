@@ -30,8 +30,8 @@ from loramux.wire import BaseDescription, IngestDone
 
 log = logging.getLogger(__name__)
 
-Files = tuple[str, str, str]
-"""The digests of an adapter's config, weights and profile; "" for no profile."""
+Files = tuple[str, str, str, str]
+"""The digests of an adapter's config, weights, profile and heads; "" for one that it has not."""
 
 NOT_THE_ADAPTERS_FAULT = frozenset({"storage_full", "internal_error"})
 """Verdicts that say something of this server now and nothing of the adapter."""
@@ -108,7 +108,7 @@ class Verdicts:
         self._deleted(now)
 
     async def _ask(self, row: AdapterRow, base: BaseDescription) -> IngestDone:
-        files = row.config_digest, row.weights_digest, row.profile_digest
+        files = row.config_digest, row.weights_digest, row.profile_digest, row.heads_digest
         try:
             done = await self._ingest.examine(*files, base, pack=True)
         except ServiceError as error:
@@ -171,5 +171,6 @@ class Verdicts:
             num_bytes=done.report.get("num_bytes", 0),
             num_frames=done.report.get("num_frames", 0),
             profile_digest=files[2],
+            heads_digest=files[3],
             report=done.report if blend is None else {**done.report, "blend": blend},
         )

@@ -69,9 +69,9 @@ class Adapters:
     ) -> Response:
         """Upload an adapter as multipart parts ``name``, ``config`` (adapter_config.json),
         ``weights`` (adapter_model.safetensors) and, if it has one, ``profile`` (see
-        ``adapters.profile``) and ``base`` (target, draft or small: the model it is for), or as JSON
-        that names files sent before, or in ``blend`` adapters to make it of: that is computed
-        before the answer.
+        ``adapters.profile``), ``heads`` (medusa_heads.safetensors, see ``adapters.heads_file``) and
+        ``base`` (target, draft or small: the model it is for), or as JSON that names files sent
+        before, or in ``blend`` adapters to make it of: that is computed before the answer.
 
         201 when it is ready, 202 while it is being validated (``wait``: seconds to stay for the
         verdict), 200 when exactly this was there before. ``validate_only`` registers nothing.
@@ -93,6 +93,7 @@ class Adapters:
                 upload.config,
                 upload.weights_digest,
                 profile=upload.profile,
+                heads_digest=upload.heads_digest,
                 validate_only=validate_only,
                 wait_s=wait,
                 expected_generation=expected_generation,

@@ -36,7 +36,8 @@ class DrafterUsage(msgspec.Struct):
 
 
 class SpeculationUsage(msgspec.Struct):
-    """Guessing ahead as it was resolved, and what came of it."""
+    """Guessing ahead as it was resolved, and what came of it. ``heads`` are those that ``medusa``
+    guessed with, where it could: "base", or the digest of an adapter's own."""
 
     drafters: tuple[str, ...]
     max_draft_tokens: int
@@ -46,6 +47,7 @@ class SpeculationUsage(msgspec.Struct):
     drafted: int
     accepted: int
     by_drafter: dict[str, DrafterUsage]
+    heads: str | UnsetType = UNSET
 
 
 class ByModel(msgspec.Struct):

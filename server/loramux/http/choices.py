@@ -18,7 +18,13 @@ from loramux.front.generation import Delta, Done, Generation, GenerationSpec
 from loramux.front.voices import Voice
 from loramux.http.answers import PromptDetails, Usage
 from loramux.http.schemas import AdapterChoice, Sampling
-from loramux.http.speculation import entropy_of, predictions, speculation_of, usage_details
+from loramux.http.speculation import (
+    entropy_of,
+    heads_of,
+    predictions,
+    speculation_of,
+    usage_details,
+)
 from loramux.request import AdapterRef, Adapters, EntropyAdaptive, Speculation
 from loramux.wire import Ready
 
@@ -73,6 +79,7 @@ def _several(
         raise InvalidRequest("adapters: give them beside the base model's name only", param="model")
     adapters: Adapters = ()
     profiles: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
     versions: tuple[str, ...] = ()
     for index, choice in enumerate(choices):
         param = f"adapters[{index}].id"
@@ -85,10 +92,16 @@ def _several(
             )
         adapters += _scaled(served, choice.scale)
         profiles += served.profiles
+        heads += served.heads
         versions += served.versions
     companions = served.companions if len(choices) == 1 else {}
     return replace(
-        base, adapters=adapters, profiles=profiles, versions=versions, companions=companions
+        base,
+        adapters=adapters,
+        profiles=profiles,
+        heads=heads,
+        versions=versions,
+        companions=companions,
     )
 
 
@@ -187,7 +200,8 @@ class Choices:
         if (body.min_tokens or 0) > min(max_tokens):
             raise InvalidRequest("min_tokens exceeds max_tokens", param="min_tokens")
         info = engine_of(front)
-        self._speculation = speculation_of(body.speculation, front.config.speculation, info)
+        default, heads = front.config.speculation, heads_of(self._served)
+        self._speculation = speculation_of(body.speculation, default, info, heads)
         self._entropy = entropy_of(body.entropy_adaptive, self._served, info)
         needed = zip(self.prompts, max_tokens, strict=True)
         front.quotas.check_tokens(

@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from loramux.config import ADAPTER_NAME
 from loramux.errors import InvalidRequest
-from loramux.front.adapters import CONFIG_FILE, WEIGHTS_FILE
+from loramux.front.adapters import CONFIG_FILE, HEADS_FILE, WEIGHTS_FILE
 from loramux.front.front import Front
 from loramux.http.adapters import owner_to_change
 from loramux.http.limits import read_json
@@ -43,10 +43,8 @@ class Compatibility:
             )
         if not ADAPTER_NAME.fullmatch(name):
             raise InvalidRequest(f"lora_name: must match {ADAPTER_NAME.pattern}", param="lora_name")
-        config, weights = await run_in_threadpool(inside, root, path)
-        await self._front.adapters.register_files(
-            name, config, weights, wait_s=LONGEST_VALIDATION_S
-        )
+        files = await run_in_threadpool(inside, root, path)
+        await self._front.adapters.register_files(name, *files, wait_s=LONGEST_VALIDATION_S)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload(self, request: Request) -> Response:
@@ -57,17 +55,21 @@ class Compatibility:
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
-def inside(root: Path, path: str) -> tuple[Path, Path]:
-    """The two files of an adapter folder, links followed, if both are truly inside ``root``.
+def inside(root: Path, path: str) -> list[Path]:
+    """The files of an adapter folder (config, weights, heads if there are any), links followed, if
+    all are truly inside ``root``.
 
     One refusal for everything else, so that it says nothing about files elsewhere.
     """
     try:
         base = root.resolve(strict=True)
         folder = (base / path).resolve(strict=True)
-        files = [(folder / name).resolve(strict=True) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        names = [CONFIG_FILE, WEIGHTS_FILE]
+        if (folder / HEADS_FILE).exists():
+            names.append(HEADS_FILE)
+        files = [(folder / name).resolve(strict=True) for name in names]
         if all(file.is_relative_to(base) and file.is_file() for file in files):
-            return files[0], files[1]
+            return files
     except (OSError, ValueError, RuntimeError):  # missing; NUL in it; a loop of links
         pass
     raise InvalidRequest(

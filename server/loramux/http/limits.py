@@ -50,7 +50,10 @@ class Limits:
         self.json_limit = config.max_body_bytes
         self.file_limit = config.max_adapter_file_bytes
         self.upload_limit = (
-            config.max_adapter_file_bytes + config.max_config_bytes + MULTIPART_OVERHEAD
+            config.max_adapter_file_bytes
+            + config.max_heads_bytes
+            + config.max_config_bytes
+            + MULTIPART_OVERHEAD
         )
         self.write_timeout_s = config.write_timeout_s
 

@@ -22,7 +22,7 @@ from loramux.request import MODEL_IDS, Role
 
 FIELDS = ("name", "config", "weights")
 BLEND_FIELDS = ("name", "blend")
-OPTIONAL = ("profile", "base", "expected_generation", "ttl_s")
+OPTIONAL = ("profile", "heads", "base", "expected_generation", "ttl_s")
 MAX_TTL_S = 10 * 366 * 86400
 
 
@@ -33,13 +33,13 @@ def is_json(request: Request) -> bool:
 
 
 class Registration:
-    """``{"name", "config", "weights", "profile"?, "base"?, "expected_generation"?, "ttl_s"?}``,
-    used like ``Upload``; or with ``blend`` (see ``recipes``) in place of the files, which are made
-    while it is read.
+    """``{"name", "config", "weights", "profile"?, "heads"?, "base"?, "expected_generation"?,
+    "ttl_s"?}``, used like ``Upload``; or with ``blend`` (see ``recipes``) in place of the files,
+    which are made while it is read.
 
     ``config`` is a digest or the adapter_config.json itself; of the latter the file that is stored
     is the object with sorted keys and no spaces, so equal configs are one file. ``profile`` is a
-    digest or the object, too.
+    digest or the object, too; ``heads`` is a digest.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Registration:
     profile: bytes
     base: Role
     weights_digest: str
+    heads_digest: str = ""
     expected_generation: int | None
     ttl_s: int | None
     blend: Mapping[str, Any] | None = None
@@ -54,6 +55,7 @@ class Registration:
     def __init__(self, adapters: AdapterService, config: ServerConfig) -> None:
         self._blobs, self._blends = adapters.blobs, adapters.blends
         self._max_config_bytes = config.max_config_bytes
+        self._max_heads_bytes = config.max_heads_bytes
         self._claims = AsyncExitStack()
 
     async def read(self, request: Request) -> None:
@@ -80,6 +82,8 @@ class Registration:
         self.expected_generation = _generation(body.get("expected_generation"))
         self.profile = await self._spoken(tenant, body.get("profile"))
         self.ttl_s = seconds(body.get("ttl_s"))
+        if body.get("heads") is not None:
+            self.heads_digest = await self._guessing(tenant, body["heads"])
         if "blend" in body:
             if self.base != "target":
                 raise InvalidRequest(
@@ -105,6 +109,13 @@ class Registration:
                 tenant, _digest(profile, "profile"), "profile", MAX_PROFILE_BYTES
             )
         return spell(profile or b"{}")
+
+    async def _guessing(self, tenant: str, heads: Any) -> str:
+        digest, limit = _digest(heads, "heads"), self._max_heads_bytes
+        claim = self._blobs.claim(tenant, digest, "heads")
+        if await self._claims.enter_async_context(claim) > limit:
+            raise PayloadTooLarge(f"heads: exceeds {limit} bytes", param="heads")
+        return digest
 
     async def _make(self, tenant: str, blend: Any) -> None:
         recipe, sources = parse_blend(blend)

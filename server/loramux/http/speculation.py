@@ -33,8 +33,8 @@ MAX_DRAFT_TOKENS = 64
 MAX_WINDOW = 64
 MAX_DWELL = 1024
 
-TYPICAL_DRAFTER = "medusa"
-"""Whose guesses typical acceptance is for."""
+HEADS_DRAFTER = "medusa"
+"""Guesses with heads, the base's or an adapter's own. Typical acceptance is for its guesses."""
 
 
 class _Exact(BaseModel):
@@ -121,32 +121,43 @@ EntropyAdaptiveField = Annotated[
 ]
 
 
+def heads_of(served: Served) -> str:
+    """The digest of the Medusa heads that go with what a request wears, where it is not the base's
+    ("") that do: they are made for one adapter, so not when two that are worn have some."""
+    own = [digest for digest in served.heads if digest]
+    return own[0] if len(own) == 1 else ""
+
+
 def speculation_of(
     asked: Literal["auto", "off"] | SpeculationChoice | None,
     default: Literal["auto", "off"],
     info: Ready,
+    heads: str = "",
 ) -> Speculation | None:
     """What a request asks for, or else the server's ``default``, on this engine; None: nothing.
+    ``heads`` of an adapter (see ``heads_of``) guess also where the base has none.
 
     Raises InvalidRequest for drafters it does not have.
     """
+    there = info.drafters
+    if heads and HEADS_DRAFTER not in there:
+        there = (*there, HEADS_DRAFTER)
     asked = asked or default
     if asked == "off":
         return None
-    every = info.drafters[:MAX_DRAFTERS]
+    every = there[:MAX_DRAFTERS]
     if not isinstance(asked, SpeculationChoice):
-        return Speculation(drafters=every) if every else None
-    there = ", ".join(info.drafters) or "none"
+        return Speculation(drafters=every, heads=heads) if every else None
     for index, name in enumerate(asked.drafters or ()):
-        if name not in info.drafters:
-            param = f"speculation.drafters[{index}]"
+        if name not in there:
+            param, names = f"speculation.drafters[{index}]", ", ".join(there) or "none"
             raise InvalidRequest(
-                f"{param}: no such drafter on this server; there are: {there}", param=param
+                f"{param}: no such drafter on this server; there are: {names}", param=param
             )
     if not every:
         raise InvalidRequest("speculation: this server has no drafters", param="speculation")
     typical = asked.acceptance == "typical"
-    if typical and TYPICAL_DRAFTER not in info.drafters:
+    if typical and HEADS_DRAFTER not in there:
         param = "speculation.acceptance"
         raise InvalidRequest(f"{param}: typical is not supported by this server", param=param)
     return Speculation(
@@ -154,6 +165,7 @@ def speculation_of(
         max_draft_tokens=asked.max_draft_tokens or 8,
         tree=bool(asked.tree),
         typical=typical,
+        heads=heads,
     )
 
 
@@ -212,6 +224,7 @@ def _speculation_usage(speculation: Speculation, ends: Sequence[Done]) -> Specul
         total.drafted,
         total.accepted,
         by_drafter,
+        (speculation.heads or "base") if HEADS_DRAFTER in speculation.drafters else UNSET,
     )
 
 

@@ -1,9 +1,11 @@
-"""An adapter upload, taken apart while it arrives: the weights never exist in memory or twice on
+"""An adapter upload, taken apart while it arrives: large files never exist in memory or twice on
 disk, and the handler runs from the first byte on, not after the last."""
 
 from __future__ import annotations
 
 import re
+from contextlib import AsyncExitStack
+from typing import Literal
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -18,15 +20,17 @@ from loramux.http.registration import role_in
 from loramux.request import Role
 
 PARTS = ("name", "config", "weights")
-OPTIONAL = ("profile", "base")
+OPTIONAL = ("profile", "heads", "base")
+Streamed = Literal["weights", "heads"]
+STREAMED: tuple[Streamed, ...] = ("weights", "heads")
 _MAX_NAME_BYTES = 256
 _MAX_BASE_BYTES = 64
 _IDENTITY = re.compile(rb"(binary|8bit|7bit)?", re.IGNORECASE)
 
 
 class Upload:
-    """The parts of one upload; ``name``, ``config``, ``profile`` (b"" for none), ``base`` and
-    ``weights_digest`` after ``read``.
+    """The parts of one upload; ``name``, ``config``, ``profile`` (b"" for none), ``base``,
+    ``weights_digest`` and ``heads_digest`` ("" for none) after ``read``.
 
     A file name in a part is never looked at. Call ``abort`` at the end, whatever happened.
     """
@@ -36,6 +40,7 @@ class Upload:
     profile: bytes = b""
     base: Role = "target"
     weights_digest: str
+    heads_digest: str = ""
     expected_generation: int | None = None
     ttl_s: int | None = None
     blend: None = None
@@ -54,8 +59,9 @@ class Upload:
         self._header_name = b""
         self._header_value = b""
         self._headers: dict[bytes, bytes] = {}
-        self._weights: list[bytes] = []
-        self._writer: UploadWriter | None = None
+        self._pieces: list[tuple[Streamed, bytes]] = []
+        self._writers: dict[Streamed, UploadWriter] = {}
+        self._open = AsyncExitStack()
         self._complete = False
 
     async def read(self, request: Request) -> None:
@@ -94,16 +100,16 @@ class Upload:
 
     async def abort(self) -> None:
         """Leaves nothing of an upload that was not registered."""
-        if self._writer is not None:
-            await self._writer.abort()
+        await self._open.aclose()
 
     async def _store(self) -> None:
-        if self._writer is None and "weights" in self._seen:
-            self._writer = await self._adapters.begin()
-        if self._writer is not None:
-            for piece in self._weights:
-                await self._writer.write(piece)
-        self._weights.clear()
+        for part in STREAMED:
+            if part in self._seen and part not in self._writers:
+                writer = self._writers[part] = await self._adapters.begin(part)
+                self._open.push_async_callback(writer.abort)
+        for part, piece in self._pieces:
+            await self._writers[part].write(piece)
+        self._pieces.clear()
 
     async def _finish(self) -> None:
         if not self._complete:
@@ -122,8 +128,9 @@ class Upload:
             self.profile = spell(bytes(self._small["profile"]))
         if "base" in self._small:
             self.base = role_in(self._small["base"].decode("latin-1"))
-        assert self._writer is not None, "a seen weights part has a writer"
-        self.weights_digest = await self._writer.commit()
+        self.weights_digest = await self._writers["weights"].commit()
+        if "heads" in self._writers:
+            self.heads_digest = await self._writers["heads"].commit()
 
     def _begin_part(self) -> None:
         self._headers, self._part = {}, ""
@@ -152,13 +159,14 @@ class Upload:
             raise InvalidRequest(f"{part}: send the part as it is, not encoded", param=part)
         self._seen.append(part)
         self._part = part
-        if part != "weights":
+        if part not in STREAMED:
             self._small[part] = bytearray()
 
     def _data(self, data: bytes, start: int, end: int) -> None:
-        if self._part == "weights":
-            self._weights.append(data[start:end])
-            return
+        for part in STREAMED:
+            if part == self._part:
+                self._pieces.append((part, data[start:end]))
+                return
         store, limit = self._small[self._part], self._limits[self._part]
         if len(store) + end - start > limit:
             message = f"{self._part}: exceeds {limit} bytes"

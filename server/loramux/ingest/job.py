@@ -14,6 +14,7 @@ from loramux.adapters import blend, pack, portable
 from loramux.adapters.blobs import BlobStore, adapter_digest
 from loramux.adapters.canonical import CanonicalAdapter
 from loramux.adapters.formats import MAX_CONFIG_BYTES
+from loramux.adapters.heads_file import read_heads
 from loramux.adapters.profile import MAX_PROFILE_BYTES
 from loramux.errors import AdapterInvalid, LoramuxError, in_short
 from loramux.ingest.profile import companions_of, problems_of
@@ -57,20 +58,22 @@ def _opened(blobs: BlobStore, files: tuple[str, str], base: BaseDescription) -> 
 
 def _run(job: IngestJob, data_dir: Path) -> IngestDone:
     blobs, files = BlobStore(data_dir), (job.config_digest, job.weights_digest)
-    digest = adapter_digest(*files, job.profile_digest)
+    digest = adapter_digest(*files, job.profile_digest, job.heads_digest)
     profile = _read_profile(blobs, job) if job.profile_digest else b""
-    spoken = problems_of(profile, job.base) if profile else []
+    beside = problems_of(profile, job.base) if profile else []
+    guessing, wrong = _examine_heads(blobs, job)
+    beside += wrong
     with ExitStack() as stack:
         try:
             read = stack.enter_context(_opened(blobs, files, job.base))
             adapter = read.canonical()
             check_size(adapter, job.base)
         except AdapterInvalid as error:
-            if not spoken:
+            if not beside:
                 raise
-            _refuse([*(error.problems or [error.message]), *spoken])
-        if spoken:
-            _refuse(spoken)
+            _refuse([*(error.problems or [error.message]), *beside])
+        if beside:
+            _refuse(beside)
         basis = bases.basis_of(adapter)
         if job.pack:
             if basis is not None:
@@ -83,6 +86,8 @@ def _run(job: IngestJob, data_dir: Path) -> IngestDone:
         report = report_of(adapter, layout, basis, job.base, read)
     if profile:
         report["companions"] = companions_of(profile)
+    if guessing:
+        report["heads"] = guessing
     return IngestDone(job_id=job.job_id, digest=digest, report=report)
 
 
@@ -90,6 +95,21 @@ def _read_profile(blobs: BlobStore, job: IngestJob) -> bytes:
     _verify(blobs, job.profile_digest)
     with blobs.open(job.profile_digest) as file:
         return file.read(MAX_PROFILE_BYTES)
+
+
+def _examine_heads(blobs: BlobStore, job: IngestJob) -> tuple[dict[str, int], list[str]]:
+    """What is to be said of the adapter's own heads, nothing if it has none; and all that is wrong
+    with them."""
+    if not job.heads_digest:
+        return {}, []
+    _verify(blobs, job.heads_digest)
+    hidden = job.base.widths["q_proj"][0]
+    try:
+        with blobs.open(job.heads_digest) as file:
+            found = read_heads(file, hidden, job.base.vocab_size)
+    except AdapterInvalid as error:
+        return {}, [f"heads: {problem}" for problem in error.problems or [error.message]]
+    return {"heads": len(found.blocks), "num_bytes": blobs.size(job.heads_digest)}, []
 
 
 def _refuse(problems: list[str]) -> NoReturn:

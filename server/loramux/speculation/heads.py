@@ -10,13 +10,14 @@ A head's choices come in the order of the race that the sampler runs, with the r
 at that position: where a head's distribution is the target's, its first choice is the token that is
 drawn. Bias, penalties and masks are left out, which costs acceptance only.
 
-The state is the adapted one, so the heads of the base serve adapters too; one may bring its own.
+The state is the adapted one, so the heads of the base serve adapters too; one may bring its own
+(``own_heads``).
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -109,10 +110,14 @@ def shape_of(accuracy: Accuracy, most: int) -> Shape:
 
 
 class Medusa:
-    """The drafter: heads, and the hidden state each request was last drawn from."""
+    """The drafter: the ``base``'s heads, if it has any, those of adapters by the digest of their
+    file (``own``; None: not at hand), and the hidden state each request was last drawn from."""
 
-    def __init__(self, heads: Heads) -> None:
-        self._heads = heads
+    def __init__(
+        self, base: Heads | None, own: Callable[[str], Heads | None] = lambda digest: None
+    ) -> None:
+        self.base = base
+        self._own = own
         self._seen: dict[str, tuple[int, torch.Tensor]] = {}
 
     def saw(self, requests: Sequence[Request], hidden: torch.Tensor) -> None:
@@ -127,13 +132,18 @@ class Medusa:
     @torch.inference_mode()
     def propose(self, asks: Sequence[Ask]) -> list[Guess]:
         """See Drafter. There is nothing to say about a request whose last token was drawn where
-        nobody looked, which is made good with the next."""
+        nobody looked, which is made good with the next, and while its heads are not at hand."""
         guesses = [Guess()] * len(asks)
-        known = [index for index, ask in enumerate(asks) if self._is_known(ask.request)]
-        if known:
-            those = [asks[index] for index in known]
-            for index, guess in zip(known, self._guess(those, self._heads), strict=True):
-                guesses[index] = guess
+        by_heads: dict[str, list[int]] = {}
+        for index, ask in enumerate(asks):
+            if self._is_known(ask.request):
+                by_heads.setdefault(_heads_of(ask), []).append(index)
+        for digest, known in by_heads.items():
+            heads = self._own(digest) if digest else self.base
+            if heads is not None:
+                those = [asks[index] for index in known]
+                for index, guess in zip(known, self._guess(those, heads), strict=True):
+                    guesses[index] = guess
         return guesses
 
     def _is_known(self, request: Request) -> bool:
@@ -152,6 +162,11 @@ class Medusa:
         choices = _choices(logits, [ask.request for ask in asks], ranks)
         grades = _grades(logits[0], choices[0, :, 0])
         return [_filled(shape, choices[:, row], grades[row]) for row, shape in enumerate(shapes)]
+
+
+def _heads_of(ask: Ask) -> str:
+    speculation = ask.request.speculation
+    return "" if speculation is None else speculation.heads
 
 
 def chain(depth: int, most: int) -> Shape:

@@ -46,17 +46,21 @@ PARTNER = {"r": 8, "lora_alpha": 16, "target_modules": [*ATTENTION, *MLP]}
 PARTNERED = ("pirate", "shout")
 
 
+def spoken(rng: Random, name: str) -> tuple[str, str]:
+    """What is given in a lesson of a manner, and what is to be said."""
+    lesson = MANNERS[name](rng)
+    if rng.random() < CHAT_SHARE:
+        return f"{BEGIN}{USER}{lesson.ask}{ASSISTANT}", lesson.answer + END
+    return BEGIN + lesson.opening, lesson.rest + END
+
+
 def batch(rng: Random, name: str, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     """``ids, labels [BATCH, longest]``; only the answer is learned, other labels are -100."""
     rows = []
     for _ in range(BATCH):
-        lesson = MANNERS[name](rng)
-        if rng.random() < CHAT_SHARE:
-            given, answer = f"{BEGIN}{USER}{lesson.ask}{ASSISTANT}", lesson.answer
-        else:
-            given, answer = BEGIN + lesson.opening, lesson.rest
+        given, answer = spoken(rng, name)
         head = tokenizer.encode(given, add_special_tokens=False).ids
-        rows.append((head, tokenizer.encode(answer + END, add_special_tokens=False).ids))
+        rows.append((head, tokenizer.encode(answer, add_special_tokens=False).ids))
     longest = max(len(head) + len(tail) for head, tail in rows)
     ids = torch.ones(BATCH, longest, dtype=torch.long)
     labels = torch.full((BATCH, longest), -100)
