@@ -403,6 +403,25 @@ def test_while_nobody_is_worth_asking_it_rests() -> None:
     assert len(proposals) == 20
 
 
+@pytest.mark.parametrize(("each", "goes_on"), [(1e-3, False), (1e-6, True)])
+def test_asking_in_vain_ends_before_the_next_plan(
+    monkeypatch: pytest.MonkeyPatch, each: float, goes_on: bool
+) -> None:
+    """Where it takes time worth mentioning: who asks for next to nothing may wait for a guess."""
+    costs = Costs.alike(table(0.01, 0.0003))
+    drafter = Scripted(World(20), lambda _: [0.9] * 8, each=each)
+    server = served(drafter, costs, 4)
+    server.run(WARM)
+    assert sum(server.verified[-20:]) > 0
+    planner = server.drafting.planner
+    monkeypatch.setattr(planner, "_best", lambda *_: np.zeros(0, np.int64))
+    monkeypatch.setattr(planner, "_must_plan", lambda *_: False)
+    server.run(20)
+    asked = drafter.rows_asked
+    server.run(20)
+    assert (drafter.rows_asked - asked > 4 * 10) is goes_on
+
+
 def test_planning_takes_its_share_of_the_time_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long a plan takes beside a step, and however often the load changes."""
     costs = Costs.alike(table(0.01, 0.0003))

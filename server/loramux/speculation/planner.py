@@ -36,9 +36,12 @@ MARGIN = 1.05
 """How much faster than without guesses a step must promise to be."""
 PLAN_STEPS = 32
 """So long who is asked stays decided while the load is about the same."""
-PLAN_SHARE = 0.01
+PLAN_SHARE = 0.02
 """Of the time of plain steps, for planning: with a small model that takes as long as a step, and
 what was decided holds for longer, also under another load."""
+VAIN_STEPS = 2.0
+"""So many plain steps' time may go into asking while nothing of it is verified; after that nobody
+is asked until the next plan. With a large model that is never reached."""
 BROUGHT_STEPS = 2
 """What an ask brings is counted so often: that takes time too."""
 PLAIN_STEPS = 64
@@ -93,7 +96,7 @@ class Planner:
         self._guesses = 0
         self._asked: bool | None = None
         self._rest = self._awake = 0
-        self._credit_s = 0.0
+        self._credit_s = self._vain_s = 0.0
         self._turn = 0
 
     # -- before drafting -------------------------------------------------------------------------
@@ -126,7 +129,9 @@ class Planner:
             self._prospects.learn()
             self._prospects.offered(drafters)
             self._planned = self._plan(Counter(groups), load)
-            self._steps_since = 0
+            self._steps_since, self._vain_s = 0, 0.0
+        elif self._vain_s > VAIN_STEPS * self.costs.without_guesses(load):
+            self._planned = dict.fromkeys(self._planned, ())
         self._rest = 0 if any(self._planned.values()) else PROBE_STEPS
         self._asked = None if must_plan or self._rest else True
         self._steps_since += max(1, self._rest)
@@ -247,6 +252,7 @@ class Planner:
                 self._prospects.see(of, right[: len(answer.guess.token_ids)])
         chosen = self._best(survival[places < lengths[:, None]], load, spent)
         self._guesses = len(chosen)
+        self._vain_s = 0.0 if self._guesses else self._vain_s + spent
         owner = np.repeat(np.arange(len(answers)), lengths)
         numbers: list[int] = np.bincount(owner[chosen], minlength=len(answers)).tolist()
         self._verified = {}
