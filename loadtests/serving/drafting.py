@@ -8,7 +8,7 @@ Outputs are the same tokens on both sides, which is asserted, so a ratio of time
 second. All requests of a run arrive at once, so the concurrency is their number; prompts are new in
 every pair, and each run is a tenant's of its own, so that no store knows the answer from the other
 side. A ratio is the median over pairs (A B B A ...), with a bootstrap 95 % interval, beside that of
-off against itself.
+off against itself; of the times, and of the CPU seconds, which other programs disturb less.
 
 *mixed* is what adaptive lengths are for: half of the requests edit, half tell freely; the planner's
 choice beside every fixed length.
@@ -58,6 +58,7 @@ class Run:
     """What came of a run: every request's tokens, and how they came about."""
 
     seconds: float
+    cpu_s: float = 0.0
     steps: int = 0
     outputs: dict[str, list[int]] = field(default_factory=dict)
     drafted: int = 0
@@ -128,7 +129,7 @@ class Demo:
         return self._finish()
 
     def _finish(self) -> Run:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         found = Run(0.0)
         while self.engine.has_work:
             done = self.engine.step()
@@ -145,7 +146,7 @@ class Demo:
                     tally[1] += len(output.token_ids) - 1
         found.drafted = sum(drafted for drafted, _ in found.by_drafter.values())
         found.accepted = sum(accepted for _, accepted in found.by_drafter.values())
-        found.seconds = time.perf_counter() - start
+        found.seconds, found.cpu_s = time.perf_counter() - start, time.process_time() - cpu
         return found
 
 
@@ -181,7 +182,7 @@ class Prompts:
 def compare(demo: Demo, asks: Iterator[Ask], rows: int, side: Side, pairs: int) -> dict[str, Any]:
     """``side`` beside off."""
     off = Side()
-    ratios, offs, runs = [], [], []
+    runs: list[tuple[Run, Run]] = []
     for pair in range(-WARM_UP, pairs):
         batch = list(islice(asks, rows))
         sides = (off, side) if pair % 2 == 0 else (side, off)
@@ -189,19 +190,22 @@ def compare(demo: Demo, asks: Iterator[Ask], rows: int, side: Side, pairs: int) 
         plain, drafted = found[id(off)], found[id(side)]
         assert plain.outputs == drafted.outputs, "drafting changed what is delivered"
         if pair >= 0:
-            ratios.append(plain.seconds / drafted.seconds)
-            offs.append(plain.seconds / plain.tokens)
-            runs.append(drafted)
+            runs.append((plain, drafted))
+    offs, ons = zip(*runs, strict=True)
+    names = sorted({name for run in ons for name in run.by_drafter})
+    verified, drafted_tokens = sum(run.verified for run in ons), sum(run.drafted for run in ons)
     return {
-        "off_tokens_s": 1 / statistics.median(offs),
-        "tokens_per_row": sum(r.tokens for r in runs) / sum(r.verified for r in runs),
-        "accepted_share": sum(r.accepted for r in runs) / max(1, sum(r.drafted for r in runs)),
-        "drafted_per_row": sum(r.drafted for r in runs) / sum(r.verified for r in runs),
-        "speed": median_interval(ratios),
-        "a_a": self_ratio(offs),
+        "off_tokens_s": statistics.median(run.tokens / run.seconds for run in offs),
+        "tokens_per_row": sum(run.tokens for run in ons) / verified,
+        "accepted_share": sum(run.accepted for run in ons) / max(1, drafted_tokens),
+        "drafted_per_row": drafted_tokens / verified,
+        "speed": median_interval([off.seconds / on.seconds for off, on in runs]),
+        "a_a": self_ratio([run.seconds / run.tokens for run in offs]),
+        "cpu": median_interval([off.cpu_s / on.cpu_s for off, on in runs]),
+        "cpu_a_a": self_ratio([run.cpu_s / run.tokens for run in offs]),
         "by_drafter": {
-            name: [sum(r.by_drafter.get(name, [0, 0])[i] for r in runs) for i in (0, 1)]
-            for name in sorted({name for r in runs for name in r.by_drafter})
+            name: [sum(run.by_drafter.get(name, [0, 0])[i] for run in ons) for i in (0, 1)]
+            for name in names
         },
     }
 
@@ -216,6 +220,8 @@ COLUMNS = {
     "tokens_per_row": "tokens a row and step",
     "speed": "speed beside off",
     "a_a": "off beside off",
+    "cpu": "by CPU seconds",
+    "cpu_a_a": "off beside off",
 }
 
 
