@@ -5,10 +5,11 @@
 *free*: openings of held-out texts, each for one of six adapters or the base in turn, temperature
 0.7. *editing*: a text and the wish for the same about somebody else (the adapter ``edit``), greedy.
 Outputs are the same tokens on both sides, which is asserted, so a ratio of times is one of tokens a
-second. All requests of a run arrive at once, so the concurrency is their number; prompts are new in
-every pair, and each run is a tenant's of its own, so that no store knows the answer from the other
-side. A ratio is the median over pairs (A B B A ...), with a bootstrap 95 % interval, beside that of
-off against itself; of the times, and of the CPU seconds, which other programs disturb less.
+second. A request that ends makes place for the next, so the concurrency stays what it is until the
+last ones; prompts are new in every pair, and each run is a tenant's of its own, so that no store
+knows the answer from the other side. A ratio is the median over pairs (A B B A ...), with a
+bootstrap 95 % interval, beside that of off against itself; of the times, and of the CPU seconds,
+which other programs disturb less.
 
 *mixed* is what adaptive lengths are for: half of the requests edit, half tell freely; the planner's
 choice beside every fixed length.
@@ -37,10 +38,12 @@ from loramux.demo.training.manners import MANNERS
 from loramux.engine.assemble import assemble
 from loramux.request import AdapterRef, SamplingParams, Speculation
 from loramux.speculation.planner import Planner
-from loramux.wire import Submit
+from loramux.wire import Output, Submit
 
 NUM_NEW = 128
 WARM_UP = 2
+FOLLOWING = 2
+"""So many requests a place."""
 OFF = "off"
 
 
@@ -61,14 +64,33 @@ class Run:
     cpu_s: float = 0.0
     steps: int = 0
     outputs: dict[str, list[int]] = field(default_factory=dict)
-    drafted: int = 0
-    accepted: int = 0
     verified: int = 0
     by_drafter: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
         return sum(map(len, self.outputs.values()))
+
+    @property
+    def drafted(self) -> int:
+        return sum(drafted for drafted, _ in self.by_drafter.values())
+
+    @property
+    def accepted(self) -> int:
+        return sum(accepted for _, accepted in self.by_drafter.values())
+
+    def count(self, outputs: Sequence[Output]) -> None:
+        """A step's outputs."""
+        self.steps += bool(outputs)
+        for output in outputs:
+            name = output.request_id.partition("-")[2]
+            self.outputs.setdefault(name, []).extend(output.token_ids)
+            self.verified += 1
+            if output.drafted is not None:
+                drafter, drafted, _ = output.drafted
+                tally = self.by_drafter.setdefault(drafter, [0, 0])
+                tally[0] += drafted
+                tally[1] += len(output.token_ids) - 1
 
 
 class Side:
@@ -86,10 +108,11 @@ class Side:
 class Demo:
     """The demo's engine with its draft model and every adapter."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, threads: int = 0) -> None:
         config = ServerConfig(
             model=DEMO_DIR / "base",
             draft_model=DEMO_DIR / "draft",
+            threads=threads,
             data_dir=data_dir,
             device="cpu",
             pool_memory="1G",
@@ -104,50 +127,43 @@ class Demo:
         self._planner = self.engine.drafting.planner
         self._serial = 0
 
-    def run(self, asks: Sequence[Ask], side: Side) -> Run:
-        """All of ``asks`` at once, to the end."""
+    def run(self, asks: Sequence[Ask], side: Side, at_once: int) -> Run:
+        """All of ``asks``, of which ``at_once`` are served at any time: one that ends makes place
+        for the next."""
         self._serial += 1
         self.engine.drafting.planner = self._planner if side.planned else None
-        for index, ask in enumerate(asks):
-            refs = (AdapterRef(self.digests[ask.adapter]),) if ask.adapter else ()
-            self.engine.submit(
-                Submit(
-                    request_id=f"{self._serial}-{index}",
-                    tenant=str(self._serial),
-                    model_id=0,
-                    adapters=refs,
-                    prompt_ids=ask.prompt,
-                    sampling=SamplingParams(
-                        seed=index,
-                        temperature=ask.temperature,
-                        max_tokens=NUM_NEW,
-                        stop_token_ids=(1,),
-                    ),
-                    speculation=side.speculation,
-                )
-            )
-        return self._finish()
-
-    def _finish(self) -> Run:
+        waiting = enumerate(asks)
+        for index, ask in islice(waiting, at_once):
+            self._submit(index, ask, side)
         start, cpu = time.perf_counter(), time.process_time()
         found = Run(0.0)
         while self.engine.has_work:
             done = self.engine.step()
             assert not done.failed, done.failed
-            found.steps += bool(done.outputs)
-            for output in done.outputs:
-                name = output.request_id.partition("-")[2]
-                found.outputs.setdefault(name, []).extend(output.token_ids)
-                found.verified += 1
-                if output.drafted is not None:
-                    drafter, drafted, _ = output.drafted
-                    tally = found.by_drafter.setdefault(drafter, [0, 0])
-                    tally[0] += drafted
-                    tally[1] += len(output.token_ids) - 1
-        found.drafted = sum(drafted for drafted, _ in found.by_drafter.values())
-        found.accepted = sum(accepted for _, accepted in found.by_drafter.values())
+            found.count(done.outputs)
+            for index, ask in islice(waiting, len(done.finished)):
+                self._submit(index, ask, side)
         found.seconds, found.cpu_s = time.perf_counter() - start, time.process_time() - cpu
         return found
+
+    def _submit(self, index: int, ask: Ask, side: Side) -> None:
+        refs = (AdapterRef(self.digests[ask.adapter]),) if ask.adapter else ()
+        self.engine.submit(
+            Submit(
+                request_id=f"{self._serial}-{index}",
+                tenant=str(self._serial),
+                model_id=0,
+                adapters=refs,
+                prompt_ids=ask.prompt,
+                sampling=SamplingParams(
+                    seed=index,
+                    temperature=ask.temperature,
+                    max_tokens=NUM_NEW,
+                    stop_token_ids=(1,),
+                ),
+                speculation=side.speculation,
+            )
+        )
 
 
 class Prompts:
@@ -184,9 +200,9 @@ def compare(demo: Demo, asks: Iterator[Ask], rows: int, side: Side, pairs: int) 
     off = Side()
     runs: list[tuple[Run, Run]] = []
     for pair in range(-WARM_UP, pairs):
-        batch = list(islice(asks, rows))
+        batch = list(islice(asks, FOLLOWING * rows))
         sides = (off, side) if pair % 2 == 0 else (side, off)
-        found = {id(each): demo.run(batch, each) for each in sides}
+        found = {id(each): demo.run(batch, each, rows) for each in sides}
         plain, drafted = found[id(off)], found[id(side)]
         assert plain.outputs == drafted.outputs, "drafting changed what is delivered"
         if pair >= 0:
@@ -249,11 +265,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--rows", type=int, nargs="*", default=(1, 8, 32))
     parser.add_argument("--kinds", nargs="*", default=("free", "editing", "mixed"))
+    parser.add_argument(
+        "--threads", type=int, default=0, help="one: nobody waits for who is not running"
+    )
     args = parser.parse_args()
     pairs, batches = (2, (1, 2)) if args.quick else (args.pairs, args.rows)
     found = header()
     with tempfile.TemporaryDirectory() as scratch:
-        demo, prompts = Demo(Path(scratch)), Prompts()
+        demo, prompts = Demo(Path(scratch), args.threads), Prompts()
         assert isinstance(demo.engine.drafting.planner, Planner)
         kinds = {"free": prompts.free(), "editing": prompts.editing(), "mixed": prompts.mixed()}
         for kind in args.kinds:

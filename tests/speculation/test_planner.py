@@ -187,6 +187,24 @@ def test_adapters_have_lengths_of_their_own() -> None:
     assert np.mean(lengths["hard"]) < 0.5
 
 
+def test_who_comes_back_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two texts in turn, each for less time than there is between two plans."""
+    lucky = {"easy": [0.95] * 8, "hard": [0.02] * 8}
+    world = World(21)
+    costs = Costs.alike(table(0.01, 0.001))
+    drafter = Scripted(world, lambda r: lucky[r.adapters[0].digest])
+    texts = {name: [request(name, adapter=name)] for name in lucky}
+    server = Server(world, {"scripted": drafter}, costs, texts["easy"], Planner(costs))
+    for name in (*lucky, *lucky):
+        server.requests = texts[name]
+        server.run(WARM)
+    monkeypatch.setattr(server.drafting.planner, "_must_plan", lambda *_: False)
+    for name in ("hard", "easy") * 2:
+        server.requests = texts[name]
+        server.run(20)
+        assert (sum(server.verified[-12:]) > 12) is (name == "easy"), name
+
+
 def test_a_mixed_load_is_faster_than_with_any_fixed_length() -> None:
     """A crowd with a hard text by day, one with an easy text by night."""
     luck = [0.5]

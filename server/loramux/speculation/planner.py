@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from loramux.batch import Row
 from loramux.request import Request
-from loramux.speculation.beliefs import Floats
+from loramux.speculation.beliefs import MOST_OWNERS, Floats
 from loramux.speculation.costs import Costs, Load, Reality
 from loramux.speculation.drafter import Ask, Drafter, Guess
 from loramux.speculation.prospects import PRICES, Duration, Group, Prospects, Table
@@ -128,16 +128,20 @@ class Planner:
             self._record.learn()
             self._prospects.learn()
             self._prospects.offered(drafters)
-            self._planned = self._plan(Counter(groups), load)
+            if len(self._planned) > MOST_OWNERS:
+                self._planned.clear()
+            self._planned |= self._plan(Counter(groups), load)
             self._steps_since, self._vain_s = 0, 0.0
         elif self._vain_s > VAIN_STEPS * self.costs.without_guesses(load):
-            self._planned = dict.fromkeys(self._planned, ())
-        self._rest = 0 if any(self._planned.values()) else PROBE_STEPS
+            self._planned |= dict.fromkeys(groups, ())
+            self._vain_s = 0.0
+        chains = [self._planned.get(group, ()) for group in groups]
+        self._rest = 0 if any(chains) else PROBE_STEPS
         self._asked = None if must_plan or self._rest else True
         self._steps_since += max(1, self._rest)
         return [
-            [(name, min(most, ask.most)) for name, most in self._planned.get(group, ())]
-            for group, ask in zip(groups, asks, strict=True)
+            [(name, min(most, ask.most)) for name, most in chain]
+            for chain, ask in zip(chains, asks, strict=True)
         ]
 
     def proposed(self, seconds: float) -> None:
@@ -170,7 +174,9 @@ class Planner:
         with the same drafters, since requests of new adapters come at any step."""
         for group in groups:
             if group not in self._planned:
-                other = next((known for known in self._planned if known.is_like(group)), None)
+                other = next(
+                    (each for each in reversed(self._planned) if each.is_like(group)), None
+                )
                 if other is None:
                     return False
                 self._planned[group] = self._planned[other]
