@@ -15,7 +15,7 @@ from loramux.sampling.verify import verified
 from loramux.speculation.costs import Costs, CostTable, Load
 from loramux.speculation.drafter import Ask, Guess
 from loramux.speculation.drafting import Drafting
-from loramux.speculation.planner import Planner
+from loramux.speculation.planner import MARGIN, Planner
 
 MOST_TOKENS = 256
 Chance = Callable[[Request], Sequence[float]]
@@ -186,3 +186,28 @@ def fixed(
             seconds = costs.mixed.seconds[tokens] + drafting_s(most)
             rates.append(rows * (1 + survival[:most].sum()) / seconds)
     return np.array(rates)
+
+
+WARM, LONG = 300, 60
+"""Steps until something is known, and steps that count."""
+
+
+def served(
+    drafter: Scripted,
+    costs: Costs,
+    rows: int,
+    planned: bool = True,
+    adapter: str = "",
+    most: int = 8,
+) -> Server:
+    requests = [request(f"r{index}", adapter=adapter, most=most) for index in range(rows)]
+    planner = Planner(costs) if planned else None
+    return Server(drafter.world, {"scripted": drafter}, costs, requests, planner)
+
+
+def near(got: float, rates: npt.NDArray[np.float64]) -> None:
+    """Not slower than nothing, and no further from the best fixed length than the planner's own
+    margin: it is not told what is best and goes on trying. Where that is hardly better than nothing
+    it may well stay with nothing."""
+    assert got >= 0.98 * rates[0]
+    assert got >= rates.max() / MARGIN * (1 if rates.max() > 1.1 * rates[0] else 0.97)

@@ -4,54 +4,32 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.speculation.simulated import (
+    LONG,
     MOST_TOKENS,
+    WARM,
     Model,
     Scripted,
     Server,
     World,
     fixed,
+    near,
     request,
+    served,
     table,
 )
 
 from loramux.batch import Row
 from loramux.request import AdapterRef, Request
-from loramux.speculation import planner as planners
 from loramux.speculation.costs import Costs, CostTable, Load
 from loramux.speculation.drafter import Ask, Guess
 from loramux.speculation.planner import MARGIN, Answer, Planner
 from loramux.speculation.record import Class, kind_of
-
-WARM, LONG = 300, 60
-"""Steps until something is known, and steps that count."""
-
-
-def served(
-    drafter: Scripted,
-    costs: Costs,
-    rows: int,
-    planned: bool = True,
-    adapter: str = "",
-    most: int = 8,
-) -> Server:
-    requests = [request(f"r{index}", adapter=adapter, most=most) for index in range(rows)]
-    planner = Planner(costs) if planned else None
-    return Server(drafter.world, {"scripted": drafter}, costs, requests, planner)
-
-
-def near(got: float, rates: Any) -> None:
-    """Not slower than nothing, and no further from the best fixed length than the planner's own
-    margin: it is not told what is best and goes on trying. Where that is hardly better than nothing
-    it may well stay with nothing."""
-    assert got >= 0.98 * rates[0]
-    assert got >= rates.max() / MARGIN * (1 if rates.max() > 1.1 * rates[0] else 0.97)
 
 
 @settings(max_examples=10, deadline=None)
@@ -185,24 +163,6 @@ def test_adapters_have_lengths_of_their_own() -> None:
             lengths[name].append(len(draft.guess.token_ids) if draft else 0)
     assert np.mean(lengths["easy"]) > 3
     assert np.mean(lengths["hard"]) < 0.5
-
-
-def test_who_comes_back_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two texts in turn, each for less time than there is between two plans."""
-    lucky = {"easy": [0.95] * 8, "hard": [0.02] * 8}
-    world = World(21)
-    costs = Costs.alike(table(0.01, 0.001))
-    drafter = Scripted(world, lambda r: lucky[r.adapters[0].digest])
-    texts = {name: [request(name, adapter=name)] for name in lucky}
-    server = Server(world, {"scripted": drafter}, costs, texts["easy"], Planner(costs))
-    for name in (*lucky, *lucky):
-        server.requests = texts[name]
-        server.run(WARM)
-    monkeypatch.setattr(server.drafting.planner, "_must_plan", lambda *_: False)
-    for name in ("hard", "easy") * 2:
-        server.requests = texts[name]
-        server.run(20)
-        assert (sum(server.verified[-12:]) > 12) is (name == "easy"), name
 
 
 def test_a_mixed_load_is_faster_than_with_any_fixed_length() -> None:
@@ -389,79 +349,6 @@ def test_a_wait_for_a_compiler_silences_nobody() -> None:
     near(server.run(LONG), fixed(costs, 1, [0.9] * 8, lambda _: 1e-4))
 
 
-def test_steps_with_guesses_that_take_longer_than_the_table_says_are_noticed() -> None:
-    """By the table guessing pays, 1.3 times; what a step takes beside its forward pass eats that
-    up. It is noticed at one number of rows and not taken for true of another."""
-    chance, promised = [0.6] * 4, table(0.01, 0.0018)
-    told, real = Costs.alike(promised), Costs(promised, table(0.016, 0.0018))
-    drafter = Scripted(World(16), lambda _: chance)
-    server = served(drafter, real, 2, most=4)
-    planner = server.drafting.planner
-    assert planner is not None
-    planner.costs = told
-    server.run(WARM)
-    assert max(fixed(told, 2, chance, lambda _: 0.0)) > 1.2 * 2 / promised.seconds[2]
-    near(server.run(LONG), fixed(real, 2, chance, lambda _: 0.0))
-    assert sum(server.verified[-LONG:]) == 0
-    assert planner._reality.factor(2) > 1.2
-    assert planner._reality.factor(16) == 1
-
-
-def test_while_nobody_is_worth_asking_it_rests() -> None:
-    """Steps without guesses shall cost what they cost without a planner."""
-    costs = Costs.alike(table(0.01, 0.004))
-    server = served(Scripted(World(17), lambda _: [0.02] * 8, each=1e-3), costs, 4)
-    server.run(WARM)
-    proposals: list[int] = []
-    propose = server.drafting.propose
-    server.drafting.propose = lambda asks, load: (  # type: ignore[method-assign]
-        proposals.append(len(asks)) or propose(asks, load)
-    )
-    server.run(20 * planners.PROBE_STEPS)
-    assert len(proposals) == 20
-
-
-@pytest.mark.parametrize(("each", "goes_on"), [(1e-3, False), (1e-6, True)])
-def test_asking_in_vain_ends_before_the_next_plan(
-    monkeypatch: pytest.MonkeyPatch, each: float, goes_on: bool
-) -> None:
-    """Where it takes time worth mentioning: who asks for next to nothing may wait for a guess."""
-    costs = Costs.alike(table(0.01, 0.0003))
-    drafter = Scripted(World(20), lambda _: [0.9] * 8, each=each)
-    server = served(drafter, costs, 4)
-    server.run(WARM)
-    assert sum(server.verified[-20:]) > 0
-    planner = server.drafting.planner
-    monkeypatch.setattr(planner, "_best", lambda *_: np.zeros(0, np.int64))
-    monkeypatch.setattr(planner, "_must_plan", lambda *_: False)
-    server.run(20)
-    asked = drafter.rows_asked
-    server.run(20)
-    assert (drafter.rows_asked - asked > 4 * 10) is goes_on
-
-
-def test_planning_takes_its_share_of_the_time_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long a plan takes beside a step, and however often the load changes."""
-    costs = Costs.alike(table(0.01, 0.0003))
-    server = served(Scripted(World(18), lambda _: [0.9] * 8), costs, 16)
-    planner, crowd, plans = server.drafting.planner, server.requests, 0
-    assert planner is not None
-    plan = planner._plan
-
-    def slow(*args: Any) -> Any:
-        nonlocal plans
-        plans += 1
-        server.world.now += 0.02
-        return plan(*args)
-
-    monkeypatch.setattr(planner, "_plan", slow)
-    for step in range(2000):
-        server.requests = crowd[: 16 if step % 10 < 5 else 3]
-        server.step()
-    plain_s = 2000 * float(costs.plain.seconds[16])
-    assert 5 <= plans and plans * 0.02 < 2 * planners.PLAN_SHARE * plain_s
-
-
 def test_requests_that_ended_leave_nothing() -> None:
     costs = Costs.alike(table(0.01, 0.02))
     server = served(Scripted(World(13), lambda _: [0.5] * 8), costs, 6)
@@ -491,27 +378,3 @@ def test_adapters_come_and_go() -> None:
     assert len(right._owned) <= 16
     assert len(right._counts) == 64
     assert MOST_TOKENS >= max(server.verified) > 0, "a new adapter begins with what is known"
-
-
-def test_requests_that_come_and_go_do_not_make_it_plan_every_step(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Their prompts and their new adapters: a plan takes longer than a small model's step."""
-    world, costs = World(12), Costs.alike(table(0.01, 0.0003))
-    drafter, planner = Scripted(world, lambda _: [0.9] * 8), Planner(costs)
-    plans: list[Load] = []
-    plan = planner._plan
-    monkeypatch.setattr(
-        planner, "_plan", lambda groups, load: plans.append(load) or plan(groups, load)
-    )
-    for step in range(planners.PLAN_STEPS):
-        come = [request(f"{step}-{i}", adapter=f"a{step}") for i in range(8 + step % 8)]
-        asks = [Ask(each, 8) for each in come]
-        chains = planner.chains(asks, Load(len(come), 130 + step, 64), {"scripted": drafter})
-        assert all(chain for chain in chains), "the new ones guess too"
-    assert len(plans) == 1
-    asks = [Ask(request("few", most=4), 8)] * 8
-    planner.chains(asks, Load(8, 130, 64), {"scripted": drafter})
-    assert len(plans) == 2, "what is unlike all that is known is planned"
-    planner.chains(asks * 4, Load(32, 130, 64), {"scripted": drafter})
-    assert len(plans) == 3, "and so is another load"

@@ -36,12 +36,12 @@ MARGIN = 1.05
 """How much faster than without guesses a step must promise to be."""
 PLAN_STEPS = 32
 """So long who is asked stays decided while the load is about the same."""
-PLAN_SHARE = 0.02
-"""Of the time of plain steps, for planning: with a small model that takes as long as a step, and
-what was decided holds for longer, also under another load."""
+PLAN_SHARE, IDLE_SHARE = 0.02, 0.005
+"""Of the time of plain steps, for planning, and while nobody is worth asking: with a small model a
+plan takes as long as a step, and what was decided holds for longer, also under another load."""
 VAIN_STEPS = 2.0
-"""So many plain steps' time may go into asking while nothing of it is verified; after that nobody
-is asked until the next plan. With a large model that is never reached."""
+"""When so many plain steps' time, and at least that of a plan, went into asking while nothing of it
+was verified, it is time for the next plan. With a large model that is never reached."""
 BROUGHT_STEPS = 2
 """What an ask brings is counted so often: that takes time too."""
 PLAIN_STEPS = 64
@@ -132,9 +132,6 @@ class Planner:
                 self._planned.clear()
             self._planned |= self._plan(Counter(groups), load)
             self._steps_since, self._vain_s = 0, 0.0
-        elif self._vain_s > VAIN_STEPS * self.costs.without_guesses(load):
-            self._planned |= dict.fromkeys(groups, ())
-            self._vain_s = 0.0
         chains = [self._planned.get(group, ()) for group in groups]
         self._rest = 0 if any(chains) else PROBE_STEPS
         self._asked = None if must_plan or self._rest else True
@@ -162,9 +159,12 @@ class Planner:
     def _must_plan(self, groups: Sequence[Group], load: Load) -> bool:
         """Much has changed, or was seen, and there is time for it again."""
         now = (len(groups).bit_length(), load.rows.bit_length(), load.tokens.bit_length())
-        due = PLAN_SHARE * self._steps_since * self.costs.without_guesses(load) >= self._plan_s.mean
+        plain_s, plan_s = self.costs.without_guesses(load), self._plan_s.mean
+        share = IDLE_SHARE if self._rest else PLAN_SHARE
+        due = share * self._steps_since * plain_s >= plan_s
         known = self._knows(groups)
-        if due and (now != self._planned_for or not known or self._steps_since >= PLAN_STEPS):
+        changed = now != self._planned_for or not known or self._steps_since >= PLAN_STEPS
+        if (due and changed) or self._vain_s > max(VAIN_STEPS * plain_s, plan_s):
             self._planned_for = now
             return True
         return False

@@ -23,6 +23,9 @@ PRIOR: Floats = 0.8 ** np.arange(1.0, LONGEST + 1)
 """How often the places of a guess are right, before anything was seen: too good rather than too
 bad, since what is tried is found out."""
 TRUST = 16.0
+KNOWN = 50.0
+"""Places that were seen less often may go on as the guess began: who is asked for little because
+little is known of more would never know."""
 WINDOW = 500.0
 
 
@@ -83,7 +86,7 @@ class Record:
             cells = [self._cells(of) for of in missing]
             means = self._right.means(cells)
             for mean, count in zip(means, self._right.counts(cells), strict=True):
-                if known := int(np.argmin(count >= TRUST)):  # what is further may go on as it began
+                if known := int(np.argmin(count >= KNOWN)):
                     each = max(mean[known - 1] ** (1 / known), PRIOR[0])
                     mean[known:] = mean[known - 1] * each ** np.arange(1, LONGEST - known + 1)
             falling = np.minimum.accumulate(means, axis=1)
