@@ -56,8 +56,8 @@ def test_steps_with_guesses_that_take_longer_than_the_table_says_are_noticed() -
     server.run(WARM)
     assert max(fixed(told, 2, chance, lambda _: 0.0)) > 1.2 * 2 / promised.seconds[2]
     near(server.run(LONG), fixed(real, 2, chance, lambda _: 0.0))
-    assert sum(server.verified[-LONG:]) == 0
-    assert planner._reality.factor(2) > 1.2
+    assert sum(server.verified[-LONG:]) < LONG / 4, "but for a try now and then"
+    assert planner._reality.factor(2) > 1.1
     assert planner._reality.factor(16) == 1
 
 

@@ -21,8 +21,8 @@ REPEATS = 3
 LIMIT_S = 1.0
 """What a measurement may take, unless the first two points take more."""
 
-NEWEST, FORGOTTEN = 16, 1000
-"""Steps after which what was seen of others counts for little."""
+NEWEST, FORGOTTEN = 16, 250
+"""Steps that were looked at after which what was seen of others counts for little."""
 
 
 class CostTable:

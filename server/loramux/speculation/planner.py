@@ -107,6 +107,8 @@ class Planner:
         self._load, self._guesses, self._asked = load, 0, False
         if self._rest > 1:
             self._rest -= 1
+            if self._rest > 1:
+                self._asked = None  # of a rest one step is looked at
             return True
         self._awake += 1
         unknown = load.tokens == load.rows and not self._reality.knows_plain(load.rows)
@@ -148,13 +150,13 @@ class Planner:
 
     def stepped(self, seconds: float) -> None:
         """The step took ``seconds``, the drafters' own time left out."""
-        load, costs = self._load, self.costs
-        if self._asked and not self._guesses:
+        load, asked = self._load, self._asked
+        if asked is None or (asked and not self._guesses):
             return  # neither one nor the other
-        if self._asked is not None and load.tokens == load.rows:  # prompts' contexts differ
-            table = costs.mixed if self._guesses else costs.plain
+        if load.tokens == load.rows:  # prompts' contexts differ
+            table = self.costs.mixed if self._guesses else self.costs.plain
             ratio = seconds / float(table.seconds[load.rows + self._guesses])
-            self._reality.took(load.rows, asked=self._asked, ratio=ratio)
+            self._reality.took(load.rows, asked=asked, ratio=ratio)
 
     def _must_plan(self, groups: Sequence[Group], load: Load) -> bool:
         """Much has changed, or was seen, and there is time for it again."""
