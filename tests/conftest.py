@@ -6,6 +6,10 @@ import sys
 import zlib
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("loramux", deadline=None)  # no clock decides a test
+settings.load_profile("loramux")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
