@@ -14,6 +14,10 @@ from tests.heads import saying
 from loramux.cli import main
 from loramux_client import AdapterInvalidError, Client, Completion, SpeculationUsage
 
+pytestmark = (
+    pytest.mark.slow
+)  # two servers, one after the other; tests/http and tests/engine have the rest
+
 HIDDEN = 64
 LENGTH = 25
 MEDUSA: Any = {"drafters": ["medusa"], "max_draft_tokens": 4}
