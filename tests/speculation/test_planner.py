@@ -296,11 +296,12 @@ def test_a_guess_is_learned_from_once() -> None:
     assert not planner._record._shadows
 
 
-def test_the_next_drafter_is_asked_first_if_it_is_better() -> None:
+@pytest.mark.parametrize("chance", [0.2, 0.6])
+def test_the_next_drafter_is_asked_first_if_it_is_better(chance: float) -> None:
     """A chain is the request's order; what is better than its first is not kept waiting."""
     world = World(10)
     costs = Costs.alike(table(0.01, 0.0003))
-    poor = Scripted(world, lambda _: [0.2] * 8, silent=0.2)
+    poor = Scripted(world, lambda _: [chance] * 8, silent=0.2)
     good = Scripted(world, lambda _: [0.9] * 8)
     requests = [request(f"r{i}", ("poor", "good")) for i in range(4)]
     server = Server(world, {"poor": poor, "good": good}, costs, requests, Planner(costs))

@@ -184,8 +184,8 @@ class StepLoop:
                 self._residency.pace.took(time.perf_counter() - flight.began)
             self._commit(flight, result, report)
             timer.done("commit")
-        if len(flights) == 1:  # else nobody can tell what each model's rows took
-            self._drafting.stepped()
+        if flights:
+            self._drafting.stepped(alone=len(flights) == 1)
 
     def _commit(self, flight: Flight, result: SampleResult, report: Report) -> None:
         now, batch = self._clock(), flight.plan.batch

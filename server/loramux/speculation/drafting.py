@@ -40,14 +40,14 @@ class Drafting:
         self._asked_s = 0.0
 
     def rests(self, load: Load) -> bool:
-        """In this step, of ``load``, nobody is to be asked. To be called as the step begins."""
+        """In this step, of ``load``, nobody is to be asked. To be called once a batch, first."""
         self._began, self._asked_s = self._clock(), 0.0
         return self.planner is not None and self.planner.rests(load)
 
-    def stepped(self) -> None:
-        """The step is committed."""
+    def stepped(self, *, alone: bool = True) -> None:
+        """The step is committed. What a model's rows took can be told if it was ``alone`` in it."""
         began, self._began = self._began, None
-        if self.planner is not None and began is not None:
+        if self.planner is not None and began is not None and alone:
             self.planner.stepped(self._clock() - began - self._asked_s)
 
     def propose(self, asks: Sequence[Ask], load: Load) -> list[Draft | None]:

@@ -103,7 +103,7 @@ class Planner:
 
     def rests(self, load: Load) -> bool:
         """Nobody is worth asking in a step of ``load``, and it is not yet time to see whether that
-        has changed; or it is time to see what such a step takes. To be called once a step."""
+        has changed; or it is time to see what such a step takes. To be called once a batch."""
         self._load, self._guesses, self._asked = load, 0, False
         if self._rest > 1:
             self._rest -= 1
