@@ -51,6 +51,11 @@ class ServerConfig(BaseSettings):
     api_keys: Path | None = Field(
         None, description="file of API keys, as loramux keys writes it (default: in --data-dir)"
     )
+    allowed_host: tuple[str, ...] = Field(
+        (),
+        description="NAME: without API keys, answer requests for this host name too, besides"
+        " localhost and 127.0.0.1",
+    )
     data_dir: Path = Field(Path("data"), description="registry and adapter files live here")
     device: str = Field("auto", description="auto, cpu or cuda")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -120,6 +125,14 @@ class ServerConfig(BaseSettings):
             name, sep, _ = item.partition("=")
             if not sep or not ADAPTER_NAME.fullmatch(name):
                 raise ValueError(f"{item!r} is not NAME=DIR with NAME like {ADAPTER_NAME.pattern}")
+        return value
+
+    @field_validator("allowed_host")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for item in value:
+            if not re.fullmatch(r"[A-Za-z0-9._-]+", item):
+                raise ValueError(f"{item!r} is no host name (no scheme, no port)")
         return value
 
     @model_validator(mode="after")

@@ -48,7 +48,9 @@ def test_the_limit_byte(small: Running) -> None:
 
 def test_a_declared_length_is_refused_before_any_byte_of_it(small: Running) -> None:
     raw = wire.connect(small)
-    raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 999999999\r\n\r\n")
+    raw.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 999999999\r\n\r\n"
+    )
     answer = wire.read_until(raw, b"}}")
     assert wire.status(answer) == 413 and b"connection: close" in answer.lower()
     assert wire.read_all(raw) == b""
@@ -57,7 +59,7 @@ def test_a_declared_length_is_refused_before_any_byte_of_it(small: Running) -> N
 def test_a_refusal_arrives_while_the_client_still_sends(small: Running) -> None:
     """Closing with unread bytes would reset the connection and lose the answer."""
     raw = wire.connect(small)
-    raw.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: x\r\n{JSON}\r\n".encode())
+    raw.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{JSON}\r\n".encode())
     raw.sendall(b"transfer-encoding: chunked\r\n\r\n")
     for _ in range(64):
         raw.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
@@ -78,7 +80,7 @@ def test_uploads_have_their_own_limit(small: Running) -> None:
     answer = small.http.post("/v1/adapters", content=b"x" * 3000)
     assert answer.status_code == 415, "not over the limit of this route"
     raw = wire.connect(small)
-    raw.sendall(b"POST /v1/adapters HTTP/1.1\r\nhost: x\r\ncontent-length: 999999\r\n\r\n")
+    raw.sendall(b"POST /v1/adapters HTTP/1.1\r\nhost: localhost\r\ncontent-length: 999999\r\n\r\n")
     assert wire.status(wire.read_until(raw, b"}}")) == 413
 
 
@@ -106,7 +108,7 @@ def test_memory_stays_flat(model_dir: Path) -> None:
             raw = wire.connect(server)
             upload, chunked = b"adapters" in head, b"chunked" in head
             media = b"multipart/form-data; boundary=b" if upload else b"application/json"
-            raw.sendall(head + b"host: x\\r\\ncontent-type: " + media + b"\\r\\n\\r\\n")
+            raw.sendall(head + b"host: localhost\\r\\ncontent-type: " + media + b"\\r\\n\\r\\n")
             if upload:
                 part = b'--b\\r\\ncontent-disposition: form-data; name="weights"\\r\\n\\r\\n'
                 raw.sendall(b"%x\\r\\n%b\\r\\n" % (len(part), part))

@@ -168,7 +168,7 @@ def _guarded(app: FastAPI, table: Table, front: Front, config: ServerConfig) -> 
     for method, path, handler, needs in table:
         app.add_api_route(path, handler, methods=[method], response_model=None)
         access[method, path] = needs
-    guard = auth.Guard(app, access, front.keys)
+    guard = auth.Guard(app, access, front.keys, auth.Strangers(config.allowed_host))
     return RequestIds(Limits(app, config, guard.refusal))
 
 
