@@ -88,6 +88,9 @@ class ServerConfig(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     max_waiting: int = Field(1024, ge=1, description="requests that may wait; more get a 503")
+    max_connections: int | None = Field(
+        None, ge=1, description="open connections (default: half of the open files it may have)"
+    )
     max_body_bytes: int = Field(8 << 20, description="largest JSON body")
     max_adapter_file_bytes: int = Field(2 << 30, description="largest adapter weights file")
     max_config_bytes: int = Field(64 << 10, description="largest adapter_config.json")
@@ -105,6 +108,9 @@ class ServerConfig(BaseSettings):
     step_timeout_s: float = Field(30.0, gt=0, description="a step longer than this is a hang")
     write_timeout_s: float = Field(30.0, gt=0, description="a reader slower than this is cut off")
     header_timeout_s: float = Field(10.0, gt=0, description="time for a request's headers to come")
+    body_timeout_s: float = Field(
+        30.0, gt=0, description="time for each 64 KiB of a request's body"
+    )
     keep_alive_s: float = Field(15.0, gt=0, description="a silent stream gets a comment this often")
     drain_s: float = Field(30.0, ge=0, description="time for running requests after SIGTERM")
 

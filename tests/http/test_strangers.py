@@ -34,7 +34,7 @@ SIMPLE = [
 
 @pytest.fixture(scope="module")
 def proxied(model_dir: Path) -> Iterator[Running]:
-    server, stop = launch(model_dir, allowed_host=("llm.example",))
+    server, stop = launch(model_dir, allowed_host=("LLM.example",))
     yield server
     stop()
 

@@ -34,6 +34,14 @@ from loramux.errors import (
 
 log = logging.getLogger(__name__)
 
+GUARDING = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+    (b"content-security-policy", b"frame-ancestors 'none'"),
+)
+"""What every answer says to browsers and caches, unless it says otherwise itself: no guessing of
+content types, no copies of what may be private, no framing."""
+
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 """A client's x-request-id is used only if it could go into a log line and a header as it is."""
 
@@ -147,7 +155,8 @@ def install(app: FastAPI) -> None:
 
 
 class RequestIds:
-    """Pure ASGI: gives every request an id and every answer, errors included, its x-request-id."""
+    """Pure ASGI: gives every request an id, and every answer, errors included, its x-request-id and
+    the headers of GUARDING."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -163,7 +172,10 @@ class RequestIds:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+                headers = [*message.get("headers", []), (b"x-request-id", request_id)]
+                said = {name.lower() for name, _ in headers}
+                headers += [header for header in GUARDING if header[0] not in said]
+                message["headers"] = headers
             await send(message)
 
         await self.app(scope, receive, send_with_id)
