@@ -86,6 +86,9 @@ class ServerConfig(BaseSettings):
     )
     strict_fields: bool = Field(False, description="refuse unknown request fields")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    access_log: Literal["json", "off"] = Field(
+        "json", description="json: a line a request on stderr, without anything a client wrote"
+    )
 
     max_waiting: int = Field(1024, ge=1, description="requests that may wait; more get a 503")
     max_connections: int | None = Field(

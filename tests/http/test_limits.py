@@ -279,7 +279,7 @@ def test_trailers_change_nothing(start: Start, tmp_path: Path) -> None:
         assert wire.status(wire.read_until(raw, b"}}")) == status
 
 
-@pytest.mark.parametrize("endless", [b"y" * 1000, b"x: y\r\n" * 100], ids=["one", "many"])
+@pytest.mark.parametrize("endless", [b"y" * 60_000, b"x: y\r\n" * 10_000], ids=["one", "many"])
 def test_endless_trailers(start: Start, endless: bytes) -> None:
     """httptools keeps them for as long as they come: a gigabyte of memory for a gigabyte sent."""
     server = start()
@@ -287,9 +287,9 @@ def test_endless_trailers(start: Start, endless: bytes) -> None:
     raw.sendall(CHUNKED + JSON.encode() + b"\r\n\r\n" + TRAILED + b"x: ")
     sent = 0
     with contextlib.suppress(OSError):
-        while sent < 64 * MAX_HEAD_BYTES:
+        while sent < 64 << 20:
             sent += raw.send(endless)
-    assert sent < 64 * MAX_HEAD_BYTES
+    assert sent < 64 << 20
     assert server.complete(max_tokens=1).status_code == 200
 
 

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 from loramux import __version__
 from loramux.config import ServerConfig
 from loramux.front.front import Front
-from loramux.http import auth
+from loramux.http import access_log, auth
 from loramux.http.adapters import Adapters, Models
 from loramux.http.admin import Admin
 from loramux.http.aliases import Aliases
@@ -24,6 +24,7 @@ from loramux.http.blobs import Blobs
 from loramux.http.chat import Chat
 from loramux.http.compatibility import Compatibility
 from loramux.http.completions import Completions
+from loramux.http.exchanges import Exchanges
 from loramux.http.failures import RequestIds, install
 from loramux.http.limits import Limits
 from loramux.http.resumable import Resumable
@@ -169,7 +170,8 @@ def _guarded(app: FastAPI, table: Table, front: Front, config: ServerConfig) -> 
         app.add_api_route(path, handler, methods=[method], response_model=None)
         access[method, path] = needs
     guard = auth.Guard(app, access, front.keys, auth.Strangers(config.allowed_host))
-    return RequestIds(Limits(app, config, guard.refusal))
+    readers = [access_log.write] if config.access_log == "json" else []
+    return RequestIds(Exchanges(Limits(app, config, guard.refusal), readers))
 
 
 def exporter_of(front: Front) -> Exporter:

@@ -139,8 +139,8 @@ class Guard:
         return None
 
     def _check(self, scope: Scope) -> None:
-        needs = self._needs(scope)
         state = scope.setdefault("state", {})
+        needs = self._needs(scope)
         if not self._keys.guarded:
             self._strangers.check(scope)
             state["caller"] = EVERYBODY
@@ -156,14 +156,18 @@ class Guard:
             raise PermissionDenied(f"this needs a key with the scope {wanted}")
 
     def _needs(self, scope: Scope) -> Needs:
-        """As the router picks: the first whole match, else the first whose method is another."""
+        """As the router picks: the first whole match, else the first whose method is another.
+
+        Leaves the route's path, as the route spells it, in the scope's state for logs."""
         partial: Route | None = None
         for route in self._routes:
             match, _ = route.matches(scope)
             if match is Match.FULL:
+                scope["state"]["route"] = route.path
                 return self._access[scope["method"], route.path]
             if match is Match.PARTIAL and partial is None:
                 partial = route
+                scope["state"]["route"] = route.path
         if partial is not None and not any(
             self._access[method, partial.path] for method in partial.methods or ()
         ):

@@ -87,6 +87,7 @@ class Limits:
             if refusal is None and exchange.declared > exchange.limit:
                 refusal = exchange.too_large()
             if refusal is not None:
+                scope["state"]["error"] = refusal.code
                 await failure(refusal)(scope, exchange.receive, exchange.send)
             else:
                 await self.app(scope, exchange.receive, exchange.send)
