@@ -117,6 +117,14 @@ def test_a_client_that_leaves(start: Start, lines: Any, stream: bool) -> None:
     assert line["error"] == "client_gone"
 
 
+def test_a_client_that_leaves_in_its_body(shared: Running, lines: Any) -> None:
+    raw = wire.connect(shared)
+    raw.sendall(wire.request("/v1/completions", b"{}", "content-type: application/json")[:-1])
+    raw.close()
+    [line] = lines(1)
+    assert line["error"] == "client_gone"
+
+
 def test_tenants_are_hashed_and_names_are_short(
     start: Start, tmp_path: Path, lines: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
