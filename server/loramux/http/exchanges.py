@@ -15,6 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from loramux.http.choices import Choices
 from loramux.http.failures import CLIENT_GONE
 
+PROBES = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
+
 
 @dataclass(kw_only=True)
 class Exchange:
@@ -35,6 +37,11 @@ class Exchange:
     error: str | None = None
     choices: Choices | None = None
     traceparent: str = ""
+
+    @property
+    def is_probe(self) -> bool:
+        """Asked many times a second by machines that watch."""
+        return self.route in PROBES
 
     @property
     def model(self) -> str | None:
