@@ -1,7 +1,7 @@
 """The access log: one JSON object a line for every request, on the logger ``loramux.access``.
 
-No text, no key, no path or query as they came: see ``exchanges``. Probes that succeed are told at
-level debug: they come many times a second and say nothing.
+No text, no key, no path or query as they came: see ``exchanges``. Probes that are not refused are
+told at level debug: they come many times a second, and the log has it why a server is not ready.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def to_stderr(level: str) -> None:
 
 def write(exchange: Exchange) -> None:
     """One line."""
-    level = logging.DEBUG if exchange.is_probe and exchange.status < 400 else logging.INFO
+    is_quiet = exchange.is_probe and exchange.status // 100 != 4
+    level = logging.DEBUG if is_quiet else logging.INFO
     if log.isEnabledFor(level):
         log.log(level, "%s", line(exchange))
 
