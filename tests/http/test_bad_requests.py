@@ -170,6 +170,11 @@ def test_an_adapter_that_names_hosts_files_and_code(tmp_path: Path) -> None:
         def audit(event, args):
             seen.append((event, repr(args)))
 
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                seen.append(("import", name))
+
+        sys.meta_path.insert(0, Finder())
         sys.addaudithook(audit)
         with (folder / "adapter_model.safetensors").open("rb") as weights:
             read_adapter((folder / "adapter_config.json").read_bytes(), weights, base).canonical()

@@ -59,13 +59,14 @@ def test_a_request_is_a_tree(tell: Tell) -> None:
     [root] = of(spans, "POST /v1/completions")
     assert root.kind is SpanKind.SERVER and root.parent is None
     assert {span.name for span in spans} == {root.name, "queue", "prefill", "decode"}
+    assert before < root.start_time <= root.end_time < time.time_ns()
     for span in spans:
-        assert before < span.start_time <= span.end_time < time.time_ns()
         if span is not root:
             assert span.parent is not None and span.parent.span_id == root.context.span_id
-            assert root.start_time <= span.end_time <= root.end_time
+            assert span.context.trace_id == root.context.trace_id
     [queue], [prefill], [decode] = (of(spans, name) for name in ("queue", "prefill", "decode"))
     assert queue.end_time == prefill.start_time and prefill.end_time == decode.start_time
+    assert root.start_time <= decode.start_time <= decode.end_time <= root.end_time
     assert (queue.end_time - queue.start_time) / 1e9 == pytest.approx(0.01, abs=1e-5)
     assert (prefill.end_time - prefill.start_time) / 1e9 == pytest.approx(0.02, abs=1e-5)
     usage = answers[0].json()["usage"]
