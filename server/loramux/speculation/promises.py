@@ -31,8 +31,9 @@ class Promises:
         """What asking has cost, since the plan, that it did not bring."""
 
     def kept(self, rows: int) -> float:
-        """Which part of what plans for about ``rows`` promise comes true, at most 1."""
-        return min(1.0, self._kept.get(rows.bit_length(), 1.0))
+        """Which part of what plans for about ``rows`` promise comes true: 1 unless such were slower
+        than plain steps."""
+        return self._kept.get(rows.bit_length(), 1.0)
 
     def made(self, rows: int, gain: float | None) -> None:
         """A plan for ``rows`` promises ``gain`` times the tokens of plain steps, or asks nobody."""
@@ -54,7 +55,8 @@ class Promises:
 
     def _settle(self) -> None:
         if self._gain is not None and self._steps >= FEW:
-            kept = self._brought / self._instead / self._gain
+            gain = self._brought / self._instead
+            kept = 1.0 if gain >= 1 else gain / self._gain  # who gains at all is let go on
             before = self._kept.setdefault(self._size, 1.0)
             self._kept[self._size] += (kept - before) * self._steps / (self._steps + WEIGHT)
         self._steps, self._brought, self._instead, self.lost_s = 0, 0.0, 0.0, 0.0
