@@ -81,6 +81,9 @@ def test_the_number_of_adapters_moves_neither_arrivals_nor_lengths() -> None:
 
     one, many = (draw(replace(few, adapters=n, alpha=a)) for n, a in ((1, 1.0), (1000, 0.1)))
     assert list(map(rest, one)) == list(map(rest, many))
+    bursts = draw(replace(few, cv=4.0))
+    named = [(a.adapter, a.prompt_tokens, a.output_tokens) for a in draw(few)]
+    assert named == [(a.adapter, a.prompt_tokens, a.output_tokens) for a in bursts]
 
 
 def test_a_plan_is_written_whole(tmp_path: Path) -> None:
