@@ -11,17 +11,17 @@ import pytest
 import traffic
 from traffic import Arrival, Traffic, draw
 
-MANY = Traffic(rate=100.0, duration_s=1000.0)
+MANY = Traffic(rate=100.0, duration_s=200.0)
 
 
 @pytest.mark.parametrize("cv", [0.5, 1.0, 4.0])
 def test_gaps_have_the_mean_of_the_rate_and_the_cv_asked_for(cv: float) -> None:
     at = np.array([0.0, *(arrival.at_s for arrival in draw(replace(MANY, cv=cv)))])
     gaps = np.diff(at)
-    assert len(gaps) == 100_000 and (gaps >= 0).all()
+    assert len(gaps) == 20_000 and (gaps >= 0).all()
     # Standard errors: of the mean cv / sqrt(n), of the cv a few times that for heavy tails.
-    assert gaps.mean() * 100 == pytest.approx(1, abs=5 * cv / 316)
-    assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.06)
+    assert gaps.mean() * 100 == pytest.approx(1, abs=5 * cv / 141)
+    assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.1)
     third = np.mean(((gaps - gaps.mean()) / gaps.std()) ** 3)
     assert third == pytest.approx(2 * cv, rel=0.35), "a Gamma's skewness"
 
@@ -32,9 +32,9 @@ def test_adapters_get_the_shares_the_docstring_says(alpha: float, n: int) -> Non
     shares = np.bincount(named, minlength=n) / len(named)
     edges = (np.arange(n + 1) / n) ** alpha
     assert len(shares) == n
-    assert np.abs(shares - np.diff(edges)).max() < 5 * 0.5 / 316
+    assert np.abs(shares - np.diff(edges)).max() < 5 * 0.5 / 141
     if alpha == 0.1:
-        assert shares[0] == pytest.approx(0.5, abs=0.01)
+        assert shares[0] == pytest.approx(0.5, abs=0.02)
 
 
 def test_lengths_are_uniform_without_the_upper_end() -> None:
@@ -45,21 +45,21 @@ def test_lengths_are_uniform_without_the_upper_end() -> None:
     ):
         values, counts = np.unique(lengths, return_counts=True)
         assert set(values.tolist()) == expected
-        assert np.abs(counts / len(plan) - 1 / len(expected)).max() < 0.01
+        assert np.abs(counts / len(plan) - 1 / len(expected)).max() < 0.02
 
 
 def test_ranks_come_in_turn_and_tenants_evenly() -> None:
     plan = draw(replace(MANY, ranks=(8, 16, 32, 64), tenants=4, adapters=10))
     assert all(arrival.rank == (8, 16, 32, 64)[arrival.adapter % 4] for arrival in plan)
     shares = np.bincount([arrival.tenant for arrival in plan]) / len(plan)
-    assert len(shares) == 4 and np.abs(shares - 0.25).max() < 0.01
+    assert len(shares) == 4 and np.abs(shares - 0.25).max() < 0.02
 
 
 def test_a_cold_adapter_is_named_once_and_never_one_of_the_others() -> None:
     plan = draw(replace(MANY, adapters=50, cold_share=0.2))
     cold = [arrival.adapter for arrival in plan if arrival.cold]
     assert cold == list(range(50, 50 + len(cold)))
-    assert len(cold) / len(plan) == pytest.approx(0.2, abs=0.01)
+    assert len(cold) / len(plan) == pytest.approx(0.2, abs=0.02)
     assert all(arrival.adapter < 50 for arrival in plan if not arrival.cold)
     assert traffic.num_adapters(replace(MANY, adapters=50), plan) == 50 + len(cold)
 
