@@ -110,10 +110,15 @@ class _Answer:
             chunk = self._chunk([ChatChunkChoice(index, MessageDelta("assistant", ""))])
             if index == 0 and self._body.return_token_ids:
                 chunk.prompt_token_ids = self._choices.prompts[0].ids
+            if self._body.continuous_usage:
+                chunk.usage = self._choices.usage_so_far(index, Delta())
             yield event(chunk)
         async with aclosing(self._choices.merged()) as merged:
             async for index, delta in merged:
-                yield event(self._chunk([self._piece(index, delta)]))
+                chunk = self._chunk([self._piece(index, delta)])
+                if self._body.continuous_usage:
+                    chunk.usage = self._choices.usage_so_far(index, delta)
+                yield event(chunk)
         if self._body.include_usage:
             last = self._chunk([])
             last.usage = self._choices.usage()

@@ -16,7 +16,7 @@ from loramux.front.catalog import Served
 from loramux.front.front import Front
 from loramux.front.generation import Delta, Done, Generation, GenerationSpec
 from loramux.front.voices import Voice
-from loramux.http.answers import PromptDetails, Usage
+from loramux.http.answers import PromptDetails, Usage, UsageSoFar
 from loramux.http.schemas import AdapterChoice, Sampling
 from loramux.http.speculation import (
     entropy_of,
@@ -181,6 +181,7 @@ class Choices:
         self._tenant = tenant
         self._speculation: Speculation | None = None
         self._entropy: EntropyAdaptive | None = None
+        self._made: dict[int, int] = {}
 
     def submit(
         self,
@@ -284,6 +285,13 @@ class Choices:
             predictions(details),
             details,
         )
+
+    def usage_so_far(self, index: int, delta: Delta | None) -> UsageSoFar:
+        """Counts of choice ``index`` up to ``delta`` (None: its end); ask once for each of them."""
+        made = self._made.get(index, 0) + (len(delta.token_ids) if delta else 0)
+        self._made[index] = made
+        prompt = len(self.prompt_of(index).ids)
+        return UsageSoFar(prompt, made, prompt + made)
 
     async def collect(self) -> list[Delta]:
         """Every choice's whole output; the first failure ends all."""

@@ -167,11 +167,11 @@ Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None
 
 
 class StreamOptions(Strict):
-    """``stream_options``: only the usage chunk is ours to give."""
+    """``stream_options``: the usage chunk, and as vLLM has it, counts so far in every chunk."""
 
     include_usage: Flag = None
     include_obfuscation: Literal[False] | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: Flag = None
 
 
 Scale = Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE)]
@@ -236,6 +236,10 @@ class Sampling(Strict):
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream", param="stream_options")
+        if self.continuous_usage and not self.include_usage:
+            raise InvalidRequest(
+                "stream_options: continuous_usage_stats needs include_usage", param="stream_options"
+            )
         if self.adapters is not None and self.adapter_id is not None:
             raise InvalidRequest("give adapters or adapter_id, not both", param="adapters")
         if self.adapters is not None and self.scale is not None:
@@ -248,6 +252,10 @@ class Sampling(Strict):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises InvalidRequest when a token id is not one of the model's."""
