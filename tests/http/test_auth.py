@@ -23,7 +23,7 @@ from loramux.config import ServerConfig
 from loramux.errors import ConfigError
 from loramux.front.keys import Keys
 from loramux.http.app import build_admin_app, build_app
-from loramux.http.auth import Guard, check_host
+from loramux.http.auth import Guard, Strangers, check_host
 from loramux.http.connection import uvicorn_config
 from loramux.http.serve import serve
 
@@ -145,13 +145,14 @@ def test_with_each_scope(house: House, method: str, path: str) -> None:
 def test_a_route_that_declares_nothing_is_a_bug(house: House) -> None:
     app = FastAPI(docs_url=None, redoc_url=None)
     access = {(method, "/openapi.json"): frozenset({"infer"}) for method in ("GET", "HEAD")}
-    Guard(app, access, house.server.front.keys)
+    keys, strangers = house.server.front.keys, Strangers(())
+    Guard(app, access, keys, strangers)
     app.add_api_route("/forgotten", lambda: None, methods=["GET"])
     with pytest.raises(RuntimeError, match="/forgotten"):
-        Guard(app, access, house.server.front.keys)
+        Guard(app, access, keys, strangers)
     app.mount("/page", FastAPI())
     with pytest.raises(RuntimeError):
-        Guard(app, {**access, ("GET", "/forgotten"): frozenset()}, house.server.front.keys)
+        Guard(app, {**access, ("GET", "/forgotten"): frozenset()}, keys, strangers)
 
 
 AROUND = [

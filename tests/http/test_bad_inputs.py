@@ -391,11 +391,6 @@ def test_odd_paths(shared: Running, path: str) -> None:
     assert refusal(answer, 404)["type"] == "not_found_error"
 
 
-def test_host_header_changes_nothing(shared: Running) -> None:
-    answer = shared.http.get("/nothing", headers={"host": "evil/health?x="})
-    assert answer.status_code == 404
-
-
 @pytest.mark.parametrize(
     ("given", "kept"),
     [("abc-1.2:3_x", True), ("", False), ("a b", False), ("x" * 129, False), ("é", False)],

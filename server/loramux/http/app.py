@@ -8,15 +8,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from loramux import __version__
 from loramux.config import ServerConfig
 from loramux.front.front import Front
-from loramux.http import auth
+from loramux.http import access_log, auth
 from loramux.http.adapters import Adapters, Models
 from loramux.http.admin import Admin
 from loramux.http.aliases import Aliases
@@ -24,17 +22,12 @@ from loramux.http.blobs import Blobs
 from loramux.http.chat import Chat
 from loramux.http.compatibility import Compatibility
 from loramux.http.completions import Completions
+from loramux.http.exchanges import Exchanges
 from loramux.http.failures import RequestIds, install
 from loramux.http.limits import Limits
+from loramux.http.openapi import describe
 from loramux.http.resumable import Resumable
-from loramux.http.schemas import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
 from loramux.metrics.prometheus import Exporter
-from loramux.request import MODEL_IDS
 
 Handler = Callable[..., Coroutine[Any, Any, Response]]
 Table = Sequence[tuple[str, str, Handler, auth.Needs]]
@@ -42,69 +35,6 @@ Table = Sequence[tuple[str, str, Handler, auth.Needs]]
 
 NAMES_CACHE_S = 1.0
 """With thousands of adapters, listing them all is too much for every scrape."""
-
-_JSON_BODIES: dict[str, type[BaseModel]] = {
-    "/v1/completions": CompletionRequest,
-    "/v1/chat/completions": ChatRequest,
-    "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
-}
-_BASE = {"type": "string", "enum": list(MODEL_IDS), "default": "target"}
-_UPLOAD = {
-    "type": "object",
-    "required": ["name", "config", "weights"],
-    "properties": {
-        "name": {"type": "string"},
-        "config": {"type": "string", "format": "binary"},
-        "weights": {"type": "string", "format": "binary"},
-        "base": _BASE,
-    },
-}
-_REGISTRATION = {
-    "type": "object",
-    "required": ["name"],
-    "anyOf": [{"required": ["config", "weights"]}, {"required": ["blend"]}],
-    "properties": {
-        "name": {"type": "string"},
-        "config": {"type": ["string", "object"]},
-        "weights": {"type": "string"},
-        "blend": {"type": "object", "required": ["method", "sources"]},
-        "base": _BASE,
-        "expected_generation": {"type": "integer"},
-        "ttl_s": {"type": "integer"},
-    },
-}
-_TTL = {"type": "object", "required": ["ttl_s"], "properties": {"ttl_s": {"type": "integer"}}}
-_SHARE = {
-    "type": "object",
-    "required": ["model", "weight"],
-    "properties": {"model": {"type": "string"}, "weight": {"type": "integer"}},
-}
-_ALIAS = {
-    "type": "object",
-    "properties": {
-        "target": {"type": "string"},
-        "targets": {"type": "array", "items": _SHARE},
-        "expected_revision": {"type": "integer"},
-    },
-}
-_JSON_PUTS = {"/v1/adapters/{name}/ttl": _TTL, "/v1/aliases/{alias}": _ALIAS}
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": "string"},
-            },
-        }
-    },
-}
 
 
 def build_app(front: Front, config: ServerConfig) -> ASGIApp:
@@ -168,8 +98,10 @@ def _guarded(app: FastAPI, table: Table, front: Front, config: ServerConfig) -> 
     for method, path, handler, needs in table:
         app.add_api_route(path, handler, methods=[method], response_model=None)
         access[method, path] = needs
-    guard = auth.Guard(app, access, front.keys)
-    return RequestIds(Limits(app, config, guard.refusal))
+    describe(app, access)
+    guard = auth.Guard(app, access, front.keys, auth.Strangers(config.allowed_host))
+    readers = [access_log.write] if config.access_log == "json" else []
+    return RequestIds(Exchanges(Limits(app, config, guard.refusal), readers))
 
 
 def exporter_of(front: Front) -> Exporter:
@@ -200,7 +132,6 @@ def _application() -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     install(app)
-    _describe(app)
     return app
 
 
@@ -216,41 +147,3 @@ def _operators(front: Front, exporter: Exporter) -> Table:
         ("GET", "/admin/state", admin.state, auth.ADMIN),
         ("GET", "/metrics", admin.metrics, auth.ADMIN),
     )
-
-
-def _describe(app: FastAPI) -> None:
-    """Adds to openapi.json the bodies that FastAPI cannot see, since handlers read them."""
-    plain = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = plain()
-            _, models = models_json_schema(
-                [(model, "validation") for model in _JSON_BODIES.values()],
-                ref_template="#/components/schemas/{model}",
-            )
-            schema["components"] = {"schemas": {**models["$defs"], "Error": _ERROR}}
-            for path, operations in schema["paths"].items():
-                for operation in operations.values():
-                    operation["responses"].pop("422", None)
-                    operation["responses"]["default"] = _content(
-                        "application/json", {"$ref": "#/components/schemas/Error"}, "an error"
-                    )
-                if model := _JSON_BODIES.get(path):
-                    reference = {"$ref": f"#/components/schemas/{model.__name__}"}
-                    operations["post"]["requestBody"] = _content("application/json", reference)
-            for path, fields in _JSON_PUTS.items():
-                if operations := schema["paths"].get(path):
-                    operations["put"]["requestBody"] = _content("application/json", fields)
-            if path := schema["paths"].get("/v1/adapters"):
-                path["post"]["requestBody"] = body = _content("multipart/form-data", _UPLOAD)
-                body["content"].update(_content("application/json", _REGISTRATION)["content"])
-        assert app.openapi_schema is not None
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _content(media_type: str, schema: dict[str, Any], description: str = "") -> dict[str, Any]:
-    content: dict[str, Any] = {"content": {media_type: {"schema": schema}}}
-    return {**content, "description": description} if description else {**content, "required": True}

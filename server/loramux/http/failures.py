@@ -34,6 +34,17 @@ from loramux.errors import (
 
 log = logging.getLogger(__name__)
 
+CLIENT_GONE = "client_gone"
+"""What logs and traces call the failure of a request whose client left before its end."""
+
+GUARDING = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+    (b"content-security-policy", b"frame-ancestors 'none'"),
+)
+"""What every answer says to browsers and caches, unless it says otherwise itself: no guessing of
+content types, no copies of what may be private, no framing."""
+
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 """A client's x-request-id is used only if it could go into a log line and a header as it is."""
 
@@ -102,17 +113,23 @@ def invalid(errors: Sequence[Any]) -> InvalidRequest:
     return InvalidRequest(f"{param}: {text[:1].lower()}{text[1:]}", param=param)
 
 
-async def _on_loramux_error(_: Request, exc: Exception) -> Response:
+def answered(request: Request, exc: LoramuxError, *, status: int | None = None) -> Response:
+    """``failure``, and its code left for logs and traces."""
+    request.scope["state"]["error"] = exc.code
+    return failure(exc, status=status)
+
+
+async def _on_loramux_error(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, LoramuxError)
-    return failure(exc)
+    return answered(request, exc)
 
 
-async def _on_query_error(_: Request, exc: Exception) -> Response:
+async def _on_query_error(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestValidationError)
-    return failure(invalid(exc.errors()))
+    return answered(request, invalid(exc.errors()))
 
 
-async def _on_http_error(_: Request, exc: Exception) -> Response:
+async def _on_http_error(request: Request, exc: Exception) -> Response:
     """Starlette's own refusals: no such route, or not with this method."""
     assert isinstance(exc, HTTPException)
     refusal: RequestError
@@ -122,19 +139,20 @@ async def _on_http_error(_: Request, exc: Exception) -> Response:
         refusal = RequestError("this route does not take that method", code="method_not_allowed")
     else:
         refusal = RequestError("the request cannot be served")
-    answer = failure(refusal, status=exc.status_code)
+    answer = answered(request, refusal, status=exc.status_code)
     answer.headers.update(exc.headers or {})
     return answer
 
 
-async def _on_disconnect(_: Request, __: Exception) -> Response:
+async def _on_disconnect(request: Request, __: Exception) -> Response:
+    request.scope["state"]["error"] = CLIENT_GONE
     return Response(status_code=400)
 
 
 async def _on_bug(request: Request, exc: Exception) -> Response:
     if not isinstance(exc, ConnectionError):  # a client that left is no bug
         log.error("internal error, request %s", request.scope["state"]["request_id"], exc_info=exc)
-    return failure(internal_error())
+    return answered(request, internal_error())
 
 
 def install(app: FastAPI) -> None:
@@ -147,7 +165,8 @@ def install(app: FastAPI) -> None:
 
 
 class RequestIds:
-    """Pure ASGI: gives every request an id and every answer, errors included, its x-request-id."""
+    """Pure ASGI: gives every request an id, and every answer, errors included, its x-request-id and
+    the headers of GUARDING."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -163,7 +182,10 @@ class RequestIds:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+                headers = [*message.get("headers", []), (b"x-request-id", request_id)]
+                said = {name.lower() for name, _ in headers}
+                headers += [header for header in GUARDING if header[0] not in said]
+                message["headers"] = headers
             await send(message)
 
         await self.app(scope, receive, send_with_id)

@@ -14,6 +14,7 @@ from loramux import __version__
 from loramux.config import ServerConfig
 from loramux.front.front import Front
 from loramux.front.keys import Keys
+from loramux.http import access_log
 from loramux.http.app import build_admin_app, build_app
 from loramux.http.auth import check_host
 from loramux.http.connection import uvicorn_config
@@ -27,6 +28,7 @@ EXIT_CANNOT_START = 2
 def serve(config: ServerConfig) -> int:
     """Serve until told to stop; the exit code."""
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)-7s %(message)s")
+    access_log.to_stderr(config.log_level)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(config))
 
