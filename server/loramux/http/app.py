@@ -169,7 +169,7 @@ def _guarded(app: FastAPI, table: Table, front: Front, config: ServerConfig) -> 
         app.add_api_route(path, handler, methods=[method], response_model=None)
         access[method, path] = needs
     guard = auth.Guard(app, access, front.keys)
-    return RequestIds(Limits(app, config, guard.refusal))
+    return RequestIds(Limits(app, config, guard.refusal), exporter_of(front).erred)
 
 
 def exporter_of(front: Front) -> Exporter:
@@ -214,7 +214,12 @@ def _operators(front: Front, exporter: Exporter) -> Table:
         ("POST", "/tokenize", admin.tokenize, auth.INFER),
         ("POST", "/detokenize", admin.detokenize, auth.INFER),
         ("GET", "/admin/state", admin.state, auth.ADMIN),
-        ("GET", "/metrics", admin.metrics, auth.ADMIN),
+        (
+            "GET",
+            "/metrics",
+            admin.metrics,
+            auth.OPEN if front.config.public_metrics else auth.ADMIN,
+        ),
     )
 
 

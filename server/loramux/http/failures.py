@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -61,6 +61,23 @@ def internal_error() -> LoramuxError:
     return LoramuxError("the server met an internal error; the log has it under the x-request-id")
 
 
+class Failure(Response):
+    """The HTTP answer for one error, which leaves the error in the scope's state."""
+
+    def __init__(self, exc: LoramuxError, status: int, headers: dict[str, str]) -> None:
+        super().__init__(error_body(exc), status, headers, media_type="application/json")
+        self._error = exc
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tell(scope, self._error)
+        await super().__call__(scope, receive, send)
+
+
+def tell(scope: Scope, exc: LoramuxError, *, streaming: bool = False) -> None:
+    """The client of this request is being told of ``exc``."""
+    scope["state"]["told"] = exc, streaming
+
+
 def failure(exc: LoramuxError, *, status: int | None = None) -> Response:
     """The HTTP answer for one error; ``status`` where HTTP itself refuses (405)."""
     headers = {}
@@ -73,12 +90,7 @@ def failure(exc: LoramuxError, *, status: int | None = None) -> Response:
         headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
     if isinstance(exc, UploadOffsetConflict):
         headers["upload-offset"] = str(exc.upload_offset)
-    return Response(
-        error_body(exc),
-        status_code=status or exc.status,
-        headers=headers,
-        media_type="application/json",
-    )
+    return Failure(exc, status or exc.status, headers)
 
 
 def invalid(errors: Sequence[Any]) -> InvalidRequest:
@@ -147,10 +159,14 @@ def install(app: FastAPI) -> None:
 
 
 class RequestIds:
-    """Pure ASGI: gives every request an id and every answer, errors included, its x-request-id."""
+    """Pure ASGI: gives every request an id and every answer, errors included, its x-request-id.
 
-    def __init__(self, app: ASGIApp) -> None:
+    ``erred`` hears of the error that a client was told of, and whether that was in a stream.
+    """
+
+    def __init__(self, app: ASGIApp, erred: Callable[[LoramuxError, bool], None]) -> None:
         self.app = app
+        self.erred = erred
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -166,4 +182,8 @@ class RequestIds:
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
             await send(message)
 
-        await self.app(scope, receive, send_with_id)
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            if (told := scope["state"].get("told")) is not None:
+                self.erred(*told)
