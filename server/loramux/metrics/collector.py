@@ -27,7 +27,12 @@ from loramux.wire import Ready
 TOP_ADAPTERS = 20
 
 SEEDED = {
-    "request_failed": ("engine_failed", "deadline_exceeded", "adapter_load_failed"),
+    "request_failed": (
+        "engine_failed",
+        "deadline_exceeded",
+        "adapter_load_failed",
+        "numerical_error",
+    ),
     "admission_rejected": ("overloaded", "draining", "engine_starting", "engine_failed"),
     "adapter_evictions": ("kv", "adapter", "removed"),
 }

@@ -139,7 +139,8 @@ class Exporter:
             return Counter(f"loramux_{name}", about, labels, registry=self.registry)
 
         self._uploads = count("uploads", "Adapter uploads by result", ["result"])
-        self._uploads.labels("ready")
+        for result in ("ready", "internal_error", "ingest_failed", "storage_full"):
+            self._uploads.labels(result)
         self._loads = count("adapter_loads", "Adapters loaded into the pool", ["transition"])
         for source in ("disk", "host"):
             self._loads.labels(f"{source}_to_pool")
