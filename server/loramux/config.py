@@ -48,6 +48,9 @@ class ServerConfig(BaseSettings):
     )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     admin_port: int | None = Field(None, description="serve /metrics, /health, /admin here instead")
+    public_metrics: bool = Field(
+        False, description="/metrics needs no key; it names adapters, of every tenant"
+    )
     api_keys: Path | None = Field(
         None, description="file of API keys, as loramux keys writes it (default: in --data-dir)"
     )

@@ -114,3 +114,21 @@ def test_what_waiting_requests_need_is_told_apart_by_a_version() -> None:
     assert order.version == version
     order.remove(second)
     assert order.version != version and order.digests() == []
+
+
+def test_the_oldest_is_the_one_that_never_ran() -> None:
+    order = FairOrder()
+    assert order.oldest_arrival() is None
+    first, second, other = request("first", 0), request("second", 0), request("other", 1)
+    for arrival, new in enumerate((first, second, other), start=1):
+        new.arrival = float(arrival)
+        order.push(new)
+    assert order.oldest_arrival() == 1.0
+    order.remove(first)
+    first.first_scheduled = 9.0
+    assert order.oldest_arrival() == 2.0
+    order.push_back(first)
+    assert order.oldest_arrival() == 2.0, "it ran before it was preempted"
+    order.remove(second)
+    order.remove(other)
+    assert order.oldest_arrival() is None

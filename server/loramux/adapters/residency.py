@@ -41,6 +41,10 @@ LOADING_SHARE = 0.25
 """Of the pool, at most so much is on its way at a time: frames that nobody computes with yet. One
 adapter larger than that is loaded alone."""
 
+EVICTED_FOR = ("kv", "adapter", "removed")
+"""Why an adapter left: its frames were wanted for KV or for another adapter, or nobody may use it
+any more."""
+
 PINNED_SHARE = 0.5
 """Of the pool, at most so much may be pinned: the rest stays for everybody."""
 
@@ -84,7 +88,7 @@ class Residency:
         self.num_loading = 0
         self.version = 0
         self.finished_loads: list[AdapterLoad] = []
-        self.num_evicted = 0
+        self.evictions = dict.fromkeys(EVICTED_FOR, 0)
 
     @property
     def on_loaded(self) -> Callable[[], None]:
@@ -290,7 +294,12 @@ class Residency:
         newest = load.work_s / packed.num_bytes
         self._load_s_per_byte += NEWEST_WEIGHT * (newest - self._load_s_per_byte)
         seconds = time.monotonic() - load.asked
-        self.finished_loads.append(AdapterLoad(packed.digest, seconds, packed.num_bytes))
+        self.finished_loads.append(
+            AdapterLoad(
+                *(packed.digest, seconds, packed.num_bytes),
+                source="disk" if load.arrival is None else "host",
+            )
+        )
         if load.arrival is not None:
             resident.arrival = None
             self._num_arriving_frames -= len(resident.frames)
@@ -323,7 +332,7 @@ class Residency:
             num_frames=len(resident.frames),
             cost_s=self._cost_s(resident.packed),
             uses=self._uses(digest),
-            evict=lambda: self._evict(digest),
+            evict=lambda: self._evict(digest, "kv" if self._pool.wanted_for_kv else "adapter"),
         )
         if (basis := resident.packed.basis) is not None:
             self.release(basis)
@@ -335,18 +344,18 @@ class Residency:
         # One for having been asked for, so that it counts for something before its first row.
         return self._frequency.of(digest) + 1.0
 
-    def _evict(self, digest: str) -> None:
+    def _evict(self, digest: str, reason: str) -> None:
         resident = self._adapters.pop(digest)
         assert resident.slot is not None and resident.leases == 0
         for dependent in list(resident.dependents):  # all idle, or this one would be held
             self._pool.order.withdraw((self._model_id, dependent))
-            self._evict(dependent)
+            self._evict(dependent, reason)
         basis = resident.packed.basis
         if basis is not None and basis in self._adapters:
             self._adapters[basis].dependents.remove(digest)
         self._table.remove(resident.slot)
         self._pool.frames.give_back(resident.frames, Owner.ADAPTER)
-        self.num_evicted += 1
+        self.evictions[reason] += 1
         self.version += 1
 
     # -- asked by an operator --------------------------------------------------------------------
@@ -420,8 +429,13 @@ class Residency:
         if (self._model_id, digest) not in self._pool.order:
             return False
         self._pool.order.withdraw((self._model_id, digest))
-        self._evict(digest)
+        self._evict(digest, "removed")
         return True
+
+    def take_evictions(self) -> dict[str, int]:
+        """How many adapters left since the last call, by reason (``EVICTED_FOR``)."""
+        evictions, self.evictions = self.evictions, dict.fromkeys(EVICTED_FOR, 0)
+        return evictions
 
     def resident(self) -> list[str]:
         """Digests rows may run on now."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
-from loramux.adapters.residency import Residency
+from loramux.adapters.residency import EVICTED_FOR, Residency
 from loramux.engine.models import Partner
 from loramux.engine.scheduler import Scheduler
 from loramux.engine.step import StepLoop
@@ -221,13 +221,15 @@ class Engine:
         stats.num_waiting = len(self.scheduler.waiting)
         stats.num_loading = self.num_loading
         stats.arrival_wait_s = self.residency.take_waited_s()
-        evicted_adapters = 0
+        evicted = dict.fromkeys(EVICTED_FOR, 0)
         for residency in self._residencies:
             stats.loads += residency.finished_loads
-            evicted_adapters += residency.num_evicted
-            residency.finished_loads, residency.num_evicted = [], 0
+            residency.finished_loads = []
+            for reason, num in residency.take_evictions().items():
+                evicted[reason] += num
         evicted_pages, self.pool.prefix.num_evicted = self.pool.prefix.num_evicted, 0
-        stats.evictions = {"adapter": evicted_adapters, "prefix": evicted_pages}
+        stats.evictions = {"adapter": sum(evicted.values()), "prefix": evicted_pages}
+        stats.adapter_evictions = evicted
         self._list_adapters(stats)
 
     def _list_adapters(self, stats: StepStats) -> None:
@@ -236,6 +238,8 @@ class Engine:
         if stats.batch_rows and now < self._told_lists + STATS_EVERY_S:
             return
         self._told_lists = now
+        if (oldest := self.scheduler.waiting.oldest_arrival()) is not None:
+            stats.oldest_waiting_s = now - oldest
         if self.scheduler.waiting.version != self._told_waiting:
             self._told_waiting = self.scheduler.waiting.version
             stats.waiting_adapters = self.scheduler.waiting.digests()

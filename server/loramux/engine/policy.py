@@ -113,6 +113,14 @@ class FairOrder:
                 if self._turn.get(key) == turn:
                     heapq.heappush(self._heap, (self.served[key], turn, key))
 
+    def oldest_arrival(self) -> float | None:
+        """When the one arrived that has waited longest for its first step; None if nobody does."""
+        firsts = (
+            next((r.arrival for r in line if r.first_scheduled is None), None)
+            for line in self._waiting.values()
+        )
+        return min((first for first in firsts if first is not None), default=None)
+
     def digests(self) -> list[str]:
         """Adapters that waiting requests need."""
         refs = (ref for line in self._waiting.values() for ref in line[0].adapters)

@@ -101,7 +101,7 @@ class Front:
         self._lock = lock_data_dir(config.data_dir)
         self._observations = Observations(observer)
         self.quotas = Quotas(self.keys.limits, self._observations.rejected)
-        self._ingest = IngestClient(ingest, config.data_dir)
+        self._ingest = IngestClient(ingest, config.data_dir, self._observations.validated)
         self.adapters = AdapterService(
             config, self.base_name, self._ingest, self.command, self._observations, self.quotas
         )

@@ -41,6 +41,9 @@ class Observer(Protocol):
     def uploaded(self, result: str) -> None:
         """An upload ended: ``ready`` or the code of its refusal."""
 
+    def validated(self, seconds: float, code: str) -> None:
+        """The ingest process examined an adapter; ``code`` of what is wrong with it, or ""."""
+
     def engine_restarted(self, reason: str) -> None:
         """The engine died (``exit``, ``heartbeat``, ``step_timeout``) and is started again."""
 
@@ -76,6 +79,7 @@ class Snapshot:
     adapter_load_s: float = 0.0
     arrival_wait_s: float = 0.0
     evictions: dict[str, int] = field(default_factory=dict)
+    adapter_evictions: dict[str, int] = field(default_factory=dict)
     phase_s: dict[str, float] = field(default_factory=dict)
     finished: dict[str, int] = field(default_factory=dict)
     failed: dict[str, int] = field(default_factory=dict)
@@ -162,6 +166,11 @@ class Observations:
         if self.observer:
             self.observer.uploaded(result)
 
+    def validated(self, seconds: float, code: str) -> None:
+        """See Observer."""
+        if self.observer:
+            self.observer.validated(seconds, code)
+
     def engine_started(self, epoch: int) -> None:
         """A new engine: what is resident is what it says from now on."""
         self.snapshot.engine_epoch = epoch
@@ -191,8 +200,10 @@ class Observations:
             snapshot.adapter_load_bytes += load.num_bytes
             snapshot.adapter_load_s += load.seconds
         snapshot.arrival_wait_s += stats.arrival_wait_s
-        for reason, num in stats.evictions.items():
-            _count(snapshot.evictions, reason, num)
+        for kind, num in stats.evictions.items():
+            _count(snapshot.evictions, kind, num)
+        for reason, num in stats.adapter_evictions.items():
+            _count(snapshot.adapter_evictions, reason, num)
         for phase, seconds in stats.phase_s.items():
             snapshot.phase_s[phase] = snapshot.phase_s.get(phase, 0.0) + seconds
         if stats.resident is not None:

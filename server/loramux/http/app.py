@@ -22,7 +22,7 @@ from loramux.http.blobs import Blobs
 from loramux.http.chat import Chat
 from loramux.http.compatibility import Compatibility
 from loramux.http.completions import Completions
-from loramux.http.exchanges import Exchanges
+from loramux.http.exchanges import Exchange, Exchanges
 from loramux.http.failures import RequestIds, install
 from loramux.http.limits import Limits
 from loramux.http.openapi import describe
@@ -100,7 +100,13 @@ def _guarded(app: FastAPI, table: Table, front: Front, config: ServerConfig) -> 
         access[method, path] = needs
     describe(app, access)
     guard = auth.Guard(app, access, front.keys, auth.Strangers(config.allowed_host))
-    readers = [access_log.write] if config.access_log == "json" else []
+    exporter = exporter_of(front)
+
+    def count(exchange: Exchange) -> None:
+        if exchange.told is not None:
+            exporter.erred(*exchange.told)
+
+    readers = [count, *([access_log.write] if config.access_log == "json" else ())]
     return RequestIds(Exchanges(Limits(app, config, guard.refusal), readers))
 
 
@@ -145,5 +151,10 @@ def _operators(front: Front, exporter: Exporter) -> Table:
         ("POST", "/tokenize", admin.tokenize, auth.INFER),
         ("POST", "/detokenize", admin.detokenize, auth.INFER),
         ("GET", "/admin/state", admin.state, auth.ADMIN),
-        ("GET", "/metrics", admin.metrics, auth.ADMIN),
+        (
+            "GET",
+            "/metrics",
+            admin.metrics,
+            auth.OPEN if front.config.public_metrics else auth.ADMIN,
+        ),
     )
