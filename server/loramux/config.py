@@ -83,6 +83,12 @@ class ServerConfig(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     max_waiting: int = Field(1024, ge=1, description="requests that may wait; more get a 503")
+    max_waiting_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="tokens of requests that may wait, prompts and answers; more get a 503"
+        " (default: eight times what the pool holds)",
+    )
     max_body_bytes: int = Field(8 << 20, description="largest JSON body")
     max_adapter_file_bytes: int = Field(2 << 30, description="largest adapter weights file")
     max_config_bytes: int = Field(64 << 10, description="largest adapter_config.json")
