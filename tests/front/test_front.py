@@ -283,8 +283,9 @@ def test_what_does_not_drain_fails(tmp_path: Path) -> None:
         async with running(configure(tmp_path, drain_s=0.05)) as front:
             generation = front.submit(spec("r", "hang"))
             await front.stop()
-            with pytest.raises(EngineFailed, match="shut down"):
+            with pytest.raises(Overloaded, match="stops") as caught:
                 await collect(generation)
+            assert caught.value.code == "draining"
 
     asyncio.run(main())
 

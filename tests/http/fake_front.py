@@ -239,6 +239,10 @@ class FakeFront:
     def reserved(self) -> int:
         return self.room.choices - len(self.ledger)
 
+    @property
+    def draining(self) -> bool:
+        return "draining" in self.reasons
+
     def admit(self, claim: Claim) -> Admission:
         if self.reasons:
             raise self.room.refuse("no room now", code=self.reasons[0])

@@ -22,6 +22,8 @@ from loramux.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     InvalidRequest,
+    LoramuxError,
+    Overloaded,
 )
 from loramux.front.adapters import AdapterService
 from loramux.front.admission import QUEUED_POOLS, Admission, Claim, Room
@@ -140,15 +142,35 @@ class Front:
         self.room.max_tokens = max(info.max_model_len, pool + more)
         self._stock.base_ready(info.base, info.partners)
 
+    @property
+    def unfinished(self) -> int:
+        """Choices accepted and not ended."""
+        return len(self._ledger)
+
+    @property
+    def draining(self) -> bool:
+        """No new requests are taken, and none will be."""
+        return self._draining
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; running ones go on."""
+        self._draining = True
+
+    def cut(self, error: LoramuxError) -> None:
+        """End every unfinished choice with ``error``."""
+        for request_id in list(self._ledger):
+            self._ledger.fail(request_id, error)
+
     async def stop(self) -> None:
         """Refuse new requests, let running ones go on for ``config.drain_s``, end everything.
 
-        Idempotent. Requests that are not done by then end with EngineFailed.
+        Idempotent. Requests that are not done by then end with Overloaded (draining).
         """
-        self._draining = True
+        self.drain()
         deadline = time.monotonic() + self.config.drain_s
-        while len(self._ledger) and self.info is not None and time.monotonic() < deadline:
+        while self.unfinished and self.info is not None and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
+        self.cut(Overloaded("the server stops", code="draining"))
         await self._engine.stop()
         await self._ingest.stop()
         context, self._context = self._context, None

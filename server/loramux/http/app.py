@@ -11,10 +11,11 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 
 from loramux import __version__
 from loramux.config import ServerConfig
+from loramux.errors import LoramuxError
 from loramux.front.front import Front
 from loramux.http import auth
 from loramux.http.adapters import Adapters, Models
@@ -169,7 +170,15 @@ def _guarded(app: FastAPI, table: Table, front: Front, config: ServerConfig) -> 
         app.add_api_route(path, handler, methods=[method], response_model=None)
         access[method, path] = needs
     guard = auth.Guard(app, access, front.keys)
-    return RequestIds(Limits(app, config, guard.refusal))
+
+    def refusal(scope: Scope) -> LoramuxError | None:
+        if (refused := guard.refusal(scope)) is not None:
+            return refused
+        if front.draining and scope["method"] not in ("GET", "HEAD"):
+            return front.room.refuse("the server takes nothing new", 0, code="draining")
+        return None
+
+    return RequestIds(Limits(app, config, refusal))
 
 
 def exporter_of(front: Front) -> Exporter:
