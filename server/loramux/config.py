@@ -97,6 +97,12 @@ class ServerConfig(BaseSettings):
     max_connections: int | None = Field(
         None, ge=1, description="open connections (default: half of the open files it may have)"
     )
+    max_waiting_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="tokens of requests that may wait, prompts and answers; more get a 503"
+        " (default: eight times what the pool holds)",
+    )
     max_body_bytes: int = Field(8 << 20, description="largest JSON body")
     max_adapter_file_bytes: int = Field(2 << 30, description="largest adapter weights file")
     max_config_bytes: int = Field(64 << 10, description="largest adapter_config.json")

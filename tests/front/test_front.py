@@ -26,6 +26,7 @@ from loramux.errors import (
     LoramuxError,
     Overloaded,
 )
+from loramux.front.admission import Claim
 from loramux.front.front import Front, lock_data_dir
 from loramux.request import AdapterRef
 
@@ -40,7 +41,7 @@ def test_tokens_come_as_the_engine_sends_them(tmp_path: Path) -> None:
     async def main() -> None:
         async with running(configure(tmp_path)) as front:
             assert front.info is not None and front.info.max_model_len == 512
-            with front.admit(3):
+            with front.admit(Claim(choices=3)):
                 generations = [front.submit(spec(f"r{i}", f"burst={i + 1}")) for i in range(3)]
             for delta in await asyncio.gather(*map(collect, generations)):
                 assert delta.token_ids == expected(8)
@@ -124,7 +125,7 @@ def test_kill_9_fails_the_streams_and_another_engine_starts(
                 await collect(victim)
             assert front.not_ready() == ["engine_starting"]
             with pytest.raises(Overloaded) as caught:
-                front.admit(1)
+                front.admit(Claim(choices=1))
             assert caught.value.code == "engine_starting" and caught.value.retry_after_s > 0
             with pytest.raises(Overloaded):
                 front.submit(spec("late"))
@@ -171,7 +172,7 @@ def test_five_deaths_in_a_row_are_enough(tmp_path: Path, monkeypatch: pytest.Mon
             await until(lambda: front.not_ready() == ["engine_failed"])
             assert front.snapshot.engine_epoch == front.snapshot.engine_restarts == 5
             with pytest.raises(Overloaded, match="engine_failed"):
-                front.admit(1)
+                front.admit(Claim(choices=1))
 
     asyncio.run(main())
 
@@ -216,18 +217,18 @@ def test_admission_counts_reserved_and_running(tmp_path: Path) -> None:
     async def main() -> None:
         async with running(configure(tmp_path, max_num_seqs=2, max_waiting=2)) as front:
             with pytest.raises(InvalidRequest, match="holds 4"):
-                front.admit(5)
-            with front.admit(3), pytest.raises(Overloaded):
-                front.admit(2)
+                front.admit(Claim(choices=5))
+            with front.admit(Claim(choices=3)), pytest.raises(Overloaded):
+                front.admit(Claim(choices=2))
             long = [front.submit(spec(f"r{i}", "delay=0.01", 400)) for i in range(3)]
-            reserved = front.admit(1)
+            reserved = front.admit(Claim(choices=1))
             with pytest.raises(Overloaded):
-                front.admit(1)
+                front.admit(Claim(choices=1))
             reserved.release()
             reserved.release()
-            front.admit(1).release()
+            front.admit(Claim(choices=1)).release()
             long[0].cancel()
-            with front.admit(2):
+            with front.admit(Claim(choices=2)):
                 pass
             assert front.snapshot.rejected == {"overloaded": 2}
             for generation in long:
@@ -268,7 +269,7 @@ def test_stop_drains_and_leaves_nothing(tmp_path: Path) -> None:
             stopping = asyncio.create_task(front.stop())
             await until(lambda: front.not_ready() == ["draining"])
             with pytest.raises(Overloaded, match="draining"):
-                front.admit(1)
+                front.admit(Claim(choices=1))
             assert (await collect(running_one)).token_ids == expected(8)
             await stopping
             with pytest.raises(ProcessLookupError):
@@ -282,8 +283,9 @@ def test_what_does_not_drain_fails(tmp_path: Path) -> None:
         async with running(configure(tmp_path, drain_s=0.05)) as front:
             generation = front.submit(spec("r", "hang"))
             await front.stop()
-            with pytest.raises(EngineFailed, match="shut down"):
+            with pytest.raises(Overloaded, match="stops") as caught:
                 await collect(generation)
+            assert caught.value.code == "draining"
 
     asyncio.run(main())
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from loramux import __version__
 from loramux.errors import InvalidRequest
+from loramux.front.admission import Claim
 from loramux.front.front import Front
 from loramux.http.adapters import answer
 from loramux.http.auth import caller
@@ -52,17 +53,19 @@ class Admin:
         front, tokenizer = self._front, self._front.tokenizer
         body = await self._read(TokenizeRequest, request)
         model = front.base_name if body.model is None else body.model
-        served = named(front, "model", model, caller(request).tenant)
-        if body.messages is not None:
-            ids = await front.voices.prompt(
-                await front.voices.of(served),
-                [message.plain() for message in body.messages],
-                add_generation_prompt=body.add_generation_prompt is not False,
-                add_special_tokens=bool(body.add_special_tokens),
-            )
-        else:
-            assert body.prompt is not None, "one of the two is there"
-            ids = await tokenizer.encode(body.prompt, body.add_special_tokens is not False)
+        tenant = caller(request).tenant
+        served = named(front, "model", model, tenant)
+        with front.admit(Claim(tenant=tenant)):
+            if body.messages is not None:
+                ids = await front.voices.prompt(
+                    await front.voices.of(served),
+                    [message.plain() for message in body.messages],
+                    add_generation_prompt=body.add_generation_prompt is not False,
+                    add_special_tokens=bool(body.add_special_tokens),
+                )
+            else:
+                assert body.prompt is not None, "one of the two is there"
+                ids = await tokenizer.encode(body.prompt, body.add_special_tokens is not False)
         texts = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
         return answer(
             {
@@ -81,7 +84,8 @@ class Admin:
             named(front, "model", body.model, caller(request).tenant)
         if any(token_id >= front.tokenizer.vocab_size for token_id in body.tokens):
             raise InvalidRequest("tokens: no such token id", param="tokens")
-        return answer({"prompt": await front.tokenizer.decode(body.tokens)})
+        with front.admit(Claim(tenant=caller(request).tenant)):
+            return answer({"prompt": await front.tokenizer.decode(body.tokens)})
 
     async def _read(self, kind: type[Body], request: Request) -> Body:
         strict = self._front.config.strict_fields

@@ -9,10 +9,11 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 
 from loramux import __version__
 from loramux.config import ServerConfig
+from loramux.errors import LoramuxError
 from loramux.front.front import Front
 from loramux.http import access_log, auth
 from loramux.http.adapters import Adapters, Models
@@ -102,12 +103,19 @@ def _guarded(app: FastAPI, table: Table, front: Front, config: ServerConfig) -> 
     guard = auth.Guard(app, access, front.keys, auth.Strangers(config.allowed_host))
     exporter = exporter_of(front)
 
+    def refusal(scope: Scope) -> LoramuxError | None:
+        if (refused := guard.refusal(scope)) is not None:
+            return refused
+        if front.draining and scope["method"] not in ("GET", "HEAD"):
+            return front.room.refuse("the server takes nothing new", 0, code="draining")
+        return None
+
     def count(exchange: Exchange) -> None:
         if exchange.told is not None:
             exporter.erred(*exchange.told)
 
     readers = [count, *([access_log.write] if config.access_log == "json" else ())]
-    return RequestIds(Exchanges(Limits(app, config, guard.refusal), readers))
+    return RequestIds(Exchanges(Limits(app, config, refusal), readers))
 
 
 def exporter_of(front: Front) -> Exporter:

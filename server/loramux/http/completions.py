@@ -23,7 +23,7 @@ from loramux.http.answers import (
     UsageSoFar,
 )
 from loramux.http.auth import caller
-from loramux.http.choices import Choices, Prompt, resolve, room_for, speaking
+from loramux.http.choices import Choices, Prompt, admit, resolve, room_for, speaking
 from loramux.http.events import deliver, event
 from loramux.http.limits import read_json
 from loramux.http.logprobs import OffsetLogprobs
@@ -49,7 +49,7 @@ class Completions:
         tenant = caller(request).tenant
         served = resolve(front, body, tenant)
         self._exporter.asked(body.num_choices)
-        with front.admit(len(body.prompt) * body.num_choices, tenant=tenant):
+        with admit(front, body, served, tenant, body.prompt, body.output_limit):
             voice = await front.voices.of(served)
             body = speaking(body, voice)
             prompts = await self._prompts(body)
