@@ -163,11 +163,12 @@ class Front:
     async def stop(self) -> None:
         """Refuse new requests, let running ones go on for ``config.drain_s``, end everything.
 
-        Idempotent. Requests that are not done by then end with EngineFailed.
+        Idempotent. Requests that are not done by then end with EngineFailed. Should the engine die
+        meanwhile, the next one goes on with them.
         """
         self._draining = True
         deadline = time.monotonic() + self.config.drain_s
-        while len(self._ledger) and self.info is not None and time.monotonic() < deadline:
+        while len(self._ledger) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         await self._engine.stop()
         await self._ingest.stop()
@@ -196,6 +197,8 @@ class Front:
             reasons.append("engine_failed")
         elif self.info is None:
             reasons.append("engine_starting")
+        elif self._engine.recovering:
+            reasons.append("engine_recovering")
         return reasons
 
     def admit(self, num: int, *, tenant: str = "") -> Admission:
@@ -226,9 +229,9 @@ class Front:
         when its adapter, or the small model's, has gone since it was resolved, DeadlineExceeded,
         Overloaded when the engine has gone since ``admit``.
         """
-        info = self.info
-        if info is None or self._draining:
-            reason = self._closed()[0]
+        info, closed = self.info, self._closed()
+        if closed or info is None:
+            reason = closed[0]
             self._observations.rejected(reason)
             raise Overloaded(f"the server takes no requests: {reason}", code=reason)
         _check_prompt(spec, info)
@@ -238,11 +241,8 @@ class Front:
             adaptive = spec.entropy is not None
             there = self.adapters.still_there(spec.companions, adaptive=adaptive)
             spec = replace(spec, companions=there)
-        deadline_s = None
-        if spec.deadline_s is not None:
-            deadline_s = spec.arrived_at + spec.deadline_s - time.monotonic()
-            if deadline_s <= 0:
-                raise DeadlineExceeded("the request's deadline passed before it could start")
+        if spec.deadline_s is not None and spec.arrived_at + spec.deadline_s <= time.monotonic():
+            raise DeadlineExceeded("the request's deadline passed before it could start")
         text = self.tokenizer.stream(
             stop=spec.stop,
             include_stop=spec.include_stop,
@@ -253,12 +253,17 @@ class Front:
         entry = self._ledger.add(spec, generation, text)
         self.quotas.start(spec)
         self._observations.submitted(spec)
-        self._engine.submit(entry.submission(deadline_s))
+        self._engine.submit(entry)
         return generation
 
     def _cancel(self, request_id: str) -> None:
         if self._ledger.cancel(request_id):
             self._engine.abort([request_id])
+
+    async def canary(self) -> bool:
+        """Whether the engine makes the token of a fixed prompt that it made when first asked.
+        Raises Overloaded without one."""
+        return await self._engine.canary()
 
     async def command(self, kind: CommandKind, digest: str | None = None) -> dict[str, Any]:
         """An operator's command to the engine; its Reply's payload. Raises Overloaded without one.

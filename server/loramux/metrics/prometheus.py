@@ -55,6 +55,9 @@ class Snapshot(Protocol):
     pinned: frozenset[str]
     waiting_adapters: tuple[str, ...]
     engine_restarts: int
+    resumed: int
+    canary_misses: int
+    nan_aborts: int
     steps: int
     unfinished: int
     prompt_tokens: int
@@ -387,6 +390,9 @@ class _SnapshotCollector(Collector):
                 "Engine processes that had to be replaced",
                 snapshot.engine_restarts,
             ),
+            ("requests_resumed", "Choices that a new engine went on with", snapshot.resumed),
+            ("canary_misses", "Canaries whose token was another one", snapshot.canary_misses),
+            ("nan_aborts", "Choices whose logits were not finite", snapshot.nan_aborts),
             ("adapter_loads", "Adapters loaded into the pool", snapshot.adapter_loads),
             ("adapter_load_bytes", "Bytes of them", snapshot.adapter_load_bytes),
             (

@@ -35,6 +35,7 @@ class StepStats(msgspec.Struct, omit_defaults=True):
     ``resident`` lists the digests now in the pool, ``pinned`` those that stay there and
     ``waiting_adapters`` those that waiting requests need; None: as told before. While rows run
     they are told no more than once a second.
+    ``nan_aborts`` are requests that ended because their logits were not finite.
     ``drafted`` and ``accepted`` count guessed tokens by drafter: all, and those that were right.
     Times: seconds of wall clock in this step by phase (schedule, forward, sample, commit);
     ``arrival_wait_s`` of that a device stood still for adapters that were still arriving.
@@ -49,6 +50,7 @@ class StepStats(msgspec.Struct, omit_defaults=True):
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+    nan_aborts: int = 0
     batch_rows: int = 0
     batch_tokens: int = 0
     batch_adapters: int = 0
