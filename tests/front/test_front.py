@@ -28,6 +28,7 @@ from loramux.errors import (
 )
 from loramux.front.admission import Claim
 from loramux.front.front import Front, lock_data_dir
+from loramux.front.observations import Observations
 from loramux.request import AdapterRef
 
 
@@ -110,20 +111,17 @@ def test_cancel_aborts_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_kill_9_fails_the_streams_and_another_engine_starts(
+def test_kill_9_is_a_pause_and_another_engine_starts(
     tmp_path: Path, loop: Callable[[], asyncio.AbstractEventLoop]
 ) -> None:
     async def main() -> None:
         async with running(configure(tmp_path)) as front:
-            victim = front.submit(spec("r", "delay=0.01", max_tokens=400))
-            first = await anext(victim)
-            assert first.token_ids == expected(len(first.token_ids))
+            victim = front.submit(spec("r", "delay=0.01", max_tokens=200))
+            whole = await anext(victim)
             pid = await engine_pid(front)
             os.kill(pid, signal.SIGKILL)
             command = asyncio.create_task(front.command("state"))
-            with pytest.raises(EngineFailed, match="exit -9"):
-                await collect(victim)
-            assert front.not_ready() == ["engine_starting"]
+            await until(lambda: front.not_ready() == ["engine_starting"])
             with pytest.raises(Overloaded) as caught:
                 front.admit(Claim(choices=1))
             assert caught.value.code == "engine_starting" and caught.value.retry_after_s > 0
@@ -133,9 +131,12 @@ def test_kill_9_fails_the_streams_and_another_engine_starts(
                 await front.command("state")
             await until(lambda: front.not_ready() == [])
             assert front.snapshot.engine_epoch == 2 and front.snapshot.engine_restarts == 1
-            assert (await collect(front.submit(spec("next")))).token_ids == expected(8)
             with pytest.raises(Overloaded):
                 await command
+            whole.extend(await collect(victim))
+            assert whole.token_ids == expected(200)
+            assert victim.done is not None and victim.done.cached_tokens == 1
+            assert front.snapshot.resumed == 1 and front.snapshot.failed == {}
 
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(main())
@@ -144,20 +145,27 @@ def test_kill_9_fails_the_streams_and_another_engine_starts(
 @pytest.mark.parametrize(
     ("script", "fields", "reason"),
     [
-        ("die=2", {}, "exit 3"),
-        ("garbage", {}, "protocol"),
-        ("mute hang", {"heartbeat_timeout_s": 1.5}, "heartbeat"),
-        ("hang", {"step_timeout_s": 0.3}, "step_timeout"),
+        ("die=2@1", {}, "exit"),
+        ("garbage@1", {}, "protocol"),
+        ("mute@1 hang@1", {"heartbeat_timeout_s": 1.5}, "heartbeat"),
+        ("hang@1", {"step_timeout_s": 0.3}, "step_timeout"),
     ],
 )
 def test_every_way_to_die(
-    tmp_path: Path, script: str, fields: dict[str, float], reason: str
+    tmp_path: Path,
+    script: str,
+    fields: dict[str, float],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    reasons: list[str] = []
+    monkeypatch.setattr(Observations, "engine_restarted", lambda _, each: reasons.append(each))
+
     async def main() -> None:
         async with running(configure(tmp_path, **fields)) as front:
-            with pytest.raises(EngineFailed, match=reason):
-                await collect(front.submit(spec("r", script)))
-            await until(lambda: front.snapshot.engine_epoch > 1 and front.not_ready() == [])
+            assert (await collect(front.submit(spec("r", script)))).token_ids == expected(8)
+            assert reasons == [reason] and front.snapshot.engine_epoch == 2
+            await until(lambda: front.not_ready() == [])
             assert (await collect(front.submit(spec("next")))).token_ids == expected(8)
 
     asyncio.run(main())
@@ -193,12 +201,27 @@ def test_a_completed_step_forgives_earlier_deaths(
     monkeypatch.setattr("loramux.front.supervisor._BACKOFF_S", (0.0,) * 5)
 
     async def main() -> None:
+        script = " ".join(f"kill={death}@{death}" for death in range(1, 8))
         async with running(configure(tmp_path)) as front:
-            for death in range(6):
-                with pytest.raises(EngineFailed):
-                    await collect(front.submit(spec("r", "die=2")))
-                await until(lambda d=death: front.snapshot.engine_epoch == d + 2)
-                await until(lambda: front.not_ready() == [])
+            delta = await collect(front.submit(spec("r", script, max_tokens=10)))
+            assert delta.token_ids == expected(10) and front.snapshot.engine_epoch == 8
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_is_given_up_fails_what_is_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loramux.front.supervisor._BACKOFF_S", (0.0,) * 5)
+
+    async def main() -> None:
+        async with running(configure(tmp_path)) as front:
+            generations = [front.submit(spec(f"r{i}", "kill=0")) for i in range(3)]
+            for generation in generations:
+                with pytest.raises(EngineFailed, match="exit -9") as caught:
+                    await collect(generation)
+                assert type(caught.value) is EngineFailed, "an external signal blames nobody"
+            assert front.not_ready() == ["engine_failed"] and front.snapshot.engine_restarts == 5
 
     asyncio.run(main())
 

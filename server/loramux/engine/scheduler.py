@@ -191,13 +191,16 @@ class Scheduler:
         request.status = Status.WAITING
         self.waiting.push_back(request)
 
-    def _vacate(self, request: Request, *, keep: bool = True) -> None:
-        """Take ``request`` off the batch: its pages are freed or stay cached, its leases end."""
+    def _vacate(self, request: Request, *, keep: bool = True) -> list[int]:
+        """Take ``request`` off the batch: its pages are freed or stay cached, its leases end. The
+        frames that are free now."""
         self.running.remove(request)
+        freed = []
         for kv in request.kvs:
-            self._pool.prefix.release(kv.take_frames(), keep=keep)
+            freed += self._pool.prefix.release(kv.take_frames(), keep=keep)
         for adapters, digest in self._worn(request):
             adapters.release(digest)
+        return freed
 
     def _worn(self, request: Request) -> list[tuple[Adapters, str]]:
         """The digests that ``request`` names, each with those it is one of. They are had for both
@@ -440,16 +443,19 @@ class Scheduler:
             self._pool.prefix.insert(keys[page], int(request.kv.page_table[page]))
         request.kv.num_shared = full
 
-    def finish(self, request: Request, *, keep: bool = True) -> None:
-        """``request`` is over, for whatever reason. ``keep=False``: do not trust its KV."""
+    def finish(self, request: Request, *, keep: bool = True) -> list[int]:
+        """``request`` is over, for whatever reason; the frames that are free now. ``keep=False``:
+        do not trust its KV."""
+        freed = []
         if request.status is Status.RUNNING:
-            self._vacate(request, keep=keep)
+            freed = self._vacate(request, keep=keep)
         else:
             self.waiting.remove(request)
             self._passed_over.pop(request.id, None)
         request.status = Status.DONE
         self.waiting.done(request)
         self._timed.discard(request)
+        return freed
 
     def expired(self, now: float) -> Iterable[Request]:
         """Requests whose deadline has passed."""

@@ -164,11 +164,12 @@ class Front:
     async def stop(self) -> None:
         """Refuse new requests, let running ones go on for ``config.drain_s``, end everything.
 
-        Idempotent. Requests that are not done by then end with Overloaded (draining).
+        Idempotent. Requests that are not done by then end with Overloaded (draining). Should the
+        engine die meanwhile, the next one goes on with them.
         """
         self.drain()
         deadline = time.monotonic() + self.config.drain_s
-        while self.unfinished and self.info is not None and time.monotonic() < deadline:
+        while self.unfinished and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self.cut(Overloaded("the server stops", code="draining"))
         await self._engine.stop()
@@ -198,6 +199,8 @@ class Front:
             reasons.append("engine_failed")
         elif self.info is None:
             reasons.append("engine_starting")
+        elif self._engine.recovering:
+            reasons.append("engine_recovering")
         return reasons
 
     def admit(self, claim: Claim) -> Admission:
@@ -220,10 +223,9 @@ class Front:
         when its adapter, or the small model's, has gone since it was resolved, DeadlineExceeded,
         Overloaded when the engine has gone since ``admit``.
         """
-        info = self.info
-        if info is None or self._draining:
-            reason = self._closed()[0]
-            raise self.room.refuse(f"the server takes no requests: {reason}", code=reason)
+        info, closed = self.info, self._closed()
+        if closed or info is None:
+            raise self.room.refuse(f"the server takes no requests: {closed[0]}", code=closed[0])
         _check_prompt(spec, info)
         for adapter in spec.adapters:
             self.adapters.require(adapter.digest)
@@ -231,11 +233,8 @@ class Front:
             adaptive = spec.entropy is not None
             there = self.adapters.still_there(spec.companions, adaptive=adaptive)
             spec = replace(spec, companions=there)
-        deadline_s = None
-        if spec.deadline_s is not None:
-            deadline_s = spec.arrived_at + spec.deadline_s - time.monotonic()
-            if deadline_s <= 0:
-                raise DeadlineExceeded("the request's deadline passed before it could start")
+        if spec.deadline_s is not None and spec.arrived_at + spec.deadline_s <= time.monotonic():
+            raise DeadlineExceeded("the request's deadline passed before it could start")
         text = self.tokenizer.stream(
             stop=spec.stop,
             include_stop=spec.include_stop,
@@ -247,12 +246,17 @@ class Front:
         self.quotas.start(spec)
         self.room.start(spec)
         self._observations.submitted(spec)
-        self._engine.submit(entry.submission(deadline_s))
+        self._engine.submit(entry)
         return generation
 
     def _cancel(self, request_id: str) -> None:
         if self._ledger.cancel(request_id):
             self._engine.abort([request_id])
+
+    async def canary(self) -> bool:
+        """Whether the engine makes the token of a fixed prompt that it made when first asked.
+        Raises Overloaded without one."""
+        return await self._engine.canary()
 
     async def command(self, kind: CommandKind, digest: str | None = None) -> dict[str, Any]:
         """An operator's command to the engine; its Reply's payload. Raises Overloaded without one.

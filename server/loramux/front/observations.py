@@ -67,6 +67,9 @@ class Snapshot:
     waiting_adapters: tuple[str, ...] = ()
     engine_epoch: int = 0
     engine_restarts: int = 0
+    resumed: int = 0
+    canary_misses: int = 0
+    nan_aborts: int = 0
     steps: int = 0
     unfinished: int = 0
     prompt_tokens: int = 0
@@ -109,10 +112,13 @@ class Observations:
     def submitted(self, spec: GenerationSpec) -> None:
         """See Observer."""
         self.snapshot.unfinished += 1
-        for digest in spec.digests:
-            self.snapshot.wearers.setdefault(digest, set()).add(spec.tenant)
+        self._wears(spec)
         if self.observer:
             self.observer.submitted(spec)
+
+    def _wears(self, spec: GenerationSpec) -> None:
+        for digest in spec.digests:
+            self.snapshot.wearers.setdefault(digest, set()).add(spec.tenant)
 
     def tokens(
         self, spec: GenerationSpec, num: int, first_at: float | None, last_at: float, now: float
@@ -179,6 +185,15 @@ class Observations:
         self.snapshot.waiting_adapters = ()
         self.snapshot.wearers.clear()
 
+    def resumed(self, spec: GenerationSpec) -> None:
+        """A new engine goes on with a choice that another had begun."""
+        self.snapshot.resumed += 1
+        self._wears(spec)
+
+    def canary_missed(self) -> None:
+        """The engine made another token of the canary's prompt than the first time."""
+        self.snapshot.canary_misses += 1
+
     def engine_restarted(self, reason: str) -> None:
         """See Observer."""
         self.snapshot.engine_restarts += 1
@@ -195,6 +210,7 @@ class Observations:
         snapshot.prefix_queries += stats.prefix_queries
         snapshot.prefix_hits += stats.prefix_hits
         snapshot.preemptions += stats.preemptions
+        snapshot.nan_aborts += stats.nan_aborts
         for load in stats.loads:
             snapshot.adapter_loads += 1
             snapshot.adapter_load_bytes += load.num_bytes
