@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Generator, Hashable
+from collections.abc import Generator, Hashable, Iterable
 
 from loramux.request import Request
 
@@ -112,6 +112,10 @@ class FairOrder:
             for key, turn in seen.items():
                 if self._turn.get(key) == turn:
                     heapq.heappush(self._heap, (self.served[key], turn, key))
+
+    def lines(self) -> Iterable[deque[Request]]:
+        """The waiting requests of each key."""
+        return self._waiting.values()
 
     def digests(self) -> list[str]:
         """Adapters that waiting requests need."""

@@ -58,7 +58,7 @@ class Flight:
 
 class StepLoop:
     """Steps a scheduler's requests through a model. ``overlap``: plan a step while the one before
-    it is computed; a step's results then come with the next call."""
+    it is computed; a step's results then come with the next call. ``batches``: the last step's."""
 
     def __init__(
         self,
@@ -81,6 +81,7 @@ class StepLoop:
         self._clock = clock
         self._overlap = overlap
         self._flights: list[Flight] = []
+        self.batches: list[Batch] = []
 
     def step(self) -> Report:
         """Launch every row that can run once, and commit what came of those before."""
@@ -99,6 +100,7 @@ class StepLoop:
         batches = self._scheduler.schedule()
         for batch in batches:
             self._draft(batch, self._scheduler.budget_for_drafts(batches))
+        self.batches = batches
         plans = [self._runner_of(batch.model_id).plan(batch) for batch in batches]
         timer.done("schedule")
         self._land(report, timer)
@@ -203,6 +205,8 @@ class StepLoop:
             if row.drafts:
                 num_right = max(0, len(drew.nodes) - 1)
                 report.stats.count_drafts(row.drafter, len(row.drafts), num_right)
+                row.request.num_drafted += len(row.drafts)
+                row.request.num_accepted += num_right
                 self._drafting.learned(row, drew.nodes[1:])
             if row.parents is not None:
                 kept[index] = drew.nodes
