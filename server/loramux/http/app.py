@@ -33,6 +33,7 @@ from loramux.http.schemas import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from loramux.http.site import Site
 from loramux.metrics.prometheus import Exporter
 from loramux.request import MODEL_IDS
 
@@ -205,8 +206,10 @@ def _application() -> FastAPI:
 
 
 def _operators(front: Front, exporter: Exporter) -> Table:
-    admin = Admin(front, exporter)
+    admin, site = Admin(front, exporter), Site()
     return (
+        ("GET", "/", site.index, auth.OPEN),
+        ("GET", "/page/{name}", site.file, auth.OPEN),
         ("GET", "/health", admin.health, auth.OPEN),
         ("GET", "/health/live", admin.live, auth.OPEN),
         ("GET", "/health/ready", admin.ready, auth.OPEN),
