@@ -23,6 +23,8 @@ export class Uploading {
     form.append("weights", $("upload-weights").files[0]);
     const dry = $("upload-dry").checked;
     const query = new URLSearchParams({ wait: WAIT_S, ...(dry ? { validate_only: "true" } : {}) });
+    const newest = $("upload-next").checked ? await generation(form.get("name")) : 0;
+    if (newest) query.set("expected_generation", newest);
     $("upload-go").disabled = true;
     $("upload-progress").hidden = false;
     $("verdict").replaceChildren(el("p", { class: "none" }, "On its way."));
@@ -98,6 +100,12 @@ function send(path, form) {
     request.addEventListener("error", () => failed(new Error("The connection broke before there was an answer.")));
     request.send(form);
   });
+}
+
+/** The generation that a name means now; 0 when it means nothing. */
+async function generation(name) {
+  const answer = await fetch(`v1/adapters/${encodeURIComponent(name)}`, { headers: headers() }).catch(() => null);
+  return answer?.ok ? (await answer.json()).generation : 0;
 }
 
 function layers(found) {
