@@ -116,7 +116,7 @@ class FakeAdapters:
         self.catalog = Catalog("base", observations.snapshot)
         self.writers: list[FakeWriter] = []
         self.aliases = AliasService(SimpleNamespace(catalog=self.catalog))  # type: ignore[arg-type]
-        for name in ("resolve", "list", "show", "versions", "owner", "own", "labels"):
+        for name in ("resolve", "list", "show", "versions", "owner", "own", "labels", "rows"):
             setattr(self, name, getattr(self.catalog, name))
         error = {"code": "rank_mismatch", "message": "2 problems", "problems": ["one", "two"]}
         self.put(row("shout", 3), row("shout", 2))
@@ -185,7 +185,7 @@ class FakeAdapters:
 
 class FakeFront:
     """See the module. ``aborted`` lists choices cancelled before their end, ``specs`` all;
-    ``told`` may add to an output what it likes."""
+    ``told`` may add to an output what it likes; ``says`` is what the engine answers to commands."""
 
     def __init__(self, config: ServerConfig, model: Path) -> None:
         self.config = config
@@ -208,6 +208,8 @@ class FakeFront:
         self.cached_tokens = 0
         self.told: Callable[[Output], None] = lambda _: None
         self.state = "new"
+        self.commands: list[str] = []
+        self.says: dict[str, Any] | Exception = {}
         self.tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -274,7 +276,10 @@ class FakeFront:
         return generation
 
     async def command(self, kind: str, digest: str | None = None) -> dict[str, Any]:
-        return {"kind": kind}
+        self.commands.append(kind)
+        if isinstance(self.says, Exception):
+            raise self.says
+        return {"kind": kind, **self.says}
 
     def _cancel(self, request_id: str) -> None:
         if self.ledger.cancel(request_id):

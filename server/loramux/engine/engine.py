@@ -7,6 +7,7 @@ it is ``main.py``; most tests step it in-process.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -14,11 +15,13 @@ import msgspec
 
 from loramux.adapters.residency import EVICTED_FOR, Residency
 from loramux.engine.models import Partner
+from loramux.engine.picture import picture
 from loramux.engine.scheduler import Scheduler
 from loramux.engine.step import StepLoop
 from loramux.errors import EngineFailed, InvalidRequest, LoramuxError
 from loramux.memory.frames import Owner
 from loramux.memory.pool import Pool
+from loramux.metrics.picture import Picture
 from loramux.metrics.stats import PoolStats, StepStats
 from loramux.model.runner import ModelRunner
 from loramux.request import SMALL_MODEL_ID, EntropyAdaptive, Kv, Request
@@ -197,7 +200,19 @@ class Engine:
             raise LoramuxError("the adapter is in use", code="adapter_in_use")
         if command.kind == "evict":
             self.own_heads.forget(digest)
+        if command.kind == "state":
+            return {"pid": os.getpid(), "picture": msgspec.to_builtins(self._picture())}
         return {"resident": self._resident(), "pinned": self.residency.pinned()}
+
+    def _picture(self) -> Picture:
+        return picture(
+            self.pool,
+            self._residencies,
+            self.scheduler,
+            self._loop.batches,
+            requests_now=self._clock(),
+            loads_now=time.monotonic(),
+        )
 
     def check(self) -> None:
         """The books balance; an error here is a bug of ours."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Generator, Hashable
+from collections.abc import Generator, Hashable, Iterable
 
 from loramux.request import Request
 
@@ -120,6 +120,10 @@ class FairOrder:
             for line in self._waiting.values()
         )
         return min((first for first in firsts if first is not None), default=None)
+
+    def lines(self) -> Iterable[deque[Request]]:
+        """The waiting requests of each key."""
+        return self._waiting.values()
 
     def digests(self) -> list[str]:
         """Adapters that waiting requests need."""

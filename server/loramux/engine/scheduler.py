@@ -34,10 +34,12 @@ one that waits for its adapter, and their own adapters are fetched before it is 
 
 
 class Wait(Enum):
-    """Why a waiting request was passed over."""
+    """Why a request waits: it was passed over for one of the first two, or not looked at."""
 
     LOADING = "its adapter is on its way"
     FRAMES = "no frames for its adapter or its KV"
+    SEATS = "every seat of the batch is taken"
+    TURN = "those before it go first"
 
 
 class Adapters(Protocol):
@@ -105,6 +107,7 @@ class Scheduler:
         self._limits = limits
         self._clock = clock
         self._passed_over: dict[str, int] = {}
+        self._outcomes: dict[str, Wait] = {}
         self._timed: set[Request] = set()
 
     def check_fits(self, request: Request) -> None:
@@ -218,6 +221,7 @@ class Scheduler:
         frames go. One whose adapter is not here yet starts its load and is passed over; for those
         next in line the adapters are fetched ahead."""
         admitted: list[Row] = []
+        self._outcomes = {}
         held: list[
             tuple[Adapters, str]
         ] = []  # what those ahead in line wait for must not be evicted by the rest
@@ -236,6 +240,7 @@ class Scheduler:
                     budget -= outcome.num_tokens
                     continue
                 passed.append(request)
+                self._outcomes[request.id] = outcome
                 if self._out_of_patience(request, outcome):
                     break
             else:
@@ -246,6 +251,12 @@ class Scheduler:
         for adapters, digest in held:
             adapters.release(digest)
         return admitted
+
+    def why_waiting(self, request: Request) -> Wait:
+        """What ``request`` waits for, as of the last step."""
+        if (outcome := self._outcomes.get(request.id)) is not None:
+            return outcome
+        return Wait.TURN if len(self.running) < self._limits.max_num_seqs else Wait.SEATS
 
     def _fetch_ahead(self, line: list[Request], held: list[tuple[Adapters, str]]) -> list[Request]:
         """Load the adapters of those in ``line`` as far as frames go, leaving one to every row that

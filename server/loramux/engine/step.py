@@ -63,7 +63,7 @@ class Flight:
 
 class StepLoop:
     """Steps a scheduler's requests through a model. ``overlap``: plan a step while the one before
-    it is computed; a step's results then come with the next call."""
+    it is computed; a step's results then come with the next call. ``batches``: the last step's."""
 
     def __init__(
         self,
@@ -89,6 +89,7 @@ class StepLoop:
         self._pace = StepPace(drafting.planner.costs if drafting.planner is not None else None)
         self.predicted_s = 0.0
         self.on_running: Callable[[Sequence[str]], None] = lambda _: None
+        self.batches: list[Batch] = []
 
     def step(self) -> Report:
         """Launch every row that can run once, and commit what came of those before."""
@@ -110,6 +111,7 @@ class StepLoop:
         self._computing(batches)
         for batch in batches:
             self._draft(batch, self._scheduler.budget_for_drafts(batches))
+        self.batches = batches
         plans = [self._runner_of(batch.model_id).plan(batch) for batch in batches]
         timer.done("schedule")
         self._land(report, timer)
@@ -237,6 +239,8 @@ class StepLoop:
             if row.drafts:
                 num_right = max(0, len(drew.nodes) - 1)
                 report.stats.count_drafts(row.drafter, len(row.drafts), num_right)
+                row.request.num_drafted += len(row.drafts)
+                row.request.num_accepted += num_right
                 self._drafting.learned(row, drew.nodes[1:])
             if row.parents is not None:
                 kept[index] = drew.nodes

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TypeVar
 
-import msgspec
 from fastapi import Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
@@ -19,6 +17,7 @@ from loramux.http.auth import caller
 from loramux.http.choices import engine_of, named
 from loramux.http.limits import read_json
 from loramux.http.schemas import DetokenizeRequest, Strict, TokenizeRequest
+from loramux.http.state import State
 from loramux.metrics.prometheus import Exporter
 
 Body = TypeVar("Body", bound=Strict)
@@ -29,6 +28,7 @@ class Admin:
 
     def __init__(self, front: Front, exporter: Exporter) -> None:
         self._front, self._exporter = front, exporter
+        self._state = State(front, prompts=front.config.admin_port is None)
 
     async def health(self) -> Response:
         """200 or 503, nothing else: what load balancers and vLLM's tools look at."""
@@ -92,20 +92,8 @@ class Admin:
         return kind.parse(await read_json(request), strict=strict, ignored=self._exporter.ignored)
 
     async def state(self) -> Response:
-        """Everything at once, for a person: readiness, totals, and the engine's own view."""
-        front = self._front
-        snapshot = asdict(front.snapshot)
-        snapshot["stats"] = msgspec.to_builtins(front.snapshot.stats)
-        engine = None if front.info is None else await front.command("state")
-        return answer(
-            {
-                "version": __version__,
-                "not_ready": front.not_ready(),
-                "info": front.info,
-                "snapshot": snapshot,
-                "engine": engine,
-            }
-        )
+        """Everything at once, for a person: see ``http.state``."""
+        return Response(await self._state.read(), media_type="application/json")
 
     async def metrics(self) -> Response:
         """Prometheus text, a quarter of a second old at most."""

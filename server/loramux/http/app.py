@@ -28,6 +28,7 @@ from loramux.http.failures import RequestIds, install
 from loramux.http.limits import Limits
 from loramux.http.openapi import describe
 from loramux.http.resumable import Resumable
+from loramux.http.site import Site
 from loramux.metrics.prometheus import Exporter
 
 Handler = Callable[..., Coroutine[Any, Any, Response]]
@@ -150,8 +151,10 @@ def _application() -> FastAPI:
 
 
 def _operators(front: Front, exporter: Exporter) -> Table:
-    admin = Admin(front, exporter)
+    admin, site = Admin(front, exporter), Site()
     return (
+        ("GET", "/", site.index, auth.OPEN),
+        ("GET", "/page/{name}", site.file, auth.OPEN),
         ("GET", "/health", admin.health, auth.OPEN),
         ("GET", "/health/live", admin.live, auth.OPEN),
         ("GET", "/health/ready", admin.ready, auth.OPEN),

@@ -61,6 +61,10 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._frame_of)
 
+    def idle_frames(self) -> list[int]:
+        """Frames of pages that nobody runs on."""
+        return [frame for frame, users in self._users.items() if users == 0]
+
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """Frames of the longest cached beginning of ``keys``, each held for the caller."""
         frames: list[int] = []
