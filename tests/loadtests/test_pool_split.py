@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pool_split
 import pytest
 
 from loramux.memory.formats import AdapterFormat, FrameShape
 from loramux.memory.frames import Owner
+from tests.tiny import write_model
 
 
 def make(adapter_frames: int = 3) -> pool_split.SplitPool:
@@ -86,3 +89,13 @@ def test_jobs_alternate_short_and_long_and_name_every_adapter() -> None:
 def test_ranks_come_in_turn() -> None:
     digests = {rank: [f"{rank}-{i}" for i in range(2)] for rank in pool_split.RANKS}
     assert pool_split.interleave(digests, 5) == ["8-0", "16-0", "32-0", "64-0", "8-1"]
+
+
+def test_an_engines_pool_is_the_one_asked_for(tmp_path: Path) -> None:
+    served = pool_split.make_served(
+        "padded", write_model(tmp_path / "base"), tmp_path / "data", 20, 10**6
+    )
+    residency = served.engine.residency
+    assert type(residency._pool) is pool_split.SplitPool
+    assert isinstance(residency._layout, pool_split.PaddedFormat)
+    served.close()
