@@ -29,7 +29,8 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,10 @@ def adapter_bytes(shape: dict[str, Any], rank: int) -> int:
     return 4 * rank * widths * shape["num_hidden_layers"]
 
 
-def make_served(
-    policy: str, base: Path, data_dir: Path, frames: int, slot_bytes: int, **config: Any
-) -> Served:
-    """An engine whose pool is divided by ``policy``; ``slot_bytes``: of the largest adapter."""
+@contextmanager
+def divided(policy: str, frames: int, slot_bytes: int) -> Iterator[None]:
+    """An engine that is assembled within has its memory divided by ``policy``; ``slot_bytes``: of
+    the largest adapter."""
     adapter_frames = int(ADAPTER_SHARE * frames)
     padded = type("Padded", (PaddedFormat,), {"slot_bytes": slot_bytes})
     pool = Pool if policy == "shared" else partial(SplitPool, adapter_frames=adapter_frames)
@@ -127,6 +128,14 @@ def make_served(
         mock.patch.object(assembly, "Pool", pool),
         mock.patch.object(engine_models, "AdapterFormat", layout),
     ):
+        yield
+
+
+def make_served(
+    policy: str, base: Path, data_dir: Path, frames: int, slot_bytes: int, **config: Any
+) -> Served:
+    """An engine that is ``divided``."""
+    with divided(policy, frames, slot_bytes):
         return Served(base, data_dir, frames, page_tokens=PAGE_TOKENS, **config)
 
 

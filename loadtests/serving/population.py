@@ -180,7 +180,15 @@ class Population:
         found = []
         for index in range(tenants + 1):
             tenant, scopes = (f"t{index}", "infer") if index < tenants else ("operator", "admin")
-            command = [sys.executable, "-m", "loramux.cli", "keys", "create", "--api-keys", path]
+            command = [
+                sys.executable,
+                "-m",
+                "loramux.cli",
+                "keys",
+                "create",
+                "--api-keys",
+                str(path),
+            ]
             made = subprocess.run(
                 [*command, "--tenant", tenant, "--scopes", scopes],
                 env={**os.environ, "PYTHONPATH": f"{ROOT / 'server'}:{ROOT / 'kernels'}"},

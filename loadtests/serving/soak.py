@@ -39,9 +39,10 @@ import traffic
 from figures import by_name, figures
 from live import shown
 from open_loop import Record, Run, send
-from population import CONFIG, WEIGHTS, Population, Server
+from population import CONFIG, WEIGHTS, Population
 from soak_memory import Sample, growth_mb_per_minute, watch
 from targets import OpenAi
+from tests.e2e.server import Server
 from traffic import Traffic
 
 MODELS = report.QUICK / "models"
@@ -110,7 +111,10 @@ async def mixed(soak: Soak) -> None:
     chat = [{"role": "user", "content": "Who counted the boats?"}]
     while True:
         name = f"a{soak.random.randrange(ADAPTERS)}"
-        pair = [{"id": name, "scale": 0.5}, {"id": f"a{soak.random.randrange(ADAPTERS)}"}]
+        pair: list[dict[str, Any]] = [
+            {"id": name, "scale": 0.5},
+            {"id": f"a{soak.random.randrange(ADAPTERS)}"},
+        ]
         bodies: list[tuple[str, dict[str, Any]]] = [
             ("/v1/chat/completions", {"model": name, "messages": chat, "n": 2}),
             ("/v1/completions", {"model": name, "prompt": prompt, "logprobs": 2}),

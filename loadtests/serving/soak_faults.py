@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import httpx
 import msgspec
-from population import Server
 
 if TYPE_CHECKING:
     from soak import Log
+    from tests.e2e.server import Server
 
 LONG = {"model": "a1", "prompt": "Once", "max_tokens": 150, "stream": True, "ignore_eos": True}
 READY_WITHIN_S = 240.0

@@ -26,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from figures import by_name, errors, figures, percentile
 from live import shown
 from open_loop import Ask, Bounds, Record, Run, send
 from pool_split import POLICIES, make_served
-from population import Population
+from population import Model, Population
 from sweep_page import write_page
 from targets import Batches, InProcess, OpenAi
 from traffic import Traffic
@@ -70,7 +70,7 @@ class Settings:
     rounds: int
     drain_s: float
     frames: int
-    model: str
+    model: Model
     bounds: Bounds
 
 
@@ -153,9 +153,7 @@ class Sweep:
                 each.close()
 
     def _divided(self, base: Path, data_dir: Path, digests: Sequence[str]) -> dict[str, Served]:
-        probe = make_served("shared", base, data_dir, 8, 0)
-        fingerprint = probe.base.fingerprint
-        probe.close()
+        fingerprint, _ = self._probe()
         largest = max(
             read_header(packed_path(data_dir, digest, fingerprint)).num_bytes
             for digest in digests[: len(self.settings.traffic.ranks)]
@@ -175,9 +173,9 @@ class Sweep:
             await target.close()
 
     @contextmanager
-    def _server(self) -> Iterator[Callable[[str, Traffic], Awaitable[None]]]:
+    def _server(self) -> Iterator[Callable[[str, Traffic], Coroutine[Any, Any, None]]]:
         """A server with the same pool; gives what runs a cell of a part on it."""
-        bytes_ = self.settings.frames * self._frame_bytes()
+        bytes_ = self.settings.frames * self._probe()[1]
         flags = ["--pool-memory", str(bytes_), "--threads", str(os.cpu_count() or 1)]
         flags += ["--no-prefix-caching", "--speculation", "off"]
         count = max(*self.settings.counts, self.settings.rate_adapters)
@@ -196,14 +194,12 @@ class Sweep:
         finally:
             server.close()
 
-    def _frame_bytes(self) -> int:
-        from loramux.config import ServerConfig
-        from loramux.engine.assemble import assemble
-
-        config = ServerConfig(model=self.home.base, data_dir=self.home.data_dir, device="cpu")
-        assembled = assemble(config, num_frames=1)
-        assembled.engine.close()
-        return assembled.ready.frame_bytes
+    def _probe(self) -> tuple[str, int]:
+        """The base's fingerprint, and how many bytes a frame has."""
+        served = make_served("shared", self.home.base, self.home.data_dir, 8, 0)
+        found = served.base.fingerprint, served.assembled.ready.frame_bytes
+        served.close()
+        return found
 
     def http(self) -> None:
         """The server, by the number of adapters."""
