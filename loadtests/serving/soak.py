@@ -121,9 +121,10 @@ async def mixed(soak: Soak) -> None:
             ("/v1/completions", {"model": name, "prompt": [prompt] * 3, "stop": ["e", "o"]}),
             ("/v1/completions", {"model": "base", "prompt": prompt, "temperature": 1.2}),
         ]
-        if pair[0]["id"] != pair[1]["id"]:
-            body = {"model": "base", "prompt": prompt, "adapters": pair}
-            bodies.append(("/v1/completions", body))
+        if name != other:
+            pair = [{"id": name, "scale": 0.5}, {"id": other}]
+            both: dict[str, Any] = {"model": "base", "prompt": prompt, "adapters": pair}
+            bodies.append(("/v1/completions", both))
         path, body = soak.random.choice(bodies)
         await soak.ask("mixed", path, {"max_tokens": 24, **body})
         await asyncio.sleep(0.2)
