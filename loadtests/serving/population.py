@@ -196,7 +196,7 @@ class Population:
                 text=True,
                 check=True,
             )
-            found += re.findall(r"lmx_\w+", made.stdout)
+            found += re.findall(r"lmx_[\w-]+", made.stdout)
         if len(found) != tenants + 1:
             raise RuntimeError(f"{len(found)} keys for {tenants} tenants and an operator")
         return path, found

@@ -110,11 +110,7 @@ async def mixed(soak: Soak) -> None:
     prompt = "The lighthouse keeper counted seven boats"
     chat = [{"role": "user", "content": "Who counted the boats?"}]
     while True:
-        name = f"a{soak.random.randrange(ADAPTERS)}"
-        pair: list[dict[str, Any]] = [
-            {"id": name, "scale": 0.5},
-            {"id": f"a{soak.random.randrange(ADAPTERS)}"},
-        ]
+        name, other = (f"a{soak.random.randrange(ADAPTERS)}" for _ in range(2))
         bodies: list[tuple[str, dict[str, Any]]] = [
             ("/v1/chat/completions", {"model": name, "messages": chat, "n": 2}),
             ("/v1/completions", {"model": name, "prompt": prompt, "logprobs": 2}),
