@@ -19,13 +19,14 @@ endif
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install serve test test-all test-slice check demo bench gpu-check image clean
+.PHONY: help install serve test test-all test-slice check demo bench load gpu-check image clean
 
 help:
 	@sed -n 's/^#   //p' $(MAKEFILE_LIST)
 	@echo "make test-all    full sweeps, kills and soak (any length)"
 	@echo "make check       formatting, lint, types, layers"
 	@echo "make bench       throughput against transformers+PEFT, on this machine"
+	@echo "make load        a scenario of loadtests/serving/scenarios, open loop (SCENARIO=knee)"
 	@echo "make gpu-check   everything a GPU can show; needs one"
 
 $(VENV)/.torch: constraints.txt
@@ -70,6 +71,10 @@ demo: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python loadtests/serving/throughput.py $(ARGS)
+
+SCENARIO ?= skewed
+load: $(VENV)/.dev
+	$(BIN)/python loadtests/serving/load.py loadtests/serving/scenarios/$(SCENARIO).toml $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python loadtests/gpu/check.py $(ARGS)

@@ -53,4 +53,4 @@ def shown(what: str, total: int) -> Iterator[Callable[[Live], None]]:
 
         yield show
     if last and not sys.stderr.isatty():
-        console.print(f"{what}: {last[0].sent}/{total} sent, {line(last[0])}")
+        console.print(f"{what}: {last[0].sent}/{total} sent, {line(last[0])}", soft_wrap=True)

@@ -147,18 +147,31 @@ class Population:
         self.write_base()
         self.write_adapters(count)
         self.home.mkdir(parents=True, exist_ok=True)
-        known = self.home / "registered"
-        fresh = not known.exists() or int(known.read_text()) < count
+        fresh = len(self.digests()) < count
         if fresh:
             flags = [*flags, "--adapters", str(self.home / "adapters")]
         server = Server(self.base, self.data_dir, "--served-model-name", "base", *flags)
         if fresh:
-            ready = sum(row["status"] == "ready" for row in self.rows(server))
-            if ready < count:
+            rows = server.http.get("/v1/adapters").json()["data"]
+            ready = {row["name"]: row["digest"] for row in rows if row["status"] == "ready"}
+            if len(ready) < count:
                 server.close(signal.SIGKILL)
-                raise RuntimeError(f"{ready} of {count} adapters are ready; see {server.log.name}")
-            known.write_text(str(ready))
+                told = f"{len(ready)} of {count} adapters are ready; see {server.log.name}"
+                raise RuntimeError(told)
+            self._registered.write_text(json.dumps(ready))
         return server
+
+    @property
+    def _registered(self) -> Path:
+        return self.home / "registered.json"
+
+    def digests(self) -> list[str]:
+        """Of the adapters that a server here knows, in order; their packed files are in
+        ``data_dir``."""
+        if not self._registered.exists():
+            return []
+        known: dict[str, str] = json.loads(self._registered.read_text())
+        return [known[f"a{index}"] for index in range(len(known))]
 
     def keys(self, tenants: int) -> tuple[Path, list[str]]:
         """A keys file, and the key of each tenant; the last one may read metrics too."""
@@ -167,7 +180,15 @@ class Population:
         found = []
         for index in range(tenants + 1):
             tenant, scopes = (f"t{index}", "infer") if index < tenants else ("operator", "admin")
-            command = [sys.executable, "-m", "loramux.cli", "keys", "create", "--api-keys", path]
+            command = [
+                sys.executable,
+                "-m",
+                "loramux.cli",
+                "keys",
+                "create",
+                "--api-keys",
+                str(path),
+            ]
             made = subprocess.run(
                 [*command, "--tenant", tenant, "--scopes", scopes],
                 env={**os.environ, "PYTHONPATH": f"{ROOT / 'server'}:{ROOT / 'kernels'}"},
@@ -175,12 +196,7 @@ class Population:
                 text=True,
                 check=True,
             )
-            found += re.findall(r"lmx_\w+", made.stdout)
+            found += re.findall(r"lmx_[\w-]+", made.stdout)
         if len(found) != tenants + 1:
             raise RuntimeError(f"{len(found)} keys for {tenants} tenants and an operator")
         return path, found
-
-    def rows(self, server: Server) -> list[dict[str, Any]]:
-        """What the server says of each of its adapters."""
-        rows: list[dict[str, Any]] = server.http.get("/v1/adapters").json()["data"]
-        return rows
