@@ -19,12 +19,13 @@ endif
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install serve test test-all test-slice check demo bench load gpu-check image clean
+.PHONY: help install serve test test-all test-slice check audit demo bench load gpu-check image clean
 
 help:
 	@sed -n 's/^#   //p' $(MAKEFILE_LIST)
 	@echo "make test-all    full sweeps, kills and soak (any length)"
 	@echo "make check       formatting, lint, types, layers"
+	@echo "make audit       known advisories against constraints.txt; needs the network"
 	@echo "make bench       throughput against transformers+PEFT, on this machine"
 	@echo "make load        a scenario of loadtests/serving/scenarios, open loop (SCENARIO=knee)"
 	@echo "make gpu-check   everything a GPU can show; needs one"
@@ -65,6 +66,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: $(VENV)/.dev
+	@echo "asking PyPI for advisories: this needs the network"
+	$(BIN)/python -m pip_audit --strict --disable-pip --no-deps --requirement constraints.txt $(ARGS)
 
 demo: $(VENV)/.dev
 	$(BIN)/python -m loramux.demo $(ARGS)

@@ -93,6 +93,9 @@ class ServerConfig(BaseSettings):
         "json", description="json: a line a request on stderr, without anything a client wrote"
     )
 
+    otel: bool = Field(
+        False, description="send OpenTelemetry traces as OTEL_* variables say; needs loramux[otel]"
+    )
     max_waiting: int = Field(1024, ge=1, description="requests that may wait; more get a 503")
     max_connections: int | None = Field(
         None, ge=1, description="open connections (default: half of the open files it may have)"
@@ -163,6 +166,12 @@ class ServerConfig(BaseSettings):
 def client_key() -> str | None:
     """The API key with which commands ask a running server."""
     return os.environ.get("LORAMUX_API_KEY")
+
+
+def otlp_protocol() -> str:
+    """How OpenTelemetry's variables want traces to travel."""
+    names = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    return next((os.environ[name] for name in names if os.environ.get(name)), "http/protobuf")
 
 
 def process_environment() -> dict[str, str]:

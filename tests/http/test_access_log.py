@@ -140,9 +140,7 @@ def test_tenants_are_hashed_and_names_are_short(
     assert "acme" not in caplog.text
 
 
-def test_probes_are_quiet_while_all_is_well(
-    start: Start, caplog: pytest.LogCaptureFixture, lines: Any
-) -> None:
+def test_probes_are_quiet(start: Start, caplog: pytest.LogCaptureFixture, lines: Any) -> None:
     server = start()
     for path in ("/health", "/health/live", "/health/ready", "/metrics", "/version"):
         server.http.get(path)
@@ -152,6 +150,9 @@ def test_probes_are_quiet_while_all_is_well(
     server.front.reasons = ["engine_starting"]
     server.http.get("/health")
     lines(6)
+    assert caplog.records[-1].levelno == logging.DEBUG
+    server.http.get("/health", headers={"origin": "http://evil.example"})
+    lines(7)
     assert caplog.records[-1].levelno == logging.INFO
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,31 @@ def test_nothing_that_a_client_wrote_is_in_a_log_or_metric(
         for place, text in (("a log", logged), ("output", output), ("/metrics", metrics)):
             found = [line for line in text.splitlines() if secret in line]
             assert not found, f"{place}: {found[:3]}"
+
+
+_opened: list[tuple[str, str]] = []
+_watching = False
+
+
+def _audit(event: str, args: tuple[object, ...]) -> None:
+    if _watching and SECRET in repr(args):
+        _opened.append((event, repr(args)))
+
+
+def test_no_path_and_no_host_of_a_request_is_opened(tmp_path: Path) -> None:
+    """Python says of every file it opens, name it resolves and module it imports."""
+    global _watching
+    sys.addaudithook(_audit)  # for ever: it cannot be taken away, only told to look elsewhere
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(SERVER))
+        config = configure(tmp_path, port=0)
+        key = grant(config.keys_file, "acme")
+        server, stop = serve(Front(config, engine=ENGINE, ingest=INGEST), config)
+        try:
+            assert eventually(lambda: server.http.get("/health").status_code == 200, within_s=30)
+            _watching = True
+            assert len(list(plant(server, key))) > 50
+        finally:
+            _watching = False
+            stop()
+    assert _opened == []

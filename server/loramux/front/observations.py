@@ -5,6 +5,7 @@ Plain data; exporters read ``Snapshot`` and may watch single events as an ``Obse
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -56,7 +57,9 @@ class Snapshot:
     is the newest StepStats (read ``resident``, ``pinned`` and ``waiting_adapters`` here:
     a message may leave them out). Totals survive engine restarts. ``adapter_tokens`` maps a
     digest ("" for the base) to [prompt, generation] tokens of finished requests and is bounded:
-    digests beyond the first 1000 are added up under "other". ``model_tokens`` are output tokens of
+    digests beyond the first 1000 are added up under "other". ``recent_loads`` are the begin and end
+    (``time.monotonic()``, as the front heard of it) of the last load of each of the last 1000
+    digests that were loaded. ``model_tokens`` are output tokens of
     entropy-adaptive requests by model.
     """
 
@@ -80,6 +83,7 @@ class Snapshot:
     adapter_loads: int = 0
     adapter_load_bytes: int = 0
     adapter_load_s: float = 0.0
+    recent_loads: dict[str, tuple[float, float]] = field(default_factory=dict)
     arrival_wait_s: float = 0.0
     evictions: dict[str, int] = field(default_factory=dict)
     adapter_evictions: dict[str, int] = field(default_factory=dict)
@@ -215,6 +219,11 @@ class Observations:
             snapshot.adapter_loads += 1
             snapshot.adapter_load_bytes += load.num_bytes
             snapshot.adapter_load_s += load.seconds
+            snapshot.recent_loads.pop(load.digest, None)
+            now = time.monotonic()
+            snapshot.recent_loads[load.digest] = (now - load.seconds, now)
+            if len(snapshot.recent_loads) > _MOST_DIGESTS:
+                del snapshot.recent_loads[next(iter(snapshot.recent_loads))]
         snapshot.arrival_wait_s += stats.arrival_wait_s
         for kind, num in stats.evictions.items():
             _count(snapshot.evictions, kind, num)

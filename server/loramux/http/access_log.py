@@ -1,7 +1,7 @@
 """The access log: one JSON object a line for every request, on the logger ``loramux.access``.
 
-No text, no key, no path or query as they came: see ``exchanges``. Probes that succeed are told at
-level debug: they come many times a second and say nothing.
+No text, no key, no path or query as they came: see ``exchanges``. Probes that are not refused are
+told at level debug: they come many times a second, and the log has it why a server is not ready.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from loramux.http.exchanges import Exchange
 
 log = logging.getLogger("loramux.access")
 
-PROBES = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 MAX_NAME = 64
 """So much of an adapter's name is told."""
 
@@ -34,27 +33,35 @@ def to_stderr(level: str) -> None:
 
 def write(exchange: Exchange) -> None:
     """One line."""
-    is_quiet = exchange.route in PROBES and exchange.status < 400
+    is_quiet = exchange.is_probe and exchange.status // 100 != 4
     level = logging.DEBUG if is_quiet else logging.INFO
     if log.isEnabledFor(level):
         log.log(level, "%s", line(exchange))
 
 
+def known_method(method: str) -> str:
+    """One of HTTP's methods, or "_OTHER"."""
+    return method if method in _METHODS else "_OTHER"
+
+
+def pseudonym(tenant: str) -> str:
+    """What tells a tenant from others without its name: the beginning of its SHA-256."""
+    return hashlib.sha256(tenant.encode()).hexdigest()[:12]
+
+
 def line(exchange: Exchange) -> str:
-    """The JSON object. Tenants are told as the beginning of their name's SHA-256; fields that do
-    not apply are null."""
+    """The JSON object. Fields that do not apply are null."""
     when = datetime.fromtimestamp(exchange.began_at, UTC).isoformat(timespec="milliseconds")
-    tenant = hashlib.sha256(exchange.tenant.encode()).hexdigest()[:12] if exchange.tenant else None
     model = exchange.model
     first = exchange.first_token_s
     told = {
         "time": when,
         "request_id": exchange.request_id,
-        "method": exchange.method if exchange.method in _METHODS else "other",
+        "method": known_method(exchange.method),
         "route": exchange.route or None,
         "status": exchange.status,
         "error": exchange.error,
-        "tenant": tenant,
+        "tenant": pseudonym(exchange.tenant) if exchange.tenant else None,
         "adapter": None if model is None else model[:MAX_NAME],
         "prompt_tokens": exchange.prompt_tokens,
         "output_tokens": exchange.output_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -29,6 +30,7 @@ from loramux.http.limits import Limits
 from loramux.http.openapi import describe
 from loramux.http.resumable import Resumable
 from loramux.http.site import Site
+from loramux.http.traces import Traces, otlp_exporter
 from loramux.metrics.prometheus import Exporter
 
 Handler = Callable[..., Coroutine[Any, Any, Response]]
@@ -49,7 +51,10 @@ def build_app(front: Front, config: ServerConfig) -> ASGIApp:
             yield
         finally:
             await front.stop()
+            if traces is not None:
+                await asyncio.to_thread(traces.close)
 
+    traces = Traces(otlp_exporter(), front.snapshot.recent_loads) if config.otel else None
     app = _application()
     app.router.lifespan_context = lifespan
     exporter = exporter_of(front)
@@ -86,7 +91,7 @@ def build_app(front: Front, config: ServerConfig) -> ASGIApp:
     )
     if config.admin_port is None:
         table = (*table, *_operators(front, exporter))
-    return _guarded(app, table, front, config)
+    return _guarded(app, table, front, config, traces)
 
 
 def build_admin_app(front: Front, config: ServerConfig) -> ASGIApp:
@@ -94,7 +99,9 @@ def build_admin_app(front: Front, config: ServerConfig) -> ASGIApp:
     return _guarded(_application(), _operators(front, exporter_of(front)), front, config)
 
 
-def _guarded(app: FastAPI, table: Table, front: Front, config: ServerConfig) -> ASGIApp:
+def _guarded(
+    app: FastAPI, table: Table, front: Front, config: ServerConfig, traces: Traces | None = None
+) -> ASGIApp:
     """``app`` with its routes, behind everything a request has to pass first."""
     access = {(method, "/openapi.json"): auth.ANY for method in ("GET", "HEAD")}
     for method, path, handler, needs in table:
@@ -116,6 +123,8 @@ def _guarded(app: FastAPI, table: Table, front: Front, config: ServerConfig) -> 
             exporter.erred(*exchange.told)
 
     readers = [count, *([access_log.write] if config.access_log == "json" else ())]
+    if traces is not None:
+        readers.append(traces.write)
     return RequestIds(Exchanges(Limits(app, config, refusal), readers))
 
 

@@ -17,6 +17,8 @@ from loramux.errors import LoramuxError
 from loramux.http.choices import Choices
 from loramux.http.failures import CLIENT_GONE
 
+PROBES = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
+
 
 @dataclass(kw_only=True)
 class Exchange:
@@ -39,6 +41,11 @@ class Exchange:
     told: tuple[LoramuxError, bool] | None = None
     choices: Choices | None = None
     traceparent: str = ""
+
+    @property
+    def is_probe(self) -> bool:
+        """Asked many times a second by machines that watch."""
+        return self.route in PROBES
 
     @property
     def model(self) -> str | None:

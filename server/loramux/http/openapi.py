@@ -269,6 +269,8 @@ def _components() -> Json:
         ref_template=REFERENCE.replace("name", "model"),
     )
     _, structs = msgspec.json.schema_components(_STRUCTS, ref_template=REFERENCE)
+    # UNSET is left out of the JSON, which msgspec knows only of fields that default to it.
+    structs["Usage"]["required"].remove("completion_tokens_details")
     return {
         "schemas": {**models["$defs"], **structs, "Error": ERROR},
         "securitySchemes": {
