@@ -43,9 +43,10 @@ def test_the_service_is_locked_in() -> None:
         *("NoNewPrivileges", "PrivateTmp", "PrivateDevices", "ProtectHome", "ProtectClock"),
         *("ProtectKernelLogs", "ProtectKernelModules", "ProtectKernelTunables"),
         *("ProtectControlGroups", "ProtectHostname", "RestrictNamespaces", "RestrictSUIDSGID"),
-        *("RestrictRealtime", "LockPersonality", "DynamicUser"),
+        *("RestrictRealtime", "LockPersonality", "RemoveIPC"),
     ):
         assert SERVICE[name] == ["yes"], name
+    assert SERVICE["User"] == SERVICE["Group"] == ["loramux"]
     assert SERVICE["ProtectSystem"] == ["strict"] and SERVICE["CapabilityBoundingSet"] == [""]
     assert SERVICE["RestrictAddressFamilies"] == ["AF_UNIX AF_INET AF_INET6"]
     assert SERVICE["SystemCallFilter"][0] == "@system-service"
