@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,19 @@ def test_a_boards_panels_fit_and_their_legends_name_labels(path: Path) -> None:
             kept = re.findall(r"by \(([^)]*)\)", query)
             assert any(label in names.replace(" ", "").split(",") for names in kept), title
     assert len({panel["title"] for panel in board["panels"]}) == len(board["panels"])
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is Prometheus' own")
+def test_the_alerts_fire_when_they_should() -> None:
+    for command in (["check", "config", "prometheus.yml"], ["test", "rules", "alerts_test.yml"]):
+        done = subprocess.run(
+            ["promtool", *command],
+            cwd=DEPLOY / "prometheus",
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_alert_says_whom_to_wake_and_why() -> None:
