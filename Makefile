@@ -28,6 +28,7 @@ help:
 	@echo "make audit       known advisories against constraints.txt; needs the network"
 	@echo "make bench       throughput against transformers+PEFT, on this machine"
 	@echo "make load        a scenario of loadtests/serving/scenarios, open loop (SCENARIO=knee)"
+	@echo "make image       a container image (TARGET=cpu or cuda); deploy/ says how to run it"
 	@echo "make gpu-check   everything a GPU can show; needs one"
 
 $(VENV)/.torch: constraints.txt
@@ -83,6 +84,13 @@ load: $(VENV)/.dev
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python loadtests/gpu/check.py $(ARGS)
+
+# TARGET=cpu or cuda; needs Docker.
+TARGET ?= cpu
+image:
+	docker build -f deploy/Dockerfile --target $(TARGET) -t loramux:$(TARGET) \
+	  --build-arg REVISION=$$(git rev-parse --short HEAD) \
+	  --build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' server/loramux/__init__.py) .
 
 clean:
 	rm -rf $(VENV) data

@@ -30,6 +30,10 @@ class Live:
                     values.setdefault(name, set()).add(value)
         return live
 
+    def has(self, name: str) -> bool:
+        """Whether there is a metric, or a histogram, of that name."""
+        return name in self.labels or f"{name}_bucket" in self.labels
+
     def problems(self, query: str) -> list[str]:
         """What ``query`` asks for that is not there. Raises ValueError when it is no PromQL."""
         return list(self._check(promql_parser.parse(_concrete(query))))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,15 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 BOARDS = sorted((DEPLOY / "grafana/dashboards").glob("*.json"))
 RULES = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())
+
+
+def told(server: Server, what: str) -> str:
+    """/metrics once ``what`` is in it: an engine tells of its adapters once a second."""
+    deadline = time.monotonic() + 30
+    while what not in (text := server.http.get("/metrics").text):
+        assert time.monotonic() < deadline, text
+        time.sleep(0.1)
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +53,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
             answer = server.complete("shout", prompt, temperature=0, **fields)
             assert answer.status_code == 200, answer.text
         assert server.complete("nobody", [5]).status_code == 404
-        server.metric("vllm:generation_tokens_total")
-        yield Live.of(server.http.get("/metrics").text)
+        yield Live.of(told(server, 'running_lora_adapters="shout"'))
     finally:
         server.close()
 
@@ -57,6 +68,25 @@ def test_a_boards_queries_find_their_metrics(live: Live, path: Path) -> None:
 def test_the_alerts_queries_find_their_metrics(live: Live) -> None:
     found = {name: live.problems(query) for name, query in of_rules(RULES)}
     assert {name: problems for name, problems in found.items() if problems} == {}
+
+
+def test_what_else_names_metrics_finds_them(live: Live) -> None:
+    """The autoscaler's query, what Prometheus is told to drop, what the README promises routers."""
+    folder = DEPLOY / "kubernetes/components"
+    scaled = yaml.safe_load((folder / "autoscaling/scaledobject.yaml").read_text())
+    for trigger in scaled["spec"]["triggers"]:
+        assert live.problems(trigger["metadata"]["query"]) == []
+    [scrape] = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())["scrape_configs"]
+    monitor = yaml.safe_load((folder / "monitoring/servicemonitor.yaml").read_text())
+    [endpoint] = monitor["spec"]["endpoints"]
+    dropped = {rule["regex"] for rule in scrape["metric_relabel_configs"]}
+    assert dropped == {rule["regex"] for rule in endpoint["metricRelabelings"]} <= set(live.labels)
+    named = set(re.findall(r"`((?:vllm:|loramux_)\w+)`", (DEPLOY / "README.md").read_text()))
+    assert {"vllm:num_requests_waiting", "vllm:lora_requests_info"} <= named
+    assert {name for name in named if not live.has(name)} == set()
+    lora = live.labels["vllm:lora_requests_info"]
+    assert set(lora) == {"max_lora", "running_lora_adapters", "waiting_lora_adapters"}
+    assert lora["running_lora_adapters"] == {"shout"}, "nobody runs on it any more"
 
 
 def test_what_is_wrong_with_a_query_is_found(live: Live) -> None:
@@ -99,6 +129,19 @@ def test_a_boards_panels_fit_and_their_legends_name_labels(path: Path) -> None:
             kept = re.findall(r"by \(([^)]*)\)", query)
             assert any(label in names.replace(" ", "").split(",") for names in kept), title
     assert len({panel["title"] for panel in board["panels"]}) == len(board["panels"])
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is Prometheus' own")
+def test_the_alerts_fire_when_they_should() -> None:
+    for command in (["check", "config", "prometheus.yml"], ["test", "rules", "alerts_test.yml"]):
+        done = subprocess.run(
+            ["promtool", *command],
+            cwd=DEPLOY / "prometheus",
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_alert_says_whom_to_wake_and_why() -> None:
