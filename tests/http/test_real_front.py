@@ -99,3 +99,10 @@ def test_a_dead_engine_is_an_error_and_comes_back(real: Running) -> None:
     assert eventually(lambda: real.http.get("/health").status_code == 200, within_s=30)
     assert real.complete(PROMPT).status_code == 200
     assert eventually(lambda: real.metric("loramux_engine_restarts_total") == 1)
+
+
+def test_a_deadline_that_has_passed(real: Running) -> None:
+    answer = real.complete(PROMPT, deadline_s=1e-9)
+    assert refusal(answer, 504)["code"] == "deadline_exceeded"
+    assert refusal(real.complete(PROMPT, deadline_s=0))["param"] == "deadline_s"
+    assert real.complete(PROMPT, deadline_s=100).status_code == 200
