@@ -115,6 +115,11 @@ class ServerConfig(BaseSettings):
     lora_path_root: Path | None = Field(
         None, description="/v1/load_lora_adapter may load folders in here"
     )
+    first_token_slo_s: float | None = Field(
+        None,
+        gt=0,
+        description="refuse with 503, while they wait, requests whose first token would come later",
+    )
     fairness_debt_tokens: int = Field(
         4096, description="tokens an adapter may be served beyond the least served waiting one"
     )

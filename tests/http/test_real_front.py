@@ -108,3 +108,10 @@ def test_what_ends_every_engine_is_an_error(real: Running) -> None:
     assert answer.headers["x-should-retry"] == "false"
     assert eventually(lambda: real.http.get("/health").status_code == 200, within_s=30)
     assert real.complete(PROMPT).status_code == 200
+
+
+def test_a_deadline_that_has_passed(real: Running) -> None:
+    answer = real.complete(PROMPT, deadline_s=1e-9)
+    assert refusal(answer, 504)["code"] == "deadline_exceeded"
+    assert refusal(real.complete(PROMPT, deadline_s=0))["param"] == "deadline_s"
+    assert real.complete(PROMPT, deadline_s=100).status_code == 200

@@ -8,6 +8,7 @@ recomputes), else the row waits.
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -66,12 +67,13 @@ class Served:
 
 @dataclass(frozen=True)
 class Limits:
-    """The bounds of a step."""
+    """The bounds of a step, and of the wait for a first token."""
 
     max_num_seqs: int
     max_batch_tokens: int
     fairness_debt_tokens: int
     prefix_caching: bool = True
+    first_token_slo_s: float | None = None
 
 
 @dataclass
@@ -109,6 +111,10 @@ class Scheduler:
         self._passed_over: dict[str, int] = {}
         self._outcomes: dict[str, Wait] = {}
         self._timed: set[Request] = set()
+        self._tolerant: list[tuple[float, int, Request]] = []  # until when they may still wait
+        self._serial = 0
+        self.step_s = 0.0
+        """About how long a step takes now: the loop keeps it."""
 
     def check_fits(self, request: Request) -> None:
         """Raises LoramuxError if ``request`` could never run: too large, or its adapter is bad. One
@@ -131,6 +137,12 @@ class Scheduler:
         self.waiting.push(request)
         if request.deadline is not None:
             self._timed.add(request)
+        slo_s = self._limits.first_token_slo_s
+        if slo_s is not None and request.num_outputs == 0:
+            steps = -(-request.num_pending // self._limits.max_batch_tokens)
+            self._serial += 1
+            until = request.arrival + slo_s - steps * self.step_s
+            heapq.heappush(self._tolerant, (until, self._serial, request))
 
     def schedule(self) -> list[Batch]:
         """The next step's batches, one a model that has rows; none when no request can run now."""
@@ -471,3 +483,13 @@ class Scheduler:
     def expired(self, now: float) -> Iterable[Request]:
         """Requests whose deadline has passed."""
         return [r for r in self._timed if r.deadline is not None and r.deadline < now]
+
+    def late(self, now: float) -> Iterable[Request]:
+        """Waiting requests whose first token would come too late if they began now. Whoever has
+        begun may end."""
+        found = []
+        while self._tolerant and self._tolerant[0][0] < now:
+            request = heapq.heappop(self._tolerant)[2]
+            if request.status is Status.WAITING and request.first_scheduled is None:
+                found.append(request)
+        return found

@@ -221,6 +221,8 @@ class StepLoop:
             self._commit(flight, result, report)
             timer.done("commit")
         if flights:
+            took = time.perf_counter() - flights[0].began
+            self._scheduler.step_s += (took - self._scheduler.step_s) / 8
             self._drafting.stepped(alone=len(flights) == 1)
 
     def _commit(self, flight: Flight, result: SampleResult, report: Report) -> None:
@@ -342,6 +344,9 @@ class StepLoop:
     def _expire(self, report: Report) -> None:
         for request in self._scheduler.expired(self._clock()):
             self._fail(request, "deadline_exceeded", "the request's deadline passed", report)
+        for request in self._scheduler.late(self._clock()):
+            if request.status is not Status.DONE:
+                self._fail(request, "overloaded", "its first token would come too late", report)
 
     def _report_failures(self, report: Report) -> None:
         counts, self._scheduler.counts = self._scheduler.counts, Counts()

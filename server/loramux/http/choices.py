@@ -257,6 +257,7 @@ class Choices:
                         include_stop=bool(body.include_stop_str_in_output),
                         skip_special_tokens=body.skip_special_tokens is not False,
                         cache_salt=body.cache_salt or "",
+                        deadline_s=body.deadline_s,
                         arrived_at=arrived_at,
                     )
                     self.generations.append(front.submit(spec))

@@ -174,6 +174,7 @@ class StreamOptions(Strict):
     continuous_usage_stats: Flag = None
 
 
+MAX_DEADLINE_S = 7 * 86400
 Scale = Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE)]
 
 
@@ -223,6 +224,8 @@ class Sampling(Strict):
     stream_options: StreamOptions | None = None
     speculation: SpeculationField = None
     entropy_adaptive: EntropyAdaptiveField = None
+    deadline_s: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S)] | None = None
+    """Seconds from the request's arrival after which nobody wants the rest: it ends with a 504."""
     user: str | None = None
     """Whose request it is: of an alias with shares, one user always gets the same."""
 
