@@ -19,7 +19,7 @@ endif
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install serve test test-all test-slice check audit demo bench gpu-check image clean
+.PHONY: help install serve test test-all test-slice check audit demo bench load gpu-check image clean
 
 help:
 	@sed -n 's/^#   //p' $(MAKEFILE_LIST)
@@ -27,6 +27,8 @@ help:
 	@echo "make check       formatting, lint, types, layers"
 	@echo "make audit       known advisories against constraints.txt; needs the network"
 	@echo "make bench       throughput against transformers+PEFT, on this machine"
+	@echo "make load        a scenario of loadtests/serving/scenarios, open loop (SCENARIO=knee)"
+	@echo "make image       a container image (TARGET=cpu or cuda); deploy/ says how to run it"
 	@echo "make gpu-check   everything a GPU can show; needs one"
 
 $(VENV)/.torch: constraints.txt
@@ -76,8 +78,19 @@ demo: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python loadtests/serving/throughput.py $(ARGS)
 
+SCENARIO ?= skewed
+load: $(VENV)/.dev
+	$(BIN)/python loadtests/serving/load.py loadtests/serving/scenarios/$(SCENARIO).toml $(ARGS)
+
 gpu-check: $(VENV)/.dev
 	$(BIN)/python loadtests/gpu/check.py $(ARGS)
+
+# TARGET=cpu or cuda; needs Docker.
+TARGET ?= cpu
+image:
+	docker build -f deploy/Dockerfile --target $(TARGET) -t loramux:$(TARGET) \
+	  --build-arg REVISION=$$(git rev-parse --short HEAD) \
+	  --build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' server/loramux/__init__.py) .
 
 clean:
 	rm -rf $(VENV) data

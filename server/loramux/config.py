@@ -48,6 +48,9 @@ class ServerConfig(BaseSettings):
     )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     admin_port: int | None = Field(None, description="serve /metrics, /health, /admin here instead")
+    public_metrics: bool = Field(
+        False, description="/metrics needs no key; it names adapters, of every tenant"
+    )
     api_keys: Path | None = Field(
         None, description="file of API keys, as loramux keys writes it (default: in --data-dir)"
     )
@@ -97,6 +100,12 @@ class ServerConfig(BaseSettings):
     max_connections: int | None = Field(
         None, ge=1, description="open connections (default: half of the open files it may have)"
     )
+    max_waiting_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="tokens of requests that may wait, prompts and answers; more get a 503"
+        " (default: eight times what the pool holds)",
+    )
     max_body_bytes: int = Field(8 << 20, description="largest JSON body")
     max_adapter_file_bytes: int = Field(2 << 30, description="largest adapter weights file")
     max_config_bytes: int = Field(64 << 10, description="largest adapter_config.json")
@@ -105,6 +114,11 @@ class ServerConfig(BaseSettings):
     sweep_s: float = Field(3600, gt=0, description="how often expired blobs and uploads go")
     lora_path_root: Path | None = Field(
         None, description="/v1/load_lora_adapter may load folders in here"
+    )
+    first_token_slo_s: float | None = Field(
+        None,
+        gt=0,
+        description="refuse with 503, while they wait, requests whose first token would come later",
     )
     fairness_debt_tokens: int = Field(
         4096, description="tokens an adapter may be served beyond the least served waiting one"

@@ -279,6 +279,7 @@ def test_each_layer_finds_its_weights_however_late_they_come(
     assert bench.files.num_reads == 1
     bench.device.gate.set()
     bench.settle()
+    assert [load.source for load in bench.residency.finished_loads] == ["disk", "host"]
     assert bench.store.tier._streams["x"].users == 0
     bench.residency.before_layer(["x"])(0)
     assert len(bench.device.holds) <= 3, "what has arrived is not waited for"

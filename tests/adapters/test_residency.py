@@ -199,6 +199,23 @@ def test_pins_take_half_of_the_pool_at_most() -> None:
     bench.residency.close()
 
 
+def test_it_is_told_for_whom_adapters_left() -> None:
+    bench = Bench(4, {"a": 16, "b": 32, "c": 16, "d": 16})
+    for digest in ("a", "b", "c"):
+        assert bench.residency.load(digest)
+        bench.settle()
+    assert bench.residency.load("d")  # a gives way, asked for first
+    bench.settle()
+    assert bench.residency.take_evictions() == {"kv": 0, "adapter": 1, "removed": 0}
+    assert bench.pool.obtain(3, Owner.KV) is not None
+    left = bench.residency.resident()
+    assert bench.residency.take_evictions() == {"kv": 3 - len(left), "adapter": 0, "removed": 0}
+    assert left and all(bench.residency.evict(digest) for digest in left)
+    assert bench.residency.take_evictions() == {"kv": 0, "adapter": 0, "removed": len(left)}
+    assert not any(bench.residency.take_evictions().values())
+    bench.residency.close()
+
+
 def test_evict_drops_warm_adapters_only() -> None:
     bench = Bench(4, {"x": 16})
     bench.residency.load("x")

@@ -145,7 +145,21 @@ def test_pins_keep_and_evictions_drop(model: Path, tmp_path: Path) -> None:
     assert command("pin")["pinned"] == [digest]
     while harness.engine.residency.num_loading:
         harness.step()
-    assert command("state")["resident"] == [digest]
+    [there] = command("state")["picture"]["residents"]
+    assert (there["digest"], there["pinned"]) == (digest, True)
     command("unpin")
     assert command("evict")["resident"] == []
+    harness.close()
+
+
+def test_it_is_told_how_long_the_oldest_waits(model: Path) -> None:
+    harness = Harness(model, max_num_seqs=1)
+    harness.submit([5, 6, 7], max_tokens=4)
+    harness.submit([8, 9], max_tokens=4)
+    harness.step()
+    waited = [step.stats.get("oldest_waiting_s") for step in harness.steps if step.stats]
+    assert waited[0] is not None and waited[0] >= 0.0
+    harness.run()
+    told = harness.steps[-1].stats
+    assert told.get("num_waiting", 0) == 0 and told.get("oldest_waiting_s") is None
     harness.close()

@@ -22,6 +22,7 @@ from loramux.errors import (
     ServiceError,
 )
 from loramux.front.front import Front
+from loramux.metrics.prometheus import Exporter
 
 
 def test_an_upload_becomes_a_model(tmp_path: Path) -> None:
@@ -42,6 +43,23 @@ def test_an_upload_becomes_a_model(tmp_path: Path) -> None:
             assert front.adapters.list() == [front.adapters.show("cat")]
             again = await upload(front, "cat")
             assert again == view
+
+    asyncio.run(main())
+
+
+def test_every_verdict_is_timed_and_faults_are_counted_by_code(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(configure(tmp_path)) as front:
+            front.observer = exporter = Exporter(front, dict)
+            value = exporter.registry.get_sample_value
+            await upload(front, "cat")
+            failures = "loramux_adapter_validation_failures_total"
+            assert value("loramux_adapter_validation_seconds_count") == 1
+            assert value(failures, {"code": "adapter_invalid"}) is None
+            with pytest.raises(AdapterInvalid):
+                await upload(front, "dog", bad=["no"], code="rank_mismatch", validate_only=True)
+            assert value("loramux_adapter_validation_seconds_count") == 2
+            assert value(failures, {"code": "rank_mismatch"}) == 1
 
     asyncio.run(main())
 

@@ -73,7 +73,7 @@ def test_state(shared: Running) -> None:
     state = shared.http.get("/admin/state").json()
     assert state["version"] == __version__ and state["not_ready"] == []
     assert state["info"]["max_model_len"] == 128 and state["engine"] == {"kind": "state"}
-    assert state["snapshot"]["stats"]["pool"]["total"] == 0
+    assert state["pool"]["total"] == 0 and state["prompts"] is True
 
 
 def test_an_admin_port_of_its_own(start: Start) -> None:

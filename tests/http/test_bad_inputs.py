@@ -91,6 +91,10 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options"),
     ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options"),
+    (
+        {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": 1}},
+        "stream_options",
+    ),
     ({"echo": "yes"}, "echo"),
     ({"suffix": SECRET}, "suffix"),
     ({"priority": 1}, "priority"),

@@ -27,9 +27,14 @@ class Source:
     base_name: str = "base"
     info: Any = INFO
 
+    reasons: list[str] = field(default_factory=list)
+
     @property
     def snapshot(self) -> Any:
         return self.observations.snapshot
+
+    def not_ready(self) -> list[str]:
+        return self.reasons
 
 
 def digest(number: int) -> str:
@@ -173,8 +178,12 @@ def test_totals(source: Source, exporter: Exporter) -> None:
                 batch_rows=2,
                 batch_tokens=7,
                 batch_adapters=2,
-                loads=[AdapterLoad(digest(1), 0.5, 1000)],
-                evictions={"lru": 2},
+                loads=[
+                    AdapterLoad(digest(1), 0.5, 1000),
+                    AdapterLoad(digest(2), 0.25, 100, source="host"),
+                ],
+                evictions={"adapter": 3, "prefix": 4},
+                adapter_evictions={"kv": 2, "removed": 1},
                 phase_s={"forward": 0.25},
                 arrival_wait_s=0.125,
             )
@@ -194,18 +203,26 @@ def test_totals(source: Source, exporter: Exporter) -> None:
         ("vllm:iteration_tokens_total_sum", 21),
         ("vllm:request_params_n_sum", 2),
         ("loramux_batch_adapters_sum", 6),
-        ("loramux_adapter_load_seconds_sum", 1.5),
-        ("loramux_adapter_loads_total", 3),
-        ("loramux_adapter_load_bytes_total", 3000),
+        ("loramux_adapter_load_bytes_total", 3300),
+        ("loramux_prefix_evictions_total", 12),
         ("loramux_adapter_arrival_wait_seconds_total", 0.375),
         ("loramux_engine_restarts_total", 1),
         ("loramux_unknown_fields_total", 4),
         ("loramux_disconnect_aborts_total", 1),
     ):
         assert value(exporter, name) == total, name
-    assert value(exporter, "loramux_adapter_evictions_total", reason="lru") == 6
+    for reason, num in {"kv": 6, "adapter": 0, "removed": 3}.items():
+        assert value(exporter, "loramux_adapter_evictions_total", reason=reason) == num
+    for transition, seconds in {"disk_to_pool": 1.5, "host_to_pool": 0.75}.items():
+        name = "loramux_adapter_load_seconds"
+        assert value(exporter, "loramux_adapter_loads_total", transition=transition) == 3
+        assert value(exporter, f"{name}_sum", transition=transition) == seconds
+        assert value(exporter, f"{name}_count", transition=transition) == 3
     assert value(exporter, "loramux_admission_rejected_total", reason="draining") == 1
+    assert value(exporter, "loramux_admission_rejected_total", reason="overloaded") == 0
     assert value(exporter, "loramux_uploads_total", result="ready") == 1
+    assert value(exporter, "loramux_engine_restarts_by_reason_total", reason="exit") == 1
+    assert value(exporter, "loramux_engine_restarts_by_reason_total", reason="heartbeat") == 0
     assert value(exporter, "loramux_engine_step_seconds_sum", phase="forward") == 0.75
 
 

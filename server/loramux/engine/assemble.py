@@ -18,7 +18,6 @@ from loramux.engine.models import (
     adapters_of,
     compile_kernels,
     described,
-    free_memory,
     part_of,
     partners,
     read_weights,
@@ -27,6 +26,7 @@ from loramux.engine.scheduler import Limits, Scheduler, Served
 from loramux.errors import ConfigError
 from loramux.memory.arena import Arena
 from loramux.memory.formats import KvFormat
+from loramux.memory.machine import free_memory
 from loramux.memory.pool import Pool
 from loramux.model.architecture import Architecture, read_architecture
 from loramux.model.decoder import Decoder
@@ -180,6 +180,7 @@ def _connect(
             config.max_batch_tokens,
             config.fairness_debt_tokens,
             config.prefix_caching,
+            config.first_token_slo_s,
         ),
         fingerprint=base,
         partners={

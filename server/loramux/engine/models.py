@@ -6,7 +6,6 @@ partners: a draft model that guesses, a small one that takes over where a text i
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from loramux.config import ServerConfig, parse_memory
 from loramux.errors import ConfigError
 from loramux.memory.arena import Arena
 from loramux.memory.formats import AdapterFormat, FrameShape, KvFormat
+from loramux.memory.machine import free_memory
 from loramux.memory.pool import Pool
 from loramux.model.architecture import Architecture, read_architecture
 from loramux.model.decoder import Decoder
@@ -257,8 +257,3 @@ def part_of(asked: int | float | None, free: int, share: float, most: int) -> in
     if asked is None:
         return min(int(free * share), most)
     return int(free * asked) if isinstance(asked, float) else asked
-
-
-def free_memory() -> int:
-    """Bytes of main memory that nobody uses."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +33,21 @@ class IngestClient:
     """Validates and packs uploads in the ingest process.
 
     The process holds one job at a time, so a death has one suspect: it is tried once more and then
-    refused. Everyone else's jobs go on with the next process.
+    refused. Everyone else's jobs go on with the next process. ``examined`` hears of every verdict
+    on an adapter: the seconds it took, and what is wrong ("": nothing).
     """
 
     name = "ingest"
 
-    def __init__(self, executable: Sequence[str], data_dir: Path) -> None:
+    def __init__(
+        self,
+        executable: Sequence[str],
+        data_dir: Path,
+        examined: Callable[[float, str], None] = lambda seconds, code: None,
+    ) -> None:
         self._executable = executable
+        self._examined = examined
+        self._sent_at = 0.0
         self._data_dir = data_dir
         self._supervisor: Supervisor | None = None
         self._jobs: deque[_Job] = deque()
@@ -116,7 +125,7 @@ class IngestClient:
     def _send_next(self) -> None:
         if self._up and not self._sent and self._jobs:
             assert self._supervisor is not None
-            self._sent = True
+            self._sent, self._sent_at = True, time.monotonic()
             self._jobs[0].tries += 1
             self._supervisor.send(wire.encode(self._jobs[0].job))
 
@@ -150,6 +159,8 @@ class IngestClient:
         assert self._supervisor is not None
         self._supervisor.progress()
         entry = self._jobs.popleft()
+        if isinstance(entry.job, wire.IngestJob):
+            self._examined(time.monotonic() - self._sent_at, done.code if done.problems else "")
         if not entry.verdict.done():
             entry.verdict.set_result(done)
         self._sent = False

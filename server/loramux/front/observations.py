@@ -42,6 +42,9 @@ class Observer(Protocol):
     def uploaded(self, result: str) -> None:
         """An upload ended: ``ready`` or the code of its refusal."""
 
+    def validated(self, seconds: float, code: str) -> None:
+        """The ingest process examined an adapter; ``code`` of what is wrong with it, or ""."""
+
     def engine_restarted(self, reason: str) -> None:
         """The engine died (``exit``, ``heartbeat``, ``step_timeout``) and is started again."""
 
@@ -67,6 +70,9 @@ class Snapshot:
     waiting_adapters: tuple[str, ...] = ()
     engine_epoch: int = 0
     engine_restarts: int = 0
+    resumed: int = 0
+    canary_misses: int = 0
+    nan_aborts: int = 0
     steps: int = 0
     unfinished: int = 0
     prompt_tokens: int = 0
@@ -80,6 +86,7 @@ class Snapshot:
     recent_loads: dict[str, tuple[float, float]] = field(default_factory=dict)
     arrival_wait_s: float = 0.0
     evictions: dict[str, int] = field(default_factory=dict)
+    adapter_evictions: dict[str, int] = field(default_factory=dict)
     phase_s: dict[str, float] = field(default_factory=dict)
     finished: dict[str, int] = field(default_factory=dict)
     failed: dict[str, int] = field(default_factory=dict)
@@ -109,10 +116,13 @@ class Observations:
     def submitted(self, spec: GenerationSpec) -> None:
         """See Observer."""
         self.snapshot.unfinished += 1
-        for digest in spec.digests:
-            self.snapshot.wearers.setdefault(digest, set()).add(spec.tenant)
+        self._wears(spec)
         if self.observer:
             self.observer.submitted(spec)
+
+    def _wears(self, spec: GenerationSpec) -> None:
+        for digest in spec.digests:
+            self.snapshot.wearers.setdefault(digest, set()).add(spec.tenant)
 
     def tokens(
         self, spec: GenerationSpec, num: int, first_at: float | None, last_at: float, now: float
@@ -166,6 +176,11 @@ class Observations:
         if self.observer:
             self.observer.uploaded(result)
 
+    def validated(self, seconds: float, code: str) -> None:
+        """See Observer."""
+        if self.observer:
+            self.observer.validated(seconds, code)
+
     def engine_started(self, epoch: int) -> None:
         """A new engine: what is resident is what it says from now on."""
         self.snapshot.engine_epoch = epoch
@@ -173,6 +188,15 @@ class Observations:
         self.snapshot.resident = self.snapshot.pinned = frozenset()
         self.snapshot.waiting_adapters = ()
         self.snapshot.wearers.clear()
+
+    def resumed(self, spec: GenerationSpec) -> None:
+        """A new engine goes on with a choice that another had begun."""
+        self.snapshot.resumed += 1
+        self._wears(spec)
+
+    def canary_missed(self) -> None:
+        """The engine made another token of the canary's prompt than the first time."""
+        self.snapshot.canary_misses += 1
 
     def engine_restarted(self, reason: str) -> None:
         """See Observer."""
@@ -190,6 +214,7 @@ class Observations:
         snapshot.prefix_queries += stats.prefix_queries
         snapshot.prefix_hits += stats.prefix_hits
         snapshot.preemptions += stats.preemptions
+        snapshot.nan_aborts += stats.nan_aborts
         for load in stats.loads:
             snapshot.adapter_loads += 1
             snapshot.adapter_load_bytes += load.num_bytes
@@ -200,8 +225,10 @@ class Observations:
             if len(snapshot.recent_loads) > _MOST_DIGESTS:
                 del snapshot.recent_loads[next(iter(snapshot.recent_loads))]
         snapshot.arrival_wait_s += stats.arrival_wait_s
-        for reason, num in stats.evictions.items():
-            _count(snapshot.evictions, reason, num)
+        for kind, num in stats.evictions.items():
+            _count(snapshot.evictions, kind, num)
+        for reason, num in stats.adapter_evictions.items():
+            _count(snapshot.adapter_evictions, reason, num)
         for phase, seconds in stats.phase_s.items():
             snapshot.phase_s[phase] = snapshot.phase_s.get(phase, 0.0) + seconds
         if stats.resident is not None:

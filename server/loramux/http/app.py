@@ -10,10 +10,11 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 
 from loramux import __version__
 from loramux.config import ServerConfig
+from loramux.errors import LoramuxError
 from loramux.front.front import Front
 from loramux.http import access_log, auth
 from loramux.http.adapters import Adapters, Models
@@ -23,11 +24,12 @@ from loramux.http.blobs import Blobs
 from loramux.http.chat import Chat
 from loramux.http.compatibility import Compatibility
 from loramux.http.completions import Completions
-from loramux.http.exchanges import Exchanges
+from loramux.http.exchanges import Exchange, Exchanges
 from loramux.http.failures import RequestIds, install
 from loramux.http.limits import Limits
 from loramux.http.openapi import describe
 from loramux.http.resumable import Resumable
+from loramux.http.site import Site
 from loramux.http.traces import Traces, otlp_exporter
 from loramux.metrics.prometheus import Exporter
 
@@ -107,10 +109,23 @@ def _guarded(
         access[method, path] = needs
     describe(app, access)
     guard = auth.Guard(app, access, front.keys, auth.Strangers(config.allowed_host))
-    readers = [access_log.write] if config.access_log == "json" else []
+    exporter = exporter_of(front)
+
+    def refusal(scope: Scope) -> LoramuxError | None:
+        if (refused := guard.refusal(scope)) is not None:
+            return refused
+        if front.draining and scope["method"] not in ("GET", "HEAD"):
+            return front.room.refuse("the server takes nothing new", 0, code="draining")
+        return None
+
+    def count(exchange: Exchange) -> None:
+        if exchange.told is not None:
+            exporter.erred(*exchange.told)
+
+    readers = [count, *([access_log.write] if config.access_log == "json" else ())]
     if traces is not None:
         readers.append(traces.write)
-    return RequestIds(Exchanges(Limits(app, config, guard.refusal), readers))
+    return RequestIds(Exchanges(Limits(app, config, refusal), readers))
 
 
 def exporter_of(front: Front) -> Exporter:
@@ -145,8 +160,10 @@ def _application() -> FastAPI:
 
 
 def _operators(front: Front, exporter: Exporter) -> Table:
-    admin = Admin(front, exporter)
+    admin, site = Admin(front, exporter), Site()
     return (
+        ("GET", "/", site.index, auth.OPEN),
+        ("GET", "/page/{name}", site.file, auth.OPEN),
         ("GET", "/health", admin.health, auth.OPEN),
         ("GET", "/health/live", admin.live, auth.OPEN),
         ("GET", "/health/ready", admin.ready, auth.OPEN),
@@ -154,5 +171,10 @@ def _operators(front: Front, exporter: Exporter) -> Table:
         ("POST", "/tokenize", admin.tokenize, auth.INFER),
         ("POST", "/detokenize", admin.detokenize, auth.INFER),
         ("GET", "/admin/state", admin.state, auth.ADMIN),
-        ("GET", "/metrics", admin.metrics, auth.ADMIN),
+        (
+            "GET",
+            "/metrics",
+            admin.metrics,
+            auth.OPEN if front.config.public_metrics else auth.ADMIN,
+        ),
     )

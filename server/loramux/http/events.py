@@ -24,7 +24,7 @@ from loramux.front.generation import Delta
 from loramux.http.answers import encode
 from loramux.http.choices import Choices
 from loramux.http.connection import WRITE
-from loramux.http.failures import error_body, internal_error
+from loramux.http.failures import error_body, internal_error, tell
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._write_now = scope.get("extensions", {}).get(WRITE, {}).get("call")
-        writer = asyncio.create_task(self._write(send))
+        writer = asyncio.create_task(self._write(scope, send))
         watcher = asyncio.create_task(_gone(receive))
         ticker = asyncio.create_task(self._tick(send))
         gone = True
@@ -161,7 +161,9 @@ class EventStream(Response):
         except asyncio.CancelledError:
             # Shutting down, and the time to drain is over.
             writer.cancel()
-            await send(_chunk(_error_event(Overloaded("the server stops", code="draining"))))
+            stopping = Overloaded("the server stops", code="draining")
+            tell(scope, stopping, streaming=True)
+            await send(_chunk(_error_event(stopping)))
             await send(_LAST)
             raise
         finally:
@@ -171,7 +173,7 @@ class EventStream(Response):
             self._finish(gone)  # before any await, where a second cancellation could end us
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with contextlib.aclosing(self.body_iterator) as events:
             try:
@@ -179,11 +181,13 @@ class EventStream(Response):
                     await self._send(send, chunk)
                 await self._send(send, DONE)
             except LoramuxError as exc:
+                tell(scope, exc, streaming=True)
                 await self._send(send, _error_event(exc))
             except OSError:  # the connection's own failure: nobody to tell
                 raise
             except Exception:
                 log.exception("internal error in a stream")
+                tell(scope, internal_error(), streaming=True)
                 await self._send(send, _error_event(internal_error()))
         await send(_LAST)
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loramux.errors import LoramuxError
 from loramux.http.choices import Choices
 from loramux.http.failures import CLIENT_GONE
 
@@ -23,7 +25,8 @@ class Exchange:
     """One request and its answer. ``began_at`` is Unix seconds, ``began`` is ``time.monotonic()``.
 
     ``route`` is the template of the path, "" when no route has it; ``status`` is 0 when no answer
-    began; ``error`` is the code of what went wrong; ``traceparent`` is the header as it came.
+    began; ``error`` is the code of what went wrong, ``told`` what the client was told of it, and
+    whether that was in a stream; ``traceparent`` is the header as it came.
     """
 
     request_id: str
@@ -35,6 +38,7 @@ class Exchange:
     route: str = ""
     tenant: str = ""
     error: str | None = None
+    told: tuple[LoramuxError, bool] | None = None
     choices: Choices | None = None
     traceparent: str = ""
 
@@ -74,13 +78,17 @@ class Exchange:
         ]
         return min(times, default=None)
 
-    def end(self, state: dict[str, object]) -> None:
+    def end(self, state: dict[str, Any]) -> None:
         """Takes what the layers below have left in the request's state."""
         self.seconds = time.monotonic() - self.began
         self.route = str(state.get("route", ""))
         self.tenant = getattr(state.get("caller"), "tenant", "")
-        error, choices = state.get("error"), state.get("choices")
-        self.error = None if error is None else str(error)
+        self.told = state.get("told")
+        if self.told is not None:
+            self.error = self.told[0].code
+        elif state.get("gone"):
+            self.error = CLIENT_GONE
+        choices = state.get("choices")
         if isinstance(choices, Choices):
             self.choices = choices
             for generation in choices.generations:

@@ -72,6 +72,23 @@ def internal_error() -> LoramuxError:
     return LoramuxError("the server met an internal error; the log has it under the x-request-id")
 
 
+class Failure(Response):
+    """The HTTP answer for one error, which leaves the error in the scope's state."""
+
+    def __init__(self, exc: LoramuxError, status: int, headers: dict[str, str]) -> None:
+        super().__init__(error_body(exc), status, headers, media_type="application/json")
+        self._error = exc
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tell(scope, self._error)
+        await super().__call__(scope, receive, send)
+
+
+def tell(scope: Scope, exc: LoramuxError, *, streaming: bool = False) -> None:
+    """The client of this request is being told of ``exc``."""
+    scope["state"]["told"] = exc, streaming
+
+
 def failure(exc: LoramuxError, *, status: int | None = None) -> Response:
     """The HTTP answer for one error; ``status`` where HTTP itself refuses (405)."""
     headers = {}
@@ -84,12 +101,7 @@ def failure(exc: LoramuxError, *, status: int | None = None) -> Response:
         headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
     if isinstance(exc, UploadOffsetConflict):
         headers["upload-offset"] = str(exc.upload_offset)
-    return Response(
-        error_body(exc),
-        status_code=status or exc.status,
-        headers=headers,
-        media_type="application/json",
-    )
+    return Failure(exc, status or exc.status, headers)
 
 
 def invalid(errors: Sequence[Any]) -> InvalidRequest:
@@ -113,23 +125,17 @@ def invalid(errors: Sequence[Any]) -> InvalidRequest:
     return InvalidRequest(f"{param}: {text[:1].lower()}{text[1:]}", param=param)
 
 
-def answered(request: Request, exc: LoramuxError, *, status: int | None = None) -> Response:
-    """``failure``, and its code left for logs and traces."""
-    request.scope["state"]["error"] = exc.code
-    return failure(exc, status=status)
-
-
-async def _on_loramux_error(request: Request, exc: Exception) -> Response:
+async def _on_loramux_error(_: Request, exc: Exception) -> Response:
     assert isinstance(exc, LoramuxError)
-    return answered(request, exc)
+    return failure(exc)
 
 
-async def _on_query_error(request: Request, exc: Exception) -> Response:
+async def _on_query_error(_: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestValidationError)
-    return answered(request, invalid(exc.errors()))
+    return failure(invalid(exc.errors()))
 
 
-async def _on_http_error(request: Request, exc: Exception) -> Response:
+async def _on_http_error(_: Request, exc: Exception) -> Response:
     """Starlette's own refusals: no such route, or not with this method."""
     assert isinstance(exc, HTTPException)
     refusal: RequestError
@@ -139,20 +145,20 @@ async def _on_http_error(request: Request, exc: Exception) -> Response:
         refusal = RequestError("this route does not take that method", code="method_not_allowed")
     else:
         refusal = RequestError("the request cannot be served")
-    answer = answered(request, refusal, status=exc.status_code)
+    answer = failure(refusal, status=exc.status_code)
     answer.headers.update(exc.headers or {})
     return answer
 
 
 async def _on_disconnect(request: Request, __: Exception) -> Response:
-    request.scope["state"]["error"] = CLIENT_GONE
+    request.scope["state"]["gone"] = True
     return Response(status_code=400)
 
 
 async def _on_bug(request: Request, exc: Exception) -> Response:
     if not isinstance(exc, ConnectionError):  # a client that left is no bug
         log.error("internal error, request %s", request.scope["state"]["request_id"], exc_info=exc)
-    return answered(request, internal_error())
+    return failure(internal_error())
 
 
 def install(app: FastAPI) -> None:

@@ -17,6 +17,7 @@ class Pool:
         self.frames = FramePool(num_frames, on_free)
         self.order = EvictionOrder()
         self.prefix = PrefixIndex(self.frames, self.order)
+        self.wanted_for_kv = False
 
     @property
     def num_available(self) -> int:
@@ -27,6 +28,7 @@ class Pool:
         """``num`` frames for ``owner``, evicting idle things worth less than ``below`` if needed;
         None, and nothing is evicted, if that cannot do."""
         missing = num - self.frames.num_free
+        self.wanted_for_kv = owner is Owner.KV  # what is evicted may ask whom it gave way to
         if missing > 0 and not self.order.evict(missing, below):
             return None
         return self.frames.take(num, owner)

@@ -13,86 +13,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
+from loramux import errors
 from loramux.errors import LoramuxError
-from loramux.metrics import drafts
-from loramux.metrics.labels import OTHERS, adapter_label
+from loramux.metrics import buckets
+from loramux.metrics.collector import SnapshotCollector, Source
 from loramux.metrics.stats import StepStats
 from loramux.request import SamplingParams
-from loramux.wire import Ready
 
 CACHE_S = 0.25
 """The inference gateway scrapes every 50 ms; the bytes are made at most this often."""
-TOP_ADAPTERS = 20
-
-# fmt: off
-_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20,
-         40, 80, 160, 640, 2560)
-_ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
-        80)
-_REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920,
-            7680)
-# fmt: on
-_ITERATION = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-_STEP = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
-_LOAD = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-_ADAPTERS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
-_N = (1, 2, 5, 10, 20)
-
-
-class Snapshot(Protocol):
-    """The totals and newest values the front keeps (``front.observations.Snapshot``)."""
-
-    stats: StepStats
-    resident: frozenset[str]
-    pinned: frozenset[str]
-    waiting_adapters: tuple[str, ...]
-    engine_restarts: int
-    steps: int
-    unfinished: int
-    prompt_tokens: int
-    generation_tokens: int
-    prefix_queries: int
-    prefix_hits: int
-    preemptions: int
-    adapter_loads: int
-    adapter_load_bytes: int
-    arrival_wait_s: float
-    evictions: dict[str, int]
-    finished: dict[str, int]
-    failed: dict[str, int]
-    rejected: dict[str, int]
-    adapter_tokens: dict[str, list[int]]
-    model_tokens: dict[str, int]
-
-    @property
-    def drafts(self) -> drafts.Totals:
-        """What became of guesses."""
-
-
-class Source(Protocol):
-    """The part of the front that is read."""
-
-    base_name: str
-
-    @property
-    def snapshot(self) -> Snapshot:
-        """Newest values."""
-
-    @property
-    def info(self) -> Ready | None:
-        """What the engine said of itself."""
+ERROR_TYPES = sorted({kind.type for kind in vars(errors).values() if hasattr(kind, "type")})
 
 
 class Spec(Protocol):
     """The part of a choice that is counted."""
+
+    @property
+    def digests(self) -> Iterator[str]:
+        """The adapters it needs."""
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -142,42 +86,49 @@ class Exporter:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._names = names
-        self._collector = _SnapshotCollector(source)
+        self._collector = SnapshotCollector(source)
         self._rendered = b""
         self._rendered_at = -CACHE_S
         self._rendering = asyncio.Lock()
         labels = {"model_name": source.base_name, "engine": "0"}
 
-        def vllm(name: str, about: str, buckets: Sequence[float]) -> Histogram:
+        def vllm(name: str, about: str, bounds: Sequence[float]) -> Histogram:
             family = Histogram(
-                f"vllm:{name}", about, labels, buckets=buckets, registry=self.registry
+                f"vllm:{name}", about, labels, buckets=bounds, registry=self.registry
             )
             return family.labels(**labels)
 
-        def own(name: str, about: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(f"loramux_{name}", about, buckets=buckets, registry=self.registry)
+        def own(
+            name: str, about: str, bounds: Sequence[float], labels: Sequence[str] = ()
+        ) -> Histogram:
+            return Histogram(
+                f"loramux_{name}", about, labels, buckets=bounds, registry=self.registry
+            )
 
-        tokens = _one_two_five(1 << 20)
-        self._ttft = vllm("time_to_first_token_seconds", "From arrival to first token", _TTFT)
-        self._itl = vllm("inter_token_latency_seconds", "Between tokens of a choice", _ITL)
-        self._e2e = vllm("e2e_request_latency_seconds", "From arrival to the end", _REQUEST)
-        self._queue = vllm("request_queue_time_seconds", "Waiting for a place", _REQUEST)
-        self._prefill = vllm("request_prefill_time_seconds", "Reading the prompt", _REQUEST)
-        self._decode = vllm("request_decode_time_seconds", "First token to last", _REQUEST)
-        self._inference = vllm("request_inference_time_seconds", "Prefill and decode", _REQUEST)
+        tokens = buckets.TOKENS
+        self._ttft = vllm(
+            "time_to_first_token_seconds", "From arrival to first token", buckets.TTFT
+        )
+        self._itl = vllm("inter_token_latency_seconds", "Between tokens of a choice", buckets.ITL)
+        self._e2e = vllm("e2e_request_latency_seconds", "From arrival to the end", buckets.REQUEST)
+        self._queue = vllm("request_queue_time_seconds", "Waiting for a place", buckets.REQUEST)
+        self._prefill = vllm("request_prefill_time_seconds", "Reading the prompt", buckets.REQUEST)
+        self._decode = vllm("request_decode_time_seconds", "First token to last", buckets.REQUEST)
+        self._inference = vllm(
+            "request_inference_time_seconds", "Prefill and decode", buckets.REQUEST
+        )
         self._prompt = vllm("request_prompt_tokens", "Prompt tokens of a choice", tokens)
         self._output = vllm("request_generation_tokens", "Output tokens of a choice", tokens)
         self._max_tokens = vllm("request_params_max_tokens", "max_tokens asked for", tokens)
-        self._n = vllm("request_params_n", "Choices asked for", _N)
-        self._iteration = vllm("iteration_tokens_total", "Tokens in a step", _ITERATION)
-        self._batch_adapters = own("batch_adapters", "Adapter lists in a step", _ADAPTERS)
-        self._load = own("adapter_load_seconds", "Loading an adapter into the pool", _LOAD)
-        self._step = Histogram(
-            "loramux_engine_step_seconds",
-            "Time of a step by phase",
-            ["phase"],
-            buckets=_STEP,
-            registry=self.registry,
+        self._n = vllm("request_params_n", "Choices asked for", buckets.N)
+        self._iteration = vllm("iteration_tokens_total", "Tokens in a step", buckets.ITERATION)
+        self._batch_adapters = own("batch_adapters", "Adapter lists in a step", buckets.ADAPTERS)
+        self._load = own(
+            "adapter_load_seconds", "Asked until in the pool", buckets.LOAD, ["transition"]
+        )
+        self._step = own("engine_step_seconds", "Time of a step by phase", buckets.STEP, ["phase"])
+        self._validation = own(
+            "adapter_validation_seconds", "Examining an adapter", buckets.VALIDATION
         )
         self._count_events()
         self.registry.register(self._collector)
@@ -188,9 +139,27 @@ class Exporter:
             return Counter(f"loramux_{name}", about, labels, registry=self.registry)
 
         self._uploads = count("uploads", "Adapter uploads by result", ["result"])
+        for result in ("ready", "internal_error", "ingest_failed", "storage_full"):
+            self._uploads.labels(result)
+        self._loads = count("adapter_loads", "Adapters loaded into the pool", ["transition"])
+        for source in ("disk", "host"):
+            self._loads.labels(f"{source}_to_pool")
+        self._invalid = count(
+            "adapter_validation_failures", "Adapters found at fault, by what is wrong", ["code"]
+        )
+        self._errors = count(
+            "errors",
+            "Errors clients were told of, before an answer or in its stream",
+            ["type", "stage"],
+        )
+        for kind in ERROR_TYPES:
+            for stage in ("answer", "stream"):
+                self._errors.labels(kind, stage)
         self._restarts = count(
             "engine_restarts_by_reason", "Why the engine was replaced", ["reason"]
         )
+        for reason in ("exit", "heartbeat", "step_timeout"):
+            self._restarts.labels(reason)
         self._gone = count("disconnect_aborts", "Answers whose client left before their end")
         self._unknown = count("unknown_fields", "Request fields nobody knows, ignored")
 
@@ -208,6 +177,10 @@ class Exporter:
         """A request had this many fields nobody knows."""
         self._unknown.inc(num)
 
+    def erred(self, error: LoramuxError, streaming: bool) -> None:
+        """A client was told of ``error``; ``streaming``: after the beginning of its answer."""
+        self._errors.labels(error.type, "stream" if streaming else "answer").inc()
+
     # What the front tells (front.observations.Observer).
 
     def rejected(self, code: str) -> None:
@@ -215,6 +188,7 @@ class Exporter:
 
     def submitted(self, spec: Spec) -> None:
         """A choice was accepted."""
+        self._collector.submitted(spec.digests)
         self._max_tokens.observe(spec.sampling.max_tokens)
 
     def first_token(self, spec: Spec, seconds: float) -> None:
@@ -243,17 +217,26 @@ class Exporter:
 
     def step(self, stats: StepStats) -> None:
         """The engine finished a step."""
+        self._collector.stepped(stats)
         if stats.batch_rows:
             self._iteration.observe(stats.batch_tokens)
             self._batch_adapters.observe(stats.batch_adapters)
         for phase, seconds in stats.phase_s.items():
             self._step.labels(phase).observe(seconds)
         for load in stats.loads:
-            self._load.observe(load.seconds)
+            transition = f"{load.source}_to_pool"
+            self._loads.labels(transition).inc()
+            self._load.labels(transition).observe(load.seconds)
 
     def uploaded(self, result: str) -> None:
         """``ready``, or the code of the refusal."""
         self._uploads.labels(result).inc()
+
+    def validated(self, seconds: float, code: str) -> None:
+        """An adapter was examined; ``code`` of what is wrong with it, or ""."""
+        self._validation.observe(seconds)
+        if code:
+            self._invalid.labels(code).inc()
 
     def engine_restarted(self, reason: str) -> None:
         """``exit``, ``heartbeat`` or ``step_timeout``."""
@@ -263,186 +246,9 @@ class Exporter:
         """The exposition text; at most CACHE_S old, made on a thread."""
         async with self._rendering:
             if time.monotonic() - self._rendered_at >= CACHE_S:
-                self._collector.names = self._names()
-                self._collector.read_drafts()
+                self._collector.read(self._names())
                 self._rendered = await asyncio.to_thread(
                     prometheus_client.generate_latest, self.registry
                 )
                 self._rendered_at = time.monotonic()
             return self._rendered
-
-
-class _SnapshotCollector(Collector):
-    """Turns the snapshot into metric families; runs on a thread, so it copies every dict first."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self.names: Mapping[str, Sequence[str]] = {}
-        self._drafts: list[Metric] = []
-
-    def read_drafts(self) -> None:
-        """On the event loop, where they are counted: numbers that belong together stay so."""
-        totals = self._source.snapshot.drafts
-        totals.reseat()
-        self._drafts = list(drafts.families(totals, self._source.base_name, self.names))
-
-    def describe(self) -> Iterable[Metric]:
-        """Nothing: no collection at registration."""
-        return ()
-
-    def collect(self) -> Iterator[Metric]:
-        """Every family."""
-        yield from self._protocol()
-        yield from self._totals()
-        yield from self._pool()
-        yield from self._adapters()
-        yield from self._drafts
-
-    def _vllm(
-        self,
-        family: type[CounterMetricFamily] | type[GaugeMetricFamily],
-        name: str,
-        about: str,
-        value: float,
-    ) -> Metric:
-        metric = family(f"vllm:{name}", about, labels=["model_name", "engine"])
-        metric.add_metric([self._source.base_name, "0"], value)
-        return metric
-
-    def _protocol(self) -> Iterator[Metric]:
-        """What the inference gateway's model-server protocol asks for."""
-        snapshot, info = self._source.snapshot, self._source.info
-        stats, pool = snapshot.stats, snapshot.stats.pool
-        yield self._vllm(
-            GaugeMetricFamily, "num_requests_running", "In the batch", stats.num_running
-        )
-        yield self._vllm(GaugeMetricFamily, "num_requests_waiting", "Queued", stats.num_waiting)
-        held = pool.kv + pool.adapter_leased + pool.loading
-        yield self._vllm(
-            GaugeMetricFamily,
-            "kv_cache_usage_perc",
-            "Share of pool frames that cannot be reclaimed now (0-1)",
-            held / pool.total if pool.total else 0.0,
-        )
-        if info is None:
-            return
-        config = GaugeMetricFamily(
-            "vllm:cache_config_info",
-            "The pool's shape; always 1",
-            labels=["engine", "block_size", "num_gpu_blocks", "cache_dtype"],
-        )
-        config.add_metric(["0", str(info.page_tokens), str(info.num_frames), info.dtype], 1)
-        yield config
-        running = self._named(snapshot.resident)
-        lora = GaugeMetricFamily(
-            "vllm:lora_requests_info",
-            "Adapters ready in the pool, and those that requests wait for; value: Unix seconds",
-            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
-        )
-        waiting = self._named(frozenset(snapshot.waiting_adapters))
-        most = max(info.max_num_seqs, len(running))
-        lora.add_metric([str(most), ",".join(running), ",".join(waiting)], time.time())
-        yield lora
-
-    def _named(self, digests: Set[str]) -> list[str]:
-        return sorted({name for digest in digests for name in self.names.get(digest, ())})
-
-    def _totals(self) -> Iterator[Metric]:
-        snapshot = self._source.snapshot
-        for name, about, value in (
-            ("prompt_tokens", "Prompt tokens processed", snapshot.prompt_tokens),
-            ("generation_tokens", "Tokens made", snapshot.generation_tokens),
-            ("num_preemptions", "Rows that had to give their frames back", snapshot.preemptions),
-            ("prefix_cache_queries", "Prompt tokens looked up", snapshot.prefix_queries),
-            ("prefix_cache_hits", "Prompt tokens found", snapshot.prefix_hits),
-        ):
-            yield self._vllm(CounterMetricFamily, name, about, value)
-        success = CounterMetricFamily(
-            "vllm:request_success",
-            "Choices that ended well",
-            labels=["model_name", "engine", "finished_reason"],
-        )
-        for reason, num in dict(snapshot.finished).items():
-            success.add_metric([self._source.base_name, "0", reason], num)
-        yield success
-        for name, label, about, counts in (
-            ("request_failed", "code", "Choices that failed", snapshot.failed),
-            ("admission_rejected", "reason", "Requests refused at the door", snapshot.rejected),
-            ("adapter_evictions", "reason", "Adapters that left the pool", snapshot.evictions),
-            (
-                "entropy_adaptive_tokens",
-                "model",
-                "Tokens of entropy-adaptive requests by the model that made them",
-                snapshot.model_tokens,
-            ),
-        ):
-            family = CounterMetricFamily(f"loramux_{name}", about, labels=[label])
-            for key, num in dict(counts).items():
-                family.add_metric([key], num)
-            yield family
-        for name, about, total in (
-            ("engine_steps", "Steps done", snapshot.steps),
-            (
-                "engine_restarts",
-                "Engine processes that had to be replaced",
-                snapshot.engine_restarts,
-            ),
-            ("adapter_loads", "Adapters loaded into the pool", snapshot.adapter_loads),
-            ("adapter_load_bytes", "Bytes of them", snapshot.adapter_load_bytes),
-            (
-                "adapter_arrival_wait_seconds",
-                "Time a device stood still in a step for adapters still arriving",
-                snapshot.arrival_wait_s,
-            ),
-        ):
-            yield CounterMetricFamily(f"loramux_{name}", about, value=total)
-
-    def _pool(self) -> Iterator[Metric]:
-        snapshot = self._source.snapshot
-        pool = snapshot.stats.pool
-        frames = GaugeMetricFamily(
-            "loramux_pool_frames", "Frames of the pool by owner", labels=["owner"]
-        )
-        for owner in ("free", "kv", "prefix", "adapter_leased", "adapter_warm", "loading"):
-            frames.add_metric([owner], getattr(pool, owner))
-        yield frames
-        for name, about, value in (
-            ("pool_frames_total", "Frames of the pool", pool.total),
-            ("resident_adapters", "Adapters in the pool", len(snapshot.resident)),
-            ("pinned_adapters", "Adapters that stay in the pool", len(snapshot.pinned)),
-            ("loading_adapters", "Adapters on their way into the pool", snapshot.stats.num_loading),
-            ("unfinished_requests", "Choices accepted and not ended", snapshot.unfinished),
-        ):
-            yield GaugeMetricFamily(f"loramux_{name}", about, value=value)
-
-    def _adapters(self) -> Iterator[Metric]:
-        """A gauge and no counter: an adapter enters and leaves the top, so the rest can shrink."""
-        every = dict(self._source.snapshot.adapter_tokens)
-        rest = list(every.pop("other", (0, 0)))
-        busiest = sorted(every.items(), key=lambda item: (-sum(item[1]), item[0]))
-        lines: dict[str, list[int]] = {}
-        for digest, tokens in busiest[:TOP_ADAPTERS]:
-            label = adapter_label(digest, self._source.base_name, self.names)
-            _add(lines.setdefault(label, [0, 0]), tokens)
-        for _, tokens in busiest[TOP_ADAPTERS:]:
-            _add(rest, tokens)
-        family = GaugeMetricFamily(
-            "loramux_top_adapter_tokens",
-            f"Tokens of the {TOP_ADAPTERS} busiest adapters since the start, and of the others",
-            labels=["adapter", "kind"],
-        )
-        for name, tokens in [*lines.items(), (OTHERS, rest)]:
-            family.add_metric([name, "prompt"], tokens[0])
-            family.add_metric([name, "generation"], tokens[1])
-        yield family
-
-
-def _add(total: list[int], tokens: Sequence[int]) -> None:
-    total[0] += tokens[0]
-    total[1] += tokens[1]
-
-
-def _one_two_five(most: int) -> list[float]:
-    """1, 2, 5, 10, 20, 50 ... up to ``most``: vLLM's buckets for counts of tokens."""
-    steps = (digit * 10**power for power in range(8) for digit in (1, 2, 5))
-    return [step for step in steps if step <= most]

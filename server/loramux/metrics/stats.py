@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -21,11 +23,13 @@ class PoolStats(msgspec.Struct):
 
 
 class AdapterLoad(msgspec.Struct, array_like=True):
-    """One finished load of an adapter into the pool."""
+    """One finished load of an adapter into the pool; ``source``: the disk, or the host's pinned
+    memory beside a GPU."""
 
     digest: str
     seconds: float
     num_bytes: int
+    source: Literal["disk", "host"] = "disk"
 
 
 class StepStats(msgspec.Struct, omit_defaults=True):
@@ -35,6 +39,10 @@ class StepStats(msgspec.Struct, omit_defaults=True):
     ``resident`` lists the digests now in the pool, ``pinned`` those that stay there and
     ``waiting_adapters`` those that waiting requests need; None: as told before. While rows run
     they are told no more than once a second.
+    ``oldest_waiting_s`` is how long the one waits that waits longest for its first step; None: as
+    told before, and older by now. ``evictions`` count adapters and prefix pages,
+    ``adapter_evictions`` the adapters by reason: room for ``kv`` or for another ``adapter``, or it
+    was ``removed``. ``nan_aborts`` are requests that ended because their logits were not finite.
     ``drafted`` and ``accepted`` count guessed tokens by drafter: all, and those that were right.
     Times: seconds of wall clock in this step by phase (schedule, forward, sample, commit);
     ``arrival_wait_s`` of that a device stood still for adapters that were still arriving.
@@ -49,11 +57,14 @@ class StepStats(msgspec.Struct, omit_defaults=True):
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+    nan_aborts: int = 0
     batch_rows: int = 0
     batch_tokens: int = 0
     batch_adapters: int = 0
     loads: list[AdapterLoad] = []
     evictions: dict[str, int] = {}
+    adapter_evictions: dict[str, int] = {}
+    oldest_waiting_s: float | None = None
     resident: list[str] | None = None
     pinned: list[str] | None = None
     waiting_adapters: list[str] | None = None
