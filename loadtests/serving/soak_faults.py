@@ -91,7 +91,7 @@ async def bad_upload(server: Server, log: Log) -> str | None:
 def _begin(server: Server, buffer: int) -> socket.socket:
     """A stream of which the first bytes have come."""
     body = msgspec.json.encode(LONG)
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
     raw = socket.socket()
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     raw.settimeout(120)
