@@ -215,6 +215,7 @@ class FakeFront:
         self.ledger = Ledger(self.observations, lambda _: None, lambda _: None, self.quotas.end)
         self.info: Ready | None = INFO
         self.reasons: list[str] = []
+        self.sings = True
         self.script: Script = speak("hello wörld 😀, the dog")
         self.specs: list[GenerationSpec] = []
         self.aborted: list[str] = []
@@ -278,6 +279,9 @@ class FakeFront:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return generation
+
+    async def canary(self) -> bool:
+        return self.sings
 
     async def command(self, kind: str, digest: str | None = None) -> dict[str, Any]:
         return {"kind": kind}
