@@ -167,6 +167,7 @@ def _operators(front: Front, exporter: Exporter) -> Table:
         ("GET", "/health", admin.health, auth.OPEN),
         ("GET", "/health/live", admin.live, auth.OPEN),
         ("GET", "/health/ready", admin.ready, auth.OPEN),
+        ("GET", "/health/deep", admin.deep, auth.ADMIN),
         ("GET", "/version", admin.version, auth.OPEN),
         ("POST", "/tokenize", admin.tokenize, auth.INFER),
         ("POST", "/detokenize", admin.detokenize, auth.INFER),
