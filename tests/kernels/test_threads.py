@@ -80,6 +80,7 @@ from loramux_kernels.norm import cpu
 """
 
 
+@pytest.mark.slow  # compiles anew: 15 s
 def test_an_installation_that_cannot_be_written_compiles_into_the_data_folder(
     tmp_path: Path,
 ) -> None:
