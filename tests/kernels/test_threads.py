@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from loramux_kernels import dispatch
 
 PROGRAM = """
