@@ -210,6 +210,27 @@ def test_ways_around(house: House, method: str, path: str, host: str) -> None:
     assert wire.status(ask(key)) in wanted
 
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+
+
+@pytest.mark.parametrize("spell", ["{}", "{}/", "/{}", "/health{}", "/%2e%2e{}", "{}%00", "UPPER"])
+def test_every_spelling_of_every_route(house: House, spell: str) -> None:
+    """Whatever the path means in the end, without a key it gets no further than open routes do."""
+    key = house.keys["admin"]
+    for path in {path for _, path in ROUTES}:
+        concrete = re.sub(r"{[^}]*}", "nobody", path)
+        url = concrete.upper() if spell == "UPPER" else spell.format(concrete)
+        for method in METHODS:
+            allowed = {401}
+            if any(ROUTES.get((m, path)) == OPEN for m in METHODS):
+                allowed |= {404, 405}
+                if url == concrete and (method, path) in ROUTES:
+                    allowed = {200, 404}
+            raw = house.server.http.build_request(method, "/")
+            raw.url = raw.url.copy_with(raw_path=f"{url}?api_key={key}".encode())
+            assert house.server.http.send(raw).status_code in allowed, (method, url)
+
+
 def test_a_wrong_method_on_an_open_route_is_no_secret(house: House) -> None:
     for method in ("HEAD", "POST", "OPTIONS"):
         assert house.ask(method, "/health").status_code == 405
@@ -323,7 +344,9 @@ def test_the_admin_port_checks_too(house: House) -> None:
     try:
         assert eventually(lambda: server.started)
         admin = Running(front, server.servers[0].sockets[0].getsockname()[1])
-        assert admin.http.get("/health").status_code == 200
+        for method, path in routes(build_admin_app(front, front.config)):
+            answer = admin.http.request(method, re.sub(r"{[^}]*}", "nobody", path))
+            assert (answer.status_code == 401) == bool(ROUTES[method, path]), path
         refusal(admin.http.get("/metrics"), 401)
         refusal(admin.http.get("/metrics", headers=bearer(house.keys["infer"])), 403)
         assert admin.http.get("/metrics", headers=bearer(house.keys["admin"])).status_code == 200

@@ -255,8 +255,13 @@ def test_no_name_reaches_the_log(house: House, caplog: pytest.LogCaptureFixture)
     house.alice.upload("a-quiet-name", b"r", bad=["no"])
     house.alice.complete("a-quiet-name")
     house.alice.delete("a-quiet-name")
-    lines = [r.getMessage() for r in caplog.records if r.name.startswith("loramux")]
-    assert [line for line in lines if "a-quiet-name" in line or house.alice.key in line] == []
+    ours = [r for r in caplog.records if r.name.startswith("loramux")]
+    assert not [r for r in ours if house.alice.key in r.getMessage()]
+    # The access log names what answered a completion, and nothing else.
+    naming = [r for r in ours if "a-quiet-name" in r.getMessage()]
+    assert {(r.name, json.loads(r.getMessage())["route"]) for r in naming} == {
+        ("loramux.access", "/v1/completions")
+    }
 
 
 def test_names_survive_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,6 +185,7 @@ def test_nothing_that_a_client_wrote(tell: Tell, tmp_path: Path) -> None:
     text = "".join(f"{span.to_json()}" for span in spans)
     assert not [planted for planted in (secret, key, "acme") if planted in text]
     assert {attributes(span).get("http.route") for span in spans} >= {"/v1/adapters/{name}"}
+    assert len(of(spans, "POST")) == 1, "no route, no path"
 
 
 def test_off_is_off(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

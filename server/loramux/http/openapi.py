@@ -17,7 +17,7 @@ from pydantic.json_schema import models_json_schema
 from loramux.config import ADAPTER_NAME
 from loramux.front.aliases import MAX_WEIGHT, AliasView
 from loramux.front.catalog import AdapterView
-from loramux.http.answers import ChatCompletion, Completion, ModelCard
+from loramux.http.answers import ChatCompletion, Completion, ModelCard, Usage
 from loramux.http.auth import Access
 from loramux.http.registration import MAX_TTL_S
 from loramux.http.schemas import (
@@ -42,7 +42,22 @@ _MODELS: tuple[type[BaseModel], ...] = (
     DetokenizeRequest,
     TokenizeRequest,
 )
-_STRUCTS = (AdapterView, AliasView, ChatCompletion, Completion, ModelCard)
+
+
+def _with_whole_usage(kind: type[msgspec.Struct]) -> type[msgspec.Struct]:
+    """``kind`` as a whole answer: only the chunks of a stream have no usage, or half of one."""
+    fields: list[Any] = []
+    for each in msgspec.structs.fields(kind):
+        if each.name == "usage":
+            fields.append(("usage", Usage))
+        elif each.required:
+            fields.append((each.name, each.type))
+        else:
+            fields.append((each.name, each.type, each.default))
+    return msgspec.defstruct(kind.__name__, fields, kw_only=True)
+
+
+_STRUCTS = (AdapterView, AliasView, ChatCompletion, _with_whole_usage(Completion), ModelCard)
 
 
 def _object(required: str = "", **properties: Json) -> Json:
@@ -193,6 +208,11 @@ ANSWERS: Mapping[tuple[str, str], Mapping[int, Mapping[str, Json]]] = {
     ("POST", "/v1/uploads/{id}/complete"): {201: {JSON: BLOB}},
     ("POST", "/v1/load_lora_adapter"): {200: {PLAIN: TEXT}},
     ("POST", "/v1/unload_lora_adapter"): {200: {PLAIN: TEXT}},
+    ("GET", "/"): {200: {"text/html": TEXT}, 304: NOTHING},
+    ("GET", "/page/{name}"): {
+        200: {"text/css": TEXT, "text/javascript": TEXT, "image/svg+xml": TEXT},
+        304: NOTHING,
+    },
     ("GET", "/health"): {200: NOTHING, 503: NOTHING},
     ("GET", "/health/live"): {200: _STATUS},
     ("GET", "/health/ready"): {200: _STATUS, 503: _STATUS},
@@ -219,6 +239,7 @@ _MEANINGS = {
     201: "made",
     202: "accepted: it goes on",
     204: "done",
+    304: "as it was",
     503: "not ready",
 }
 _PATHS = {"digest": DIGEST}
