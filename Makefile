@@ -21,13 +21,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # constraints.txt, without Triton where PyTorch wants one of its own: the CUDA build does.
 PINS := $(VENV)/constraints.txt
 
-.PHONY: help install serve test test-all test-slice check demo bench gpu-check image clean
+.PHONY: help install serve test test-all test-slice check audit demo bench load gpu-check image clean
 
 help:
 	@sed -n 's/^#   //p' $(MAKEFILE_LIST)
 	@echo "make test-all    full sweeps, kills and soak (any length)"
 	@echo "make check       formatting, lint, types, layers"
+	@echo "make audit       known advisories against constraints.txt; needs the network"
 	@echo "make bench       throughput against transformers+PEFT, on this machine"
+	@echo "make load        a scenario of loadtests/serving/scenarios, open loop (SCENARIO=knee)"
 	@echo "make image       a container image (TARGET=cpu or cuda); deploy/ says how to run it"
 	@echo "make gpu-check   everything a GPU can show; needs one"
 
@@ -70,11 +72,19 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+audit: $(VENV)/.dev
+	@echo "asking PyPI for advisories: this needs the network"
+	$(BIN)/python -m pip_audit --strict --disable-pip --no-deps --requirement constraints.txt $(ARGS)
+
 demo: $(VENV)/.dev
 	$(BIN)/python -m loramux.demo $(ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python loadtests/serving/throughput.py $(ARGS)
+
+SCENARIO ?= skewed
+load: $(VENV)/.dev
+	$(BIN)/python loadtests/serving/load.py loadtests/serving/scenarios/$(SCENARIO).toml $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python loadtests/gpu/check.py $(ARGS)

@@ -77,7 +77,7 @@ async def stream(port: int, delay_s: float, seed: int) -> int:
         }
     ).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
     writer.write(head.encode() + b"content-type: application/json\r\nconnection: close\r\n\r\n")
     writer.write(body)
     events = 0

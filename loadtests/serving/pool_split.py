@@ -29,7 +29,8 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from throughput import Job
 from workload import Pass, Served
 
 from loramux.engine import assemble as assembly
+from loramux.engine import models as engine_models
 from loramux.memory.formats import AdapterFormat
 from loramux.memory.frames import Owner
 from loramux.memory.pool import Pool
@@ -114,17 +116,27 @@ def adapter_bytes(shape: dict[str, Any], rank: int) -> int:
     return 4 * rank * widths * shape["num_hidden_layers"]
 
 
-def make_served(policy: str, base: Path, data_dir: Path, frames: int) -> Served:
-    """An engine whose pool is divided by ``policy``."""
+@contextmanager
+def divided(policy: str, frames: int, slot_bytes: int) -> Iterator[None]:
+    """An engine that is assembled within has its memory divided by ``policy``; ``slot_bytes``: of
+    the largest adapter."""
     adapter_frames = int(ADAPTER_SHARE * frames)
-    padded = type("Padded", (PaddedFormat,), {"slot_bytes": adapter_bytes(SHAPE, max(RANKS))})
+    padded = type("Padded", (PaddedFormat,), {"slot_bytes": slot_bytes})
     pool = Pool if policy == "shared" else partial(SplitPool, adapter_frames=adapter_frames)
     layout = padded if policy == "padded" else AdapterFormat
     with (
         mock.patch.object(assembly, "Pool", pool),
-        mock.patch.object(assembly, "AdapterFormat", layout),
+        mock.patch.object(engine_models, "AdapterFormat", layout),
     ):
-        return Served(base, data_dir, frames, page_tokens=PAGE_TOKENS)
+        yield
+
+
+def make_served(
+    policy: str, base: Path, data_dir: Path, frames: int, slot_bytes: int, **config: Any
+) -> Served:
+    """An engine that is ``divided``."""
+    with divided(policy, frames, slot_bytes):
+        return Served(base, data_dir, frames, page_tokens=PAGE_TOKENS, **config)
 
 
 def mixed_jobs(adapters: int, requests: int, seed: int) -> list[Job]:
@@ -220,7 +232,8 @@ def main() -> None:
         base = write_base(Path(scratch) / "base", SHAPE)
         data_dir = Path(scratch) / "data"
         frames = POOL_TOKENS // PAGE_TOKENS
-        served = {policy: make_served(policy, base, data_dir, frames) for policy in POLICIES}
+        largest = adapter_bytes(SHAPE, max(RANKS))
+        served = {p: make_served(p, base, data_dir, frames, largest) for p in POLICIES}
         each = -(-max(counts) // len(RANKS))
         digests = {rank: served["shared"].install(rank, each) for rank in RANKS}
         for count in counts:

@@ -237,12 +237,16 @@ class Served:
             if ramp < 0:
                 result.count(done, time.perf_counter() - start)
             unfinished -= {finished.request_id for finished in done.finished}
+        self.drop(unfinished)
+        result.end()
+        return result
+
+    def drop(self, unfinished: set[str]) -> None:
+        """Give these requests up, and let what loads for them land."""
         self.engine.abort(unfinished)
         while self.engine.residency.num_loading:
             self.step()
         self.engine.check()
-        result.end()
-        return result
 
     def close(self) -> None:
         self.engine.close()

@@ -54,6 +54,11 @@ class ServerConfig(BaseSettings):
     api_keys: Path | None = Field(
         None, description="file of API keys, as loramux keys writes it (default: in --data-dir)"
     )
+    allowed_host: tuple[str, ...] = Field(
+        (),
+        description="NAME: without API keys, answer requests for this host name too, besides"
+        " localhost and 127.0.0.1",
+    )
     data_dir: Path = Field(Path("data"), description="registry and adapter files live here")
     device: str = Field("auto", description="auto, cpu or cuda")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -84,8 +89,23 @@ class ServerConfig(BaseSettings):
     )
     strict_fields: bool = Field(False, description="refuse unknown request fields")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    access_log: Literal["json", "off"] = Field(
+        "json", description="json: a line a request on stderr, without anything a client wrote"
+    )
 
+    otel: bool = Field(
+        False, description="send OpenTelemetry traces as OTEL_* variables say; needs loramux[otel]"
+    )
     max_waiting: int = Field(1024, ge=1, description="requests that may wait; more get a 503")
+    max_connections: int | None = Field(
+        None, ge=1, description="open connections (default: half of the open files it may have)"
+    )
+    max_waiting_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="tokens of requests that may wait, prompts and answers; more get a 503"
+        " (default: eight times what the pool holds)",
+    )
     max_body_bytes: int = Field(8 << 20, description="largest JSON body")
     max_adapter_file_bytes: int = Field(2 << 30, description="largest adapter weights file")
     max_config_bytes: int = Field(64 << 10, description="largest adapter_config.json")
@@ -95,6 +115,11 @@ class ServerConfig(BaseSettings):
     lora_path_root: Path | None = Field(
         None, description="/v1/load_lora_adapter may load folders in here"
     )
+    first_token_slo_s: float | None = Field(
+        None,
+        gt=0,
+        description="refuse with 503, while they wait, requests whose first token would come later",
+    )
     fairness_debt_tokens: int = Field(
         4096, description="tokens an adapter may be served beyond the least served waiting one"
     )
@@ -103,6 +128,9 @@ class ServerConfig(BaseSettings):
     step_timeout_s: float = Field(30.0, gt=0, description="a step longer than this is a hang")
     write_timeout_s: float = Field(30.0, gt=0, description="a reader slower than this is cut off")
     header_timeout_s: float = Field(10.0, gt=0, description="time for a request's headers to come")
+    body_timeout_s: float = Field(
+        30.0, gt=0, description="time for each 64 KiB of a request's body"
+    )
     keep_alive_s: float = Field(15.0, gt=0, description="a silent stream gets a comment this often")
     drain_s: float = Field(30.0, ge=0, description="time for running requests after SIGTERM")
 
@@ -125,6 +153,14 @@ class ServerConfig(BaseSettings):
                 raise ValueError(f"{item!r} is not NAME=DIR with NAME like {ADAPTER_NAME.pattern}")
         return value
 
+    @field_validator("allowed_host")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for item in value:
+            if not re.fullmatch(r"[A-Za-z0-9._-]+", item):
+                raise ValueError(f"{item!r} is no host name (no scheme, no port)")
+        return value
+
     @model_validator(mode="after")
     def _pool(self) -> ServerConfig:
         parse_memory(self.pool_memory)
@@ -135,6 +171,12 @@ class ServerConfig(BaseSettings):
 def client_key() -> str | None:
     """The API key with which commands ask a running server."""
     return os.environ.get("LORAMUX_API_KEY")
+
+
+def otlp_protocol() -> str:
+    """How OpenTelemetry's variables want traces to travel."""
+    names = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    return next((os.environ[name] for name in names if os.environ.get(name)), "http/protobuf")
 
 
 def process_environment() -> dict[str, str]:

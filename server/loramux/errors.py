@@ -20,6 +20,8 @@
        ├─ Overloaded             503   full or starting: ask again after ``retry_after_s``
        ├─ RateLimited            429   this caller has too much in flight
        ├─ EngineFailed           500   the request was accepted and could not be finished
+       │  ├─ PoisonRequest       500   every engine that computed it died of it
+       │  └─ NumericalError      500   what the model computed for it is not finite
        ├─ AdapterLoadFailed      500   the adapter's stored form could not be brought into the pool
        ├─ DeadlineExceeded       504   the request's own deadline passed
        └─ StorageFull            507   the data directory has no room
@@ -221,6 +223,20 @@ class EngineFailed(ServiceError):
     """An accepted request could not be finished."""
 
     code = "engine_failed"
+
+
+class PoisonRequest(EngineFailed):
+    """Engines died of the request, twice with nothing else to compute."""
+
+    code = "poison_request"
+    retry = False
+
+
+class NumericalError(EngineFailed):
+    """The request's logits have a NaN or nothing finite: its adapter, or the machine, is at
+    fault."""
+
+    code = "numerical_error"
 
 
 class AdapterLoadFailed(ServiceError):

@@ -153,7 +153,8 @@ class Request:
     ``ids[:num_ids]`` is prompt then output; ``kv`` is what the model that serves it now has of
     them, and ``companions`` what other models wear for it, by model id. A step computes some of
     those it has not; when it reaches the end, one more id is sampled. While that step is on its way
-    the id counts already, but is not known (``expects``).
+    the id counts already, but is not known (``expects``). Of ``num_drafted`` guesses that were
+    verified ``num_accepted`` were right.
 
     One that moves between two models has a ``router``, and in ``lagging`` what the other one has.
     """
@@ -198,6 +199,8 @@ class Request:
         self.first_scheduled: float | None = None
         self.first_sampled: float | None = None
         self.prompt_logprobs: list[Any] = []
+        self.num_drafted = 0
+        self.num_accepted = 0
 
     @property
     def fair_key(self) -> tuple[str, Adapters]:

@@ -244,11 +244,13 @@ class Reply(msgspec.Struct, tag=True, kw_only=True):
 class Heartbeat(msgspec.Struct, tag=True):
     """Sent by a thread of the engine, so a long step is told from a dead process.
 
-    ``step_running_s`` is how long the current step has run; 0 when idle.
+    ``step_running_s`` is how long the current step has run, and ``predicted_s`` how long it was
+    expected to; 0 when idle.
     """
 
     engine_epoch: int
     step_running_s: float = 0.0
+    predicted_s: float = 0.0
 
 
 class IngestJob(msgspec.Struct, tag=True, kw_only=True):

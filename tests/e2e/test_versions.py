@@ -39,7 +39,8 @@ def eventually(condition: Callable[[], bool], within_s: float = 30) -> None:
 
 def resident(server: Server) -> set[str]:
     """Digests in the engine's pool."""
-    return set(server.http.get("/admin/state").json()["engine"]["resident"])
+    rows = server.http.get("/admin/state").json()["adapters"]["rows"]
+    return {row["digest"] for row in rows if row["state"] in ("leased", "warm")}
 
 
 def adapter_frames(server: Server) -> int:

@@ -145,7 +145,8 @@ def test_pins_keep_and_evictions_drop(model: Path, tmp_path: Path) -> None:
     assert command("pin")["pinned"] == [digest]
     while harness.engine.residency.num_loading:
         harness.step()
-    assert command("state")["resident"] == [digest]
+    [there] = command("state")["picture"]["residents"]
+    assert (there["digest"], there["pinned"]) == (digest, True)
     command("unpin")
     assert command("evict")["resident"] == []
     harness.close()

@@ -13,6 +13,7 @@ import zmq
 from tests import tiny
 from tests.harness import Harness
 
+from loramux.engine.blackbox import BlackBox
 from loramux.engine.engine import Engine
 from loramux.engine.main import EngineProcess
 from loramux.model.runner import Plan, Scored
@@ -152,7 +153,7 @@ def test_a_broken_row_fails_its_request_alone(model: Path, monkeypatch: pytest.M
     harness.close()
 
 
-def test_the_process_does_not_sleep_while_a_request_waits(model: Path) -> None:
+def test_the_process_does_not_sleep_while_a_request_waits(model: Path, tmp_path: Path) -> None:
     """A step that launched nothing may have ended a request whose place the next one takes."""
     harness = Harness(model, overlap=True, max_num_seqs=1)
     loop = harness.engine._loop
@@ -170,7 +171,7 @@ def test_the_process_does_not_sleep_while_a_request_waits(model: Path) -> None:
 
     loop._sampler.start = broken_for_the_first  # type: ignore[method-assign]
     names = [harness.submit(prompt, max_tokens=2) for prompt in PROMPTS[:2]]
-    process = Listening(harness.engine)
+    process = Listening(harness.engine, tmp_path / "steps")
     with pytest.raises(StopIteration):
         process.run()
     assert [failed.request_id for failed in process.told[0].failed] == names[:1]
@@ -183,8 +184,9 @@ def test_the_process_does_not_sleep_while_a_request_waits(model: Path) -> None:
 class Listening(EngineProcess):
     """The engine's process without a front: what it says, and how it slept until all had ended."""
 
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine, zmq.Context.instance().socket(zmq.PAIR), epoch=1)
+    def __init__(self, engine: Engine, box: Path) -> None:
+        inbox = zmq.Context.instance().socket(zmq.PAIR)
+        super().__init__(engine, inbox, epoch=1, box=BlackBox(box, 1))
         self.told: list[StepDone] = []
         self.slept: list[float] = []
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from contextlib import closing
 from itertools import islice
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramux.engine.policy import INPUT_COST, FairOrder
+from loramux.engine.policy import INPUT_COST, FairOrder, Key
 from loramux.request import AdapterRef, Request, SamplingParams
 
 
@@ -22,7 +21,7 @@ def request(name: str, key: int, num_prompt: int = 3) -> Request:
     )
 
 
-def obvious_walk(order: FairOrder, lines: dict[Hashable, list[Request]], admit: set[str]) -> list:
+def obvious_walk(order: FairOrder, lines: dict[Key, list[Request]], admit: set[str]) -> list:
     """All keys sorted anew for every step of the walk."""
     costs = {key: order.served[key] for key in lines}
     lines = {key: list(line) for key, line in lines.items()}
@@ -43,7 +42,7 @@ def obvious_walk(order: FairOrder, lines: dict[Hashable, list[Request]], admit: 
 @given(st.data())
 def test_the_walk_is_the_obvious_one(data: st.DataObject) -> None:
     order = FairOrder()
-    lines: dict[Hashable, list[Request]] = {}
+    lines: dict[Key, list[Request]] = {}
     running: list[Request] = []
     for serial in range(data.draw(st.integers(1, 25), label="events")):
         event = data.draw(st.sampled_from(["push", "push", "walk", "charge", "done", "preempt"]))
@@ -81,12 +80,12 @@ def test_the_walk_is_the_obvious_one(data: st.DataObject) -> None:
         assert len(order) == sum(map(len, lines.values()))
 
 
-class Counting(dict[Hashable, float]):
+class Counting(dict[Key, float]):
     """Counts how often a counter is looked at."""
 
     looks = 0
 
-    def __getitem__(self, key: Hashable) -> float:
+    def __getitem__(self, key: Key) -> float:
         Counting.looks += 1
         return super().__getitem__(key)
 

@@ -1,14 +1,15 @@
 """An engine process without a model: it speaks the wire and misbehaves on request.
 
 Token i of a request is its prompt's token i modulo the prompt's length. A request's ``cache_salt``
-is its script, words in any order:
+is its script, words in any order. It goes on behind the tokens that are submitted with it:
 
     burst=K     K tokens a step            delay=S     seconds before each of its steps
     die=N       exit before token N        skip=N      claim token N+1 comes where N should
     repeat=N    send token N twice         stale=N     a wrong token N from an older epoch, first
     fail=CODE   failed at once             hang        stop stepping and report a long step
     mute        no heartbeats from now on  garbage     send bytes that are no message
-    stop=T      token T ends the request
+    stop=T      token T ends the request   kill=N      as die, but from outside (SIGKILL)
+    word@E      only in the engine of epoch E
     draft=K     when asked to guess, each step verifies K guesses, of which burst-1 are right
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -28,6 +30,7 @@ import zmq
 from msgspec.structs import replace
 
 from loramux import wire
+from loramux.engine.blackbox import BlackBox
 from loramux.metrics.stats import StepStats
 from loramux.request import DRAFT_MODEL_ID, SMALL_MODEL_ID, Adapters
 
@@ -37,15 +40,19 @@ class Row:
     submit: wire.Submit
     script: dict[str, str]
     sent: list[int] = field(default_factory=list)
+    began: bool = False
 
 
 class FakeEngine:
-    def __init__(self, address: str, epoch: int, parent: int, config: dict[str, Any]) -> None:
+    def __init__(
+        self, address: str, epoch: int, parent: int, box: str, config: dict[str, Any]
+    ) -> None:
         self.epoch = epoch
         self.heartbeat_s = config["heartbeat_s"]
         self.models = [config[key] for key in ("model", "draft_model", "small_model")]
         self.socket = zmq.Context().socket(zmq.PAIR)
         self.socket.connect(address)
+        self.box = BlackBox(Path(box), 64)
         self.rows: dict[str, Row] = {}
         self.step = 0
         self.mute = False
@@ -78,11 +85,15 @@ class FakeEngine:
     def receive(self, message: Any) -> None:
         match message:
             case wire.Submit():
-                words = (word.partition("=") for word in message.cache_salt.split())
+                timed = (word.partition("@") for word in message.cache_salt.split())
+                now = (word for word, _, epoch in timed if epoch in ("", str(self.epoch)))
+                words = (word.partition("=") for word in now)
                 self.tenants.append(message.tenant)
                 self.companions[message.request_id] = message.companions
                 self.wishes.append([message.speculation, message.entropy, message.companions])
-                self.rows[message.request_id] = Row(message, {a: b for a, _, b in words})
+                self.rows[message.request_id] = Row(
+                    message, {a: b for a, _, b in words}, list(message.output_ids)
+                )
             case wire.Abort():
                 self.aborted += message.request_ids
                 for request_id in message.request_ids:
@@ -103,6 +114,7 @@ class FakeEngine:
                 self.send(reply)
 
     def take_step(self) -> None:
+        self.box.note(list(self.rows))
         done = wire.StepDone(engine_epoch=self.epoch, step=self.step)
         rows = len(self.rows)
         stats = StepStats(num_running=rows, generation_tokens=rows, batch_rows=rows)
@@ -111,6 +123,8 @@ class FakeEngine:
         self.step += 1
         for row in list(self.rows.values()):
             self.advance(row, done)
+        if not self.hung_since:
+            self.box.note(())
         self.send(done)
 
     def advance(self, row: Row, done: wire.StepDone) -> None:
@@ -134,6 +148,8 @@ class FakeEngine:
         ids = [prompt[i % len(prompt)] for i in range(start, end)]
         if script.get("die") == str(start):
             os._exit(3)
+        if script.get("kill") == str(start):
+            os.kill(os.getpid(), signal.SIGKILL)
         if script.get("stale") == str(start):
             wrong = wire.Output(request_id, start, [prompt[0] + 1])
             self.send(wire.StepDone(engine_epoch=self.epoch - 1, step=0, outputs=[wrong]))
@@ -142,7 +158,8 @@ class FakeEngine:
             if script.get("stop") == str(token):
                 ids, stop = ids[: index + 1], token
                 break
-        started = (1, 0.25, 0.5) if start == 0 else None
+        started = None if row.began else (1 + start, 0.25, 0.5)
+        row.began = True
         shift = script.get("skip") == str(start)
         logprobs = None
         if params.logprobs is not None:
@@ -157,7 +174,7 @@ class FakeEngine:
         row.sent += ids
         if stop is not None or len(row.sent) >= params.max_tokens:
             reason = "stop" if stop is not None else "length"
-            done.finished.append(wire.Finished(request_id, reason, stop, 1, 0.25, 0.5))
+            done.finished.append(wire.Finished(request_id, reason, stop, 7, 0.75, 1.5))
             del self.rows[request_id]
 
 
@@ -204,12 +221,13 @@ def main() -> None:
     parser.add_argument("--socket")
     parser.add_argument("--epoch", type=int)
     parser.add_argument("--parent", type=int)
+    parser.add_argument("--blackbox")
     options = parser.parse_args()
     config = json.loads(sys.stdin.readline())
     assert StepStats().num_running == 0 and config["device"]
     if options.die:
         sys.exit(options.die)
-    FakeEngine(options.socket, options.epoch, options.parent, config).run()
+    FakeEngine(options.socket, options.epoch, options.parent, options.blackbox, config).run()
 
 
 if __name__ == "__main__":

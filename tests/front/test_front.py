@@ -26,7 +26,9 @@ from loramux.errors import (
     LoramuxError,
     Overloaded,
 )
+from loramux.front.admission import Claim
 from loramux.front.front import Front, lock_data_dir
+from loramux.front.observations import Observations
 from loramux.request import AdapterRef
 
 
@@ -40,7 +42,7 @@ def test_tokens_come_as_the_engine_sends_them(tmp_path: Path) -> None:
     async def main() -> None:
         async with running(configure(tmp_path)) as front:
             assert front.info is not None and front.info.max_model_len == 512
-            with front.admit(3):
+            with front.admit(Claim(choices=3)):
                 generations = [front.submit(spec(f"r{i}", f"burst={i + 1}")) for i in range(3)]
             for delta in await asyncio.gather(*map(collect, generations)):
                 assert delta.token_ids == expected(8)
@@ -109,22 +111,19 @@ def test_cancel_aborts_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_kill_9_fails_the_streams_and_another_engine_starts(
+def test_kill_9_is_a_pause_and_another_engine_starts(
     tmp_path: Path, loop: Callable[[], asyncio.AbstractEventLoop]
 ) -> None:
     async def main() -> None:
         async with running(configure(tmp_path)) as front:
-            victim = front.submit(spec("r", "delay=0.01", max_tokens=400))
-            first = await anext(victim)
-            assert first.token_ids == expected(len(first.token_ids))
+            victim = front.submit(spec("r", "delay=0.01", max_tokens=200))
+            whole = await anext(victim)
             pid = await engine_pid(front)
             os.kill(pid, signal.SIGKILL)
             command = asyncio.create_task(front.command("state"))
-            with pytest.raises(EngineFailed, match="exit -9"):
-                await collect(victim)
-            assert front.not_ready() == ["engine_starting"]
+            await until(lambda: front.not_ready() == ["engine_starting"])
             with pytest.raises(Overloaded) as caught:
-                front.admit(1)
+                front.admit(Claim(choices=1))
             assert caught.value.code == "engine_starting" and caught.value.retry_after_s > 0
             with pytest.raises(Overloaded):
                 front.submit(spec("late"))
@@ -132,9 +131,12 @@ def test_kill_9_fails_the_streams_and_another_engine_starts(
                 await front.command("state")
             await until(lambda: front.not_ready() == [])
             assert front.snapshot.engine_epoch == 2 and front.snapshot.engine_restarts == 1
-            assert (await collect(front.submit(spec("next")))).token_ids == expected(8)
             with pytest.raises(Overloaded):
                 await command
+            whole.extend(await collect(victim))
+            assert whole.token_ids == expected(200)
+            assert victim.done is not None and victim.done.cached_tokens == 1
+            assert front.snapshot.resumed == 1 and front.snapshot.failed == {}
 
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(main())
@@ -143,20 +145,27 @@ def test_kill_9_fails_the_streams_and_another_engine_starts(
 @pytest.mark.parametrize(
     ("script", "fields", "reason"),
     [
-        ("die=2", {}, "exit 3"),
-        ("garbage", {}, "protocol"),
-        ("mute hang", {"heartbeat_timeout_s": 1.5}, "heartbeat"),
-        ("hang", {"step_timeout_s": 0.3}, "step_timeout"),
+        ("die=2@1", {}, "exit"),
+        ("garbage@1", {}, "protocol"),
+        ("mute@1 hang@1", {"heartbeat_timeout_s": 1.5}, "heartbeat"),
+        ("hang@1", {"step_timeout_s": 0.3}, "step_timeout"),
     ],
 )
 def test_every_way_to_die(
-    tmp_path: Path, script: str, fields: dict[str, float], reason: str
+    tmp_path: Path,
+    script: str,
+    fields: dict[str, float],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    reasons: list[str] = []
+    monkeypatch.setattr(Observations, "engine_restarted", lambda _, each: reasons.append(each))
+
     async def main() -> None:
         async with running(configure(tmp_path, **fields)) as front:
-            with pytest.raises(EngineFailed, match=reason):
-                await collect(front.submit(spec("r", script)))
-            await until(lambda: front.snapshot.engine_epoch > 1 and front.not_ready() == [])
+            assert (await collect(front.submit(spec("r", script)))).token_ids == expected(8)
+            assert reasons == [reason] and front.snapshot.engine_epoch == 2
+            await until(lambda: front.not_ready() == [])
             assert (await collect(front.submit(spec("next")))).token_ids == expected(8)
 
     asyncio.run(main())
@@ -171,7 +180,7 @@ def test_five_deaths_in_a_row_are_enough(tmp_path: Path, monkeypatch: pytest.Mon
             await until(lambda: front.not_ready() == ["engine_failed"])
             assert front.snapshot.engine_epoch == front.snapshot.engine_restarts == 5
             with pytest.raises(Overloaded, match="engine_failed"):
-                front.admit(1)
+                front.admit(Claim(choices=1))
 
     asyncio.run(main())
 
@@ -192,12 +201,27 @@ def test_a_completed_step_forgives_earlier_deaths(
     monkeypatch.setattr("loramux.front.supervisor._BACKOFF_S", (0.0,) * 5)
 
     async def main() -> None:
+        script = " ".join(f"kill={death}@{death}" for death in range(1, 8))
         async with running(configure(tmp_path)) as front:
-            for death in range(6):
-                with pytest.raises(EngineFailed):
-                    await collect(front.submit(spec("r", "die=2")))
-                await until(lambda d=death: front.snapshot.engine_epoch == d + 2)
-                await until(lambda: front.not_ready() == [])
+            delta = await collect(front.submit(spec("r", script, max_tokens=10)))
+            assert delta.token_ids == expected(10) and front.snapshot.engine_epoch == 8
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_is_given_up_fails_what_is_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loramux.front.supervisor._BACKOFF_S", (0.0,) * 5)
+
+    async def main() -> None:
+        async with running(configure(tmp_path)) as front:
+            generations = [front.submit(spec(f"r{i}", "kill=0")) for i in range(3)]
+            for generation in generations:
+                with pytest.raises(EngineFailed, match="exit -9") as caught:
+                    await collect(generation)
+                assert type(caught.value) is EngineFailed, "an external signal blames nobody"
+            assert front.not_ready() == ["engine_failed"] and front.snapshot.engine_restarts == 5
 
     asyncio.run(main())
 
@@ -216,18 +240,18 @@ def test_admission_counts_reserved_and_running(tmp_path: Path) -> None:
     async def main() -> None:
         async with running(configure(tmp_path, max_num_seqs=2, max_waiting=2)) as front:
             with pytest.raises(InvalidRequest, match="holds 4"):
-                front.admit(5)
-            with front.admit(3), pytest.raises(Overloaded):
-                front.admit(2)
+                front.admit(Claim(choices=5))
+            with front.admit(Claim(choices=3)), pytest.raises(Overloaded):
+                front.admit(Claim(choices=2))
             long = [front.submit(spec(f"r{i}", "delay=0.01", 400)) for i in range(3)]
-            reserved = front.admit(1)
+            reserved = front.admit(Claim(choices=1))
             with pytest.raises(Overloaded):
-                front.admit(1)
+                front.admit(Claim(choices=1))
             reserved.release()
             reserved.release()
-            front.admit(1).release()
+            front.admit(Claim(choices=1)).release()
             long[0].cancel()
-            with front.admit(2):
+            with front.admit(Claim(choices=2)):
                 pass
             assert front.snapshot.rejected == {"overloaded": 2}
             for generation in long:
@@ -268,7 +292,7 @@ def test_stop_drains_and_leaves_nothing(tmp_path: Path) -> None:
             stopping = asyncio.create_task(front.stop())
             await until(lambda: front.not_ready() == ["draining"])
             with pytest.raises(Overloaded, match="draining"):
-                front.admit(1)
+                front.admit(Claim(choices=1))
             assert (await collect(running_one)).token_ids == expected(8)
             await stopping
             with pytest.raises(ProcessLookupError):
@@ -282,8 +306,9 @@ def test_what_does_not_drain_fails(tmp_path: Path) -> None:
         async with running(configure(tmp_path, drain_s=0.05)) as front:
             generation = front.submit(spec("r", "hang"))
             await front.stop()
-            with pytest.raises(EngineFailed, match="shut down"):
+            with pytest.raises(Overloaded, match="stops") as caught:
                 await collect(generation)
+            assert caught.value.code == "draining"
 
     asyncio.run(main())
 

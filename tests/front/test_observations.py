@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from tests.front.house import spec
 
 from loramux.front.generation import Done
@@ -63,3 +64,12 @@ def test_tokens_by_adapter_are_bounded() -> None:
     assert len(tokens) == 1001 and tokens["other"] == [25, 10]
     assert sum(prompt for prompt, _ in tokens.values()) == 5 * 1005
     assert observations.snapshot.unfinished == 0
+
+
+def test_recent_loads_are_bounded_and_the_newest_stay() -> None:
+    observations = Observations()
+    for number in range(1100):
+        observations.step(StepStats(loads=[AdapterLoad(f"{number % 1050}", 0.5, 10)]))
+    loads = observations.snapshot.recent_loads
+    assert len(loads) == 1000 and list(loads)[-1] == "49" and "99" not in loads
+    assert all(ended - began == pytest.approx(0.5) for began, ended in loads.values())

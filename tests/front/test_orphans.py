@@ -28,7 +28,8 @@ def test_a_process_ends_whose_front_died_during_its_imports(process: str, tmp_pa
     """The orphan holds the other end of the pipe that is read here until it closes."""
     address = f"ipc://{tmp_path}/s"
     if process == "engine":
-        command = [*ENGINE, "--socket", address, "--epoch", "1"]
+        box = str(tmp_path / "steps")
+        command = [*ENGINE, "--socket", address, "--epoch", "1", "--blackbox", box]
     else:
         command = [*INGEST, "--socket", address, "--data-dir", str(tmp_path / "data")]
     model = tiny.write_model(tmp_path / "base")

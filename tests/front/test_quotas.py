@@ -14,6 +14,7 @@ from tests.front.house import configure, running, spec, until
 from tests.front.uploading import WAIT, upload
 
 from loramux.errors import EngineFailed, InvalidRequest, LoramuxError, QuotaExceeded, RateLimited
+from loramux.front.admission import Claim
 from loramux.front.front import Front
 from loramux.front.generation import GenerationSpec
 from loramux.front.keys import Limits, editing
@@ -248,13 +249,13 @@ def test_every_end_gives_back(tmp_path: Path, script: str) -> None:
         async with running(configure(tmp_path)) as front:
             limit(front, max_requests=2, tokens_per_minute=1000)
             front.quotas._clock = lambda: 0.0
-            with front.admit(2, tenant="acme"):
+            with front.admit(Claim(choices=2, tenant="acme")):
                 made = [spec(f"r{i}", script, tenant="acme") for i in range(2)]
                 generations = [front.submit(each) for each in made]
             with pytest.raises(RateLimited):
-                front.admit(1, tenant="acme")
+                front.admit(Claim(choices=1, tenant="acme"))
             assert front.snapshot.rejected == {"rate_limit_exceeded": 1}
-            front.admit(1, tenant="else").release()
+            front.admit(Claim(choices=1, tenant="else")).release()
             outputs = 0
             for generation in generations:
                 with suppress(EngineFailed):
@@ -265,7 +266,7 @@ def test_every_end_gives_back(tmp_path: Path, script: str) -> None:
             used = 1000 - front.quotas._buckets["acme"].level
             assert used == 10 + outputs, "prompts and what was delivered"
             await until(lambda: front.info is not None)
-            front.admit(2, tenant="acme").release()
+            front.admit(Claim(choices=2, tenant="acme")).release()
             assert not front.quotas._choices and not front.quotas._reserved
 
     asyncio.run(main())

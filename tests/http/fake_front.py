@@ -16,11 +16,10 @@ from loramux.config import ServerConfig
 from loramux.errors import (
     AdapterInvalid,
     Conflict,
-    InvalidRequest,
     NotFound,
-    Overloaded,
     PayloadTooLarge,
 )
+from loramux.front.admission import Admission, Claim, Room
 from loramux.front.aliases import AliasService
 from loramux.front.catalog import AdapterView, Catalog
 from loramux.front.generation import Generation, GenerationSpec
@@ -117,7 +116,7 @@ class FakeAdapters:
         self.catalog = Catalog("base", observations.snapshot)
         self.writers: list[FakeWriter] = []
         self.aliases = AliasService(SimpleNamespace(catalog=self.catalog))  # type: ignore[arg-type]
-        for name in ("resolve", "list", "show", "versions", "owner", "own", "labels"):
+        for name in ("resolve", "list", "show", "versions", "owner", "own", "labels", "rows"):
             setattr(self, name, getattr(self.catalog, name))
         error = {"code": "rank_mismatch", "message": "2 problems", "problems": ["one", "two"]}
         self.put(row("shout", 3), row("shout", 2))
@@ -184,23 +183,9 @@ class FakeAdapters:
         return self.show(name, tenant=tenant)
 
 
-class FakeAdmission:
-    def __init__(self, front: FakeFront, num: int, tenant: str) -> None:
-        self.front, self.num, self.tenant = front, num, tenant
-        front.quotas.hold(tenant, num)
-        front.reserved += num
-
-    def __enter__(self) -> FakeAdmission:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.front.quotas.release(self.tenant, self.num)
-        self.front.reserved -= self.num
-
-
 class FakeFront:
     """See the module. ``aborted`` lists choices cancelled before their end, ``specs`` all;
-    ``told`` may add to an output what it likes."""
+    ``told`` may add to an output what it likes; ``says`` is what the engine answers to commands."""
 
     def __init__(self, config: ServerConfig, model: Path) -> None:
         self.config = config
@@ -212,17 +197,20 @@ class FakeFront:
         self.voices = Voices(self.tokenizer, config.data_dir.joinpath)
         self.keys = Keys.of(config)
         self.quotas = Quotas(self.keys.limits, self.observations.rejected)
-        self.ledger = Ledger(self.observations, lambda _: None, lambda _: None, self.quotas.end)
+        self.room = Room(1000, self.observations.rejected)
+        self.room.max_tokens = 10**9
+        self.ledger = Ledger(self.observations, lambda _: None, lambda _: None, self._ended)
         self.info: Ready | None = INFO
         self.reasons: list[str] = []
+        self.sings = True
         self.script: Script = speak("hello wörld 😀, the dog")
         self.specs: list[GenerationSpec] = []
         self.aborted: list[str] = []
-        self.reserved = 0
-        self.places = 1000
         self.cached_tokens = 0
         self.told: Callable[[Output], None] = lambda _: None
         self.state = "new"
+        self.commands: list[str] = []
+        self.says: dict[str, Any] | Exception = {}
         self.tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -250,14 +238,22 @@ class FakeFront:
     def not_ready(self) -> list[str]:
         return self.reasons
 
-    def admit(self, num: int, *, tenant: str = "") -> FakeAdmission:
-        if num > self.places:
-            raise InvalidRequest("too many completions", param="n")
-        if self.reasons or len(self.ledger) + self.reserved + num > self.places:
-            code = (self.reasons or ["overloaded"])[0]
-            self.observations.rejected(code)
-            raise Overloaded("no room now", code=code)
-        return FakeAdmission(self, num, tenant)
+    @property
+    def reserved(self) -> int:
+        return self.room.choices - len(self.ledger)
+
+    @property
+    def draining(self) -> bool:
+        return "draining" in self.reasons
+
+    def admit(self, claim: Claim) -> Admission:
+        if self.reasons:
+            raise self.room.refuse("no room now", code=self.reasons[0])
+        return Admission(self.room, self.quotas, claim)
+
+    def _ended(self, spec: GenerationSpec, num_outputs: int) -> None:
+        self.quotas.end(spec, num_outputs)
+        self.room.end(spec)
 
     def submit(self, spec: GenerationSpec) -> Generation:
         if spec.adapters and not any(
@@ -272,6 +268,7 @@ class FakeFront:
         )
         self.ledger.add(spec, generation, text)
         self.quotas.start(spec)
+        self.room.start(spec)
         self.observations.submitted(spec)
         self.specs.append(spec)
         task = asyncio.get_running_loop().create_task(self._run(spec, generation))
@@ -279,8 +276,14 @@ class FakeFront:
         task.add_done_callback(self.tasks.discard)
         return generation
 
+    async def canary(self) -> bool:
+        return self.sings
+
     async def command(self, kind: str, digest: str | None = None) -> dict[str, Any]:
-        return {"kind": kind}
+        self.commands.append(kind)
+        if isinstance(self.says, Exception):
+            raise self.says
+        return {"kind": kind, **self.says}
 
     def _cancel(self, request_id: str) -> None:
         if self.ledger.cancel(request_id):

@@ -91,6 +91,10 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options"),
     ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options"),
+    (
+        {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": 1}},
+        "stream_options",
+    ),
     ({"echo": "yes"}, "echo"),
     ({"suffix": SECRET}, "suffix"),
     ({"priority": 1}, "priority"),
@@ -385,11 +389,6 @@ def test_every_route_refuses_other_methods(shared: Running) -> None:
 def test_odd_paths(shared: Running, path: str) -> None:
     answer = shared.http.request("GET", shared.url + path, follow_redirects=False)
     assert refusal(answer, 404)["type"] == "not_found_error"
-
-
-def test_host_header_changes_nothing(shared: Running) -> None:
-    answer = shared.http.get("/nothing", headers={"host": "evil/health?x="})
-    assert answer.status_code == 404
 
 
 @pytest.mark.parametrize(

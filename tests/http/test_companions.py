@@ -71,8 +71,15 @@ def shown(tenant: Tenant, name: str) -> Any:
 def told(tenant: Tenant, answer: Any) -> dict[str, Any]:
     """The companions that the engine heard of for a completion."""
     assert answer.status_code == 200, answer.text
-    engine = tenant.ask("GET", "/admin/state").json()["engine"]
-    companions: dict[str, Any] = engine["companions"][answer.json()["id"] + "-0"]
+    found: dict[str, Any] = {}
+
+    def heard() -> bool:
+        engine = tenant.ask("GET", "/admin/state").json()["engine"]
+        found.update(engine["companions"])
+        return answer.json()["id"] + "-0" in found
+
+    assert eventually(heard), "the state may be a quarter of a second old"
+    companions: dict[str, Any] = found[answer.json()["id"] + "-0"]
     return companions
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.http import wire
 from tests.http.conftest import Running, Start
 from tests.http.fake_front import eventually
+from tests.http.granting import grant
 
 from loramux.http.connection import MAX_HEAD_BYTES, MAX_HEADERS
-from loramux.http.limits import parse_json
+from loramux.http.limits import BODY_STRIDE, parse_json
 
 JSON = "content-type: application/json"
 
@@ -48,7 +53,9 @@ def test_the_limit_byte(small: Running) -> None:
 
 def test_a_declared_length_is_refused_before_any_byte_of_it(small: Running) -> None:
     raw = wire.connect(small)
-    raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 999999999\r\n\r\n")
+    raw.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 999999999\r\n\r\n"
+    )
     answer = wire.read_until(raw, b"}}")
     assert wire.status(answer) == 413 and b"connection: close" in answer.lower()
     assert wire.read_all(raw) == b""
@@ -57,7 +64,7 @@ def test_a_declared_length_is_refused_before_any_byte_of_it(small: Running) -> N
 def test_a_refusal_arrives_while_the_client_still_sends(small: Running) -> None:
     """Closing with unread bytes would reset the connection and lose the answer."""
     raw = wire.connect(small)
-    raw.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: x\r\n{JSON}\r\n".encode())
+    raw.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{JSON}\r\n".encode())
     raw.sendall(b"transfer-encoding: chunked\r\n\r\n")
     for _ in range(64):
         raw.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
@@ -78,7 +85,7 @@ def test_uploads_have_their_own_limit(small: Running) -> None:
     answer = small.http.post("/v1/adapters", content=b"x" * 3000)
     assert answer.status_code == 415, "not over the limit of this route"
     raw = wire.connect(small)
-    raw.sendall(b"POST /v1/adapters HTTP/1.1\r\nhost: x\r\ncontent-length: 999999\r\n\r\n")
+    raw.sendall(b"POST /v1/adapters HTTP/1.1\r\nhost: localhost\r\ncontent-length: 999999\r\n\r\n")
     assert wire.status(wire.read_until(raw, b"}}")) == 413
 
 
@@ -106,7 +113,7 @@ def test_memory_stays_flat(model_dir: Path) -> None:
             raw = wire.connect(server)
             upload, chunked = b"adapters" in head, b"chunked" in head
             media = b"multipart/form-data; boundary=b" if upload else b"application/json"
-            raw.sendall(head + b"host: x\\r\\ncontent-type: " + media + b"\\r\\n\\r\\n")
+            raw.sendall(head + b"host: localhost\\r\\ncontent-type: " + media + b"\\r\\n\\r\\n")
             if upload:
                 part = b'--b\\r\\ncontent-disposition: form-data; name="weights"\\r\\n\\r\\n'
                 raw.sendall(b"%x\\r\\n%b\\r\\n" % (len(part), part))
@@ -212,6 +219,134 @@ def test_the_clock_stops_with_the_headers(start: Start) -> None:
     time.sleep(0.4)
     raw.sendall(request[-5:])
     assert wire.status(wire.read_until(raw, b"usage")) == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/adapters"])
+@pytest.mark.parametrize("framing", ["content-length: 100000", "transfer-encoding: chunked"])
+def test_bodies_that_never_end(start: Start, path: str, framing: str) -> None:
+    server = start(body_timeout_s=0.2)
+    media = "multipart/form-data; boundary=b" if path == "/v1/adapters" else "application/json"
+    raw = wire.connect(server)
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {media}\r\n{framing}\r\n\r\n"
+    raw.sendall(head.encode() + (b"-" if "length" in framing else b"1\r\n-\r\n"))
+    answer = wire.read_until(raw, b"}}")
+    assert wire.status(answer) == 408 and wire.error(answer)["code"] == "request_timeout"
+    assert b"connection: close" in answer.lower() and wire.read_all(raw) == b""
+    assert eventually(lambda: not server.front.reserved)
+    assert all(writer.state == "aborted" for writer in server.front.adapters.writers)
+
+
+def test_dripped_bodies_do_not_reset_the_clock(start: Start) -> None:
+    server = start(body_timeout_s=0.3)
+    raw = wire.connect(server)
+    raw.sendall(wire.request("/v1/completions", b"x" * 10_000, JSON)[:-10_000])
+    cut = False
+    for _ in range(10_000):
+        try:
+            raw.sendall(b" ")
+        except OSError:
+            cut = True
+            break
+        time.sleep(0.02)
+    assert cut
+
+
+def test_a_large_body_has_its_time_for_every_stride(start: Start) -> None:
+    """What comes steadily may take longer in all than the timeout."""
+    server = start(body_timeout_s=0.4)
+    raw = wire.connect(server)
+    body = body_of(4 * BODY_STRIDE)
+    request = wire.request("/v1/completions", body, JSON)
+    raw.sendall(request[: -len(body)])
+    for at in range(0, len(body), BODY_STRIDE):
+        time.sleep(0.2)
+        raw.sendall(body[at : at + BODY_STRIDE])
+    assert wire.status(wire.read_until(raw, b"usage")) == 200
+
+
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n"
+TRAILED = b"2c\r\n" + b'{"model":"base","prompt":"a","max_tokens":3}' + b"\r\n0\r\n"
+
+
+def test_trailers_change_nothing(start: Start, tmp_path: Path) -> None:
+    """They come after the key was looked at, so they must not become headers."""
+    key = grant(tmp_path / "keys.json", "acme")
+    server = start(data_dir=tmp_path)
+    for header, status in ((f"authorization: Bearer {key}", 200), ("x: y", 401)):
+        raw = wire.connect(server)
+        raw.sendall(CHUNKED + JSON.encode() + b"\r\n" + header.encode() + b"\r\n\r\n" + TRAILED)
+        raw.sendall(f"authorization: Bearer {key}\r\ncontent-type: text/plain\r\n\r\n".encode())
+        assert wire.status(wire.read_until(raw, b"}}")) == status
+
+
+@pytest.mark.parametrize("endless", [b"y" * 60_000, b"x: y\r\n" * 10_000], ids=["one", "many"])
+def test_endless_trailers(start: Start, endless: bytes) -> None:
+    """httptools keeps them for as long as they come: a gigabyte of memory for a gigabyte sent."""
+    server = start()
+    raw = wire.connect(server)
+    raw.sendall(CHUNKED + JSON.encode() + b"\r\n\r\n" + TRAILED + b"x: ")
+    sent = 0
+    with contextlib.suppress(OSError):
+        while sent < 64 << 20:
+            sent += raw.send(endless)
+    assert sent < 64 << 20
+    assert server.complete(max_tokens=1).status_code == 200
+
+
+def idle(server: Running) -> socket.socket:
+    """A connection that has had an answer, and waits."""
+    raw = wire.connect(server)
+    raw.sendall(wire.request("/version", b"", method="GET"))
+    wire.read_until(raw, b"}")
+    return raw
+
+
+def test_one_connection_too_many_takes_the_place_of_an_idle_one(start: Start) -> None:
+    server = start(max_connections=4)
+    first = wire.connect(server)
+    others = [idle(server) for _ in range(3)]
+    newest = idle(server)
+    assert wire.read_all(first) == b"", "the oldest gave way"
+    for raw in (*others, newest):
+        raw.sendall(wire.request("/version", b"", method="GET"))
+        assert wire.status(wire.read_until(raw, b"}")) == 200
+
+
+def test_when_all_connections_are_busy(start: Start) -> None:
+    server = start(max_connections=2)
+    held = threading.Event()
+
+    async def hold(_: Any) -> Any:
+        while not held.is_set():
+            await asyncio.sleep(0.01)
+            yield [5]
+
+    server.front.script = hold
+    body = {"model": "base", "prompt": "a", "stream": True, "max_tokens": 100}
+    busy = [wire.post(server, "/v1/completions", **body) for _ in range(2)]
+    begun = [wire.read_until(raw, b"data: ") for raw in busy]
+    answer = wire.read_all(wire.connect(server))
+    assert wire.status(answer) == 503 and wire.error(answer)["code"] == "overloaded"
+    held.set()
+    for raw, beginning in zip(busy, begun, strict=True):
+        assert wire.events(beginning + wire.read_until(raw, b"\r\n0\r\n\r\n"))[-1] is None
+
+
+def test_every_answer_guards_itself(shared: Running) -> None:
+    def guards(headers: Any) -> None:
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cache-control"] in ("no-store", "no-cache")
+        assert headers["content-security-policy"] == "frame-ancestors 'none'"
+
+    for path in ("/version", "/metrics", "/nothing", "/v1/models", "/openapi.json", "/health"):
+        guards(shared.http.get(path).headers)
+    guards(shared.complete(max_tokens=1).headers)
+    guards(shared.complete(max_tokens=1, stream=True).headers)
+    guards(shared.complete(max_tokens=-1).headers)
+    raw = wire.connect(shared)
+    raw.sendall(b"GET\r\n\r\n")
+    head = wire.read_all(raw).split(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
+    guards(dict(line.split(": ") for line in head))
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body(shared: Running) -> None:

@@ -89,13 +89,29 @@ def test_leaving_reaches_the_engine(real: Running) -> None:
     assert eventually(aborted)
 
 
-def test_a_dead_engine_is_an_error_and_comes_back(real: Running) -> None:
-    body = {"model": "base", "prompt": PROMPT, "max_tokens": 30, "cache_salt": "delay=0.01 die=5"}
+def test_a_stream_whose_engine_dies_pauses(real: Running) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 30}
+    whole = real.complete(**body).json()["choices"][0]["text"]
+    body |= {"model": "base", "cache_salt": "delay=0.01 die=5@1 kill=9@2"}
     raw = wire.post(real, "/v1/completions", stream=True, **body)
     found = wire.events(wire.read_until(raw, b"0\r\n\r\n"))
-    assert found[-1]["error"]["code"] == "engine_failed" and None not in found
-    assert len(found) > 3
-    assert real.http.get("/health/live").status_code == 200
+    assert found.pop() is None
+    assert "".join(event["choices"][0]["text"] for event in found) == whole
+    assert eventually(lambda: real.http.get("/health").status_code == 200, within_s=30)
+    assert real.metric("loramux_engine_restarts_total") == 2
+    assert real.metric("loramux_requests_resumed_total") == 2
+
+
+def test_what_ends_every_engine_is_an_error(real: Running) -> None:
+    answer = real.complete(PROMPT, max_tokens=30, cache_salt="die=5")
+    assert refusal(answer, 500)["code"] == "poison_request"
+    assert answer.headers["x-should-retry"] == "false"
     assert eventually(lambda: real.http.get("/health").status_code == 200, within_s=30)
     assert real.complete(PROMPT).status_code == 200
-    assert eventually(lambda: real.metric("loramux_engine_restarts_total") == 1)
+
+
+def test_a_deadline_that_has_passed(real: Running) -> None:
+    answer = real.complete(PROMPT, deadline_s=1e-9)
+    assert refusal(answer, 504)["code"] == "deadline_exceeded"
+    assert refusal(real.complete(PROMPT, deadline_s=0))["param"] == "deadline_s"
+    assert real.complete(PROMPT, deadline_s=100).status_code == 200

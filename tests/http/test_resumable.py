@@ -190,7 +190,7 @@ def test_one_part_at_a_time(real: Running) -> None:
 
 def test_a_silent_part_is_cut_off_and_kept(tmp_path: Path) -> None:
     """A client whose network went away would keep its upload busy for as long as TCP waits."""
-    with real_server(tmp_path, write_timeout_s=0.2) as server:
+    with real_server(tmp_path, body_timeout_s=0.2) as server:
         path = begin(server)
         raw = wire.connect(server)
         request = wire.request(path, DATA, "upload-offset: 0", method="PATCH")

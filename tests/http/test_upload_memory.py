@@ -35,7 +35,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
                 length = f"content-length: {{MB << 20}}"
                 if chunked:
                     length = "transfer-encoding: chunked"
-                lines = [head + " HTTP/1.1", "host: x", "upload-offset: 0", length, "", ""]
+                lines = [head + " HTTP/1.1", "host: localhost", "upload-offset: 0", length, "", ""]
                 raw.sendall("\\r\\n".join(lines).encode())
                 for _ in range(MB):
                     raw.sendall(b"100000\\r\\n" + block + b"\\r\\n" if chunked else block)

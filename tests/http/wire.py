@@ -35,7 +35,12 @@ def connect(server: Running, *, small_buffer: bool = False) -> socket.socket:
 
 
 def request(path: str, body: bytes, *headers: str, method: str = "POST") -> bytes:
-    lines = [f"{method} {path} HTTP/1.1", "host: x", f"content-length: {len(body)}", *headers]
+    lines = [
+        f"{method} {path} HTTP/1.1",
+        "host: localhost",
+        f"content-length: {len(body)}",
+        *headers,
+    ]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 

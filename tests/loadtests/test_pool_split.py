@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pool_split
 import pytest
 
+from loramux.engine import assemble as assembly
+from loramux.engine import models as engine_models
 from loramux.memory.formats import AdapterFormat, FrameShape
 from loramux.memory.frames import Owner
+from loramux.memory.pool import Pool
+from tests.tiny import write_model
 
 
 def make(adapter_frames: int = 3) -> pool_split.SplitPool:
@@ -86,3 +93,23 @@ def test_jobs_alternate_short_and_long_and_name_every_adapter() -> None:
 def test_ranks_come_in_turn() -> None:
     digests = {rank: [f"{rank}-{i}" for i in range(2)] for rank in pool_split.RANKS}
     assert pool_split.interleave(digests, 5) == ["8-0", "16-0", "32-0", "64-0", "8-1"]
+
+
+def test_the_names_that_are_replaced_exist() -> None:
+    with pool_split.divided("padded", 20, 300):
+        made: Any = assembly.Pool(10)
+        assert isinstance(made, pool_split.SplitPool) and made.num_available == 4
+        shape = FrameShape(num_slices=2, slice_bytes=64)
+        assert engine_models.AdapterFormat(shape).num_frames(1) == 3
+    assert type(assembly.Pool(10)) is Pool
+
+
+@pytest.mark.slow  # an engine is started
+def test_an_engines_pool_is_the_one_asked_for(tmp_path: Path) -> None:
+    served = pool_split.make_served(
+        "padded", write_model(tmp_path / "base"), tmp_path / "data", 20, 10**6
+    )
+    residency = served.engine.residency
+    assert type(residency._pool) is pool_split.SplitPool
+    assert isinstance(residency._layout, pool_split.PaddedFormat)
+    served.close()

@@ -169,6 +169,14 @@ class EngineFailedError(ServerError):
     """An accepted request could not be finished."""
 
 
+class PoisonRequestError(EngineFailedError):
+    """The server's engine died of the request each time it was tried: do not send it again."""
+
+
+class NumericalError(EngineFailedError):
+    """What the model computed for the request is not finite."""
+
+
 class AdapterLoadFailedError(ServerError):
     """The server has the adapter but could not bring it into memory."""
 
@@ -203,8 +211,10 @@ ERRORS: dict[str, type[APIError]] = {
     "invalid_api_key": AuthenticationError,
     "invalid_request": InvalidRequestError,
     "model_not_found": NotFoundError,
+    "numerical_error": NumericalError,
     "overloaded": OverloadedError,
     "payload_too_large": PayloadTooLargeError,
+    "poison_request": PoisonRequestError,
     "quota_exceeded": QuotaExceededError,
     "rate_limit_exceeded": RateLimitedError,
     "request_too_large": RequestTooLargeError,

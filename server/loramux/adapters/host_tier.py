@@ -57,6 +57,11 @@ class HostTier:
         finally:
             self.release(packed.digest)
 
+    def here(self) -> dict[str, int]:
+        """Digests that are here, longest unused first, and their bytes."""
+        with self._changed:
+            return {d: stream.num_bytes for d, stream in self._streams.items() if stream.here}
+
     def hold(self, digest: str) -> list[torch.Tensor] | None:
         """The blocks of a stream that is here, there until ``release``; None if it is not."""
         with self._changed:

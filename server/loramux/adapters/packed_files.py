@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -34,6 +34,9 @@ class Store(Protocol):
 
     def waited_s(self) -> float:
         """Seconds the device stood still for arrivals since the last call, as far as known."""
+
+    def in_host(self) -> Mapping[str, int]:
+        """Digests in memory on the way to a device, longest unused first, and their bytes."""
 
     def header(self, digest: str) -> PackedAdapter:
         """What the packed file holds. Raises LoramuxError if it is not there or not ours."""
@@ -132,6 +135,10 @@ class FrameStore:
     def waited_s(self) -> float:
         """See :class:`Store`."""
         return 0.0
+
+    def in_host(self) -> Mapping[str, int]:
+        """See :class:`Store`: there is nothing between."""
+        return {}
 
     def read_into(self, packed: PackedAdapter, frames: Sequence[int], after: Mark | None) -> None:
         """See :class:`Store`."""

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, ItemsView, Iterable, Mapping, Sequence
 
 from loramux.adapters.arrivals import Pace
 from loramux.adapters.loader import Load, Loader
@@ -30,6 +31,7 @@ from loramux.memory.eviction import Frequency
 from loramux.memory.formats import AdapterFormat
 from loramux.memory.frames import Owner
 from loramux.memory.pool import Pool
+from loramux.metrics.picture import Event
 from loramux.metrics.stats import AdapterLoad
 from loramux.request import BASE_MODEL_ID
 
@@ -44,6 +46,8 @@ adapter larger than that is loaded alone."""
 EVICTED_FOR = ("kv", "adapter", "removed")
 """Why an adapter left: its frames were wanted for KV or for another adapter, or nobody may use it
 any more."""
+HISTORY = 48
+"""The last comings and goings are remembered."""
 
 PINNED_SHARE = 0.5
 """Of the pool, at most so much may be pinned: the rest stays for everybody."""
@@ -52,7 +56,8 @@ PINNED_SHARE = 0.5
 class Residency:
     """Adapters of one model in the pool, by digest; ``model_id`` tells those of several apart.
 
-    ``on_loaded`` is called on the loader's thread when there is something to ``poll``.
+    ``on_loaded`` is called on the loader's thread when there is something to ``poll``. ``history``
+    has what came and went last, with the time of ``time.monotonic``.
     """
 
     def __init__(
@@ -65,7 +70,7 @@ class Residency:
         model_id: int = BASE_MODEL_ID,
     ) -> None:
         self._pool = pool
-        self._model_id = model_id
+        self.model_id = model_id
         self._layout = layout
         self._store = store
         self._table = table
@@ -89,6 +94,7 @@ class Residency:
         self.version = 0
         self.finished_loads: list[AdapterLoad] = []
         self.evictions = dict.fromkeys(EVICTED_FOR, 0)
+        self.history: deque[tuple[float, Event]] = deque(maxlen=HISTORY)
 
     @property
     def on_loaded(self) -> Callable[[], None]:
@@ -213,7 +219,9 @@ class Residency:
     def lease(self, digest: str) -> int:
         """Hold the resident adapter for one row; its slot in the kernels' table."""
         self._frequency.use(digest)
-        if (basis := self._adapters[digest].packed.basis) is not None:
+        resident = self._adapters[digest]
+        resident.used_at = time.monotonic()
+        if (basis := resident.packed.basis) is not None:
             self._frequency.use(basis)
         return self.hold(digest)
 
@@ -293,13 +301,15 @@ class Residency:
         resident = self._adapters[packed.digest]
         newest = load.work_s / packed.num_bytes
         self._load_s_per_byte += NEWEST_WEIGHT * (newest - self._load_s_per_byte)
-        seconds = time.monotonic() - load.asked
+        now = time.monotonic()
+        seconds, size = now - load.asked, packed.num_bytes
         self.finished_loads.append(
             AdapterLoad(
-                *(packed.digest, seconds, packed.num_bytes),
-                source="disk" if load.arrival is None else "host",
+                *(packed.digest, seconds, size), source="disk" if load.arrival is None else "host"
             )
         )
+        came = Event("load", packed.digest, len(resident.frames), size, seconds)
+        self.history.append((now, came))
         if load.arrival is not None:
             resident.arrival = None
             self._num_arriving_frames -= len(resident.frames)
@@ -320,7 +330,7 @@ class Residency:
     def _withdraw(self, digest: str, resident: Resident) -> None:
         """It must not be evicted from now on, nor its basis."""
         self._num_leased_frames += len(resident.frames)
-        self._pool.order.withdraw((self._model_id, digest))
+        self._pool.order.withdraw((self.model_id, digest))
         if (basis := resident.packed.basis) is not None:
             self.hold(basis)
 
@@ -328,7 +338,7 @@ class Residency:
         """It may be evicted from now on."""
         self._num_leased_frames -= len(resident.frames)
         self._pool.order.offer(
-            (self._model_id, digest),
+            (self.model_id, digest),
             num_frames=len(resident.frames),
             cost_s=self._cost_s(resident.packed),
             uses=self._uses(digest),
@@ -348,7 +358,7 @@ class Residency:
         resident = self._adapters.pop(digest)
         assert resident.slot is not None and resident.leases == 0
         for dependent in list(resident.dependents):  # all idle, or this one would be held
-            self._pool.order.withdraw((self._model_id, dependent))
+            self._pool.order.withdraw((self.model_id, dependent))
             self._evict(dependent, reason)
         basis = resident.packed.basis
         if basis is not None and basis in self._adapters:
@@ -357,6 +367,8 @@ class Residency:
         self._pool.frames.give_back(resident.frames, Owner.ADAPTER)
         self.evictions[reason] += 1
         self.version += 1
+        went = Event("evict", digest, len(resident.frames), resident.packed.num_bytes)
+        self.history.append((time.monotonic(), went))
 
     # -- asked by an operator --------------------------------------------------------------------
 
@@ -426,9 +438,9 @@ class Residency:
         """Drop a warm adapter now; False while it is leased, pinned or loading."""
         if digest not in self._adapters:
             return True
-        if (self._model_id, digest) not in self._pool.order:
+        if (self.model_id, digest) not in self._pool.order:
             return False
-        self._pool.order.withdraw((self._model_id, digest))
+        self._pool.order.withdraw((self.model_id, digest))
         self._evict(digest, "removed")
         return True
 
@@ -441,6 +453,14 @@ class Residency:
         """Digests rows may run on now."""
         here = [digest for digest, r in self._adapters.items() if r.slot is not None]
         return [digest for digest in here if digest not in self._bases]
+
+    def everything(self) -> ItemsView[str, Resident]:
+        """All that has frames, or is on its way into them, by digest."""
+        return self._adapters.items()
+
+    def in_host(self) -> Mapping[str, int]:
+        """Digests in the pinned memory beside a device, longest unused first, and their bytes."""
+        return self._store.in_host()
 
     def pinned(self) -> list[str]:
         """Digests that stay in the pool; another list object after every change."""
@@ -468,7 +488,7 @@ class Residency:
         assert self._num_arriving_frames == arriving
         loading = sum(len(r.frames) for r in self._adapters.values() if r.slot is None)
         for digest, r in self._adapters.items():
-            assert r.is_idle == ((self._model_id, digest) in self._pool.order), digest
+            assert r.is_idle == ((self.model_id, digest) in self._pool.order), digest
             if r.packed.basis is not None:
                 assert self._is_here(r.packed.basis), digest
                 assert digest in self._adapters[r.packed.basis].dependents, digest

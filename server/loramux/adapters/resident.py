@@ -40,7 +40,8 @@ class Resident:
     """An adapter that has its frames; without a ``slot`` it is on its way into them.
 
     ``leases`` counts those that run on it or keep it for another reason; ``dependents`` are the
-    digests, here or on their way, that have this one for a basis.
+    digests, here or on their way, that have this one for a basis; ``used_at``: when a row last
+    began to run on it.
     """
 
     packed: PackedAdapter
@@ -50,6 +51,7 @@ class Resident:
     pinned: bool = False
     arrival: Arrival | None = None
     dependents: set[str] = field(default_factory=set)
+    used_at: float | None = None
 
     @property
     def is_idle(self) -> bool:

@@ -163,6 +163,7 @@ class TieredStore:
         self.link = Link(clock)
         self._ring = StagingRing(arena, device, per_block)
         self.header = files.header
+        self.in_host = self.tier.here
         self.given = device.given
         self.waited_s = device.waited_s
 

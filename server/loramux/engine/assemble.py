@@ -180,6 +180,7 @@ def _connect(
             config.max_batch_tokens,
             config.fairness_debt_tokens,
             config.prefix_caching,
+            config.first_token_slo_s,
         ),
         fingerprint=base,
         partners={

@@ -6,18 +6,22 @@ it is ``main.py``; most tests step it in-process.
 
 from __future__ import annotations
 
+import logging
+import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
 from loramux.adapters.residency import EVICTED_FOR, Residency
 from loramux.engine.models import Partner
+from loramux.engine.picture import picture
 from loramux.engine.scheduler import Scheduler
 from loramux.engine.step import StepLoop
-from loramux.errors import InvalidRequest, LoramuxError
+from loramux.errors import EngineFailed, InvalidRequest, LoramuxError
 from loramux.memory.frames import Owner
 from loramux.memory.pool import Pool
+from loramux.metrics.picture import Picture
 from loramux.metrics.stats import PoolStats, StepStats
 from loramux.model.runner import ModelRunner
 from loramux.request import SMALL_MODEL_ID, EntropyAdaptive, Kv, Request
@@ -26,6 +30,8 @@ from loramux.speculation.drafting import Drafting
 from loramux.speculation.entropy import Router
 from loramux.speculation.own_heads import OwnHeads
 from loramux.wire import Command, Failed, StepDone, Submit
+
+log = logging.getLogger(__name__)
 
 STATS_EVERY_S = 1.0
 """Idle or loading, the front still hears this often how the pool stands; busy, which adapters are
@@ -89,8 +95,28 @@ class Engine:
         for residency in self._residencies:
             residency.on_loaded = call
 
+    def on_running(self, call: Callable[[Sequence[str]], None]) -> None:
+        """``call`` is called, in a step, with the ids of the requests that it is at from then on;
+        with none where it is at none in particular."""
+        self._loop.on_running = call
+
+    @property
+    def predicted_s(self) -> float:
+        """How long the step that is on its way was expected to take; may be read by any thread."""
+        return self._loop.predicted_s
+
     def submit(self, message: Submit) -> None:
         """Queue a request; one that can never run is refused in the next step's report."""
+        try:
+            self._add(message)
+        except LoramuxError as error:
+            self._refused.append(Failed(message.request_id, error.code, error.message))
+        except Exception:
+            log.exception("%s could not be queued", message.request_id)
+            why = "the engine met an internal error when it was to begin with the request"
+            self._refused.append(Failed(message.request_id, EngineFailed.code, why))
+
+    def _add(self, message: Submit) -> None:
         request = Request(
             message.request_id,
             prompt_ids=message.prompt_ids,
@@ -105,20 +131,16 @@ class Engine:
             arrival=self._clock(),
             deadline=None if message.deadline_s is None else self._clock() + message.deadline_s,
         )
-        try:
-            if message.entropy is not None:
-                self._route(request, message.entropy, message)
-            self.scheduler.check_fits(request)
-            self._sampler.add(
-                request.id,
-                request.sampling,
-                message.prompt_ids,
-                message.output_ids,
-                watched=request.router is not None,
-            )
-        except LoramuxError as error:
-            self._refused.append(Failed(request.id, error.code, error.message))
-            return
+        if message.entropy is not None:
+            self._route(request, message.entropy, message)
+        self.scheduler.check_fits(request)
+        self._sampler.add(
+            request.id,
+            request.sampling,
+            message.prompt_ids,
+            message.output_ids,
+            watched=request.router is not None,
+        )
         self.scheduler.add(request)
         self._requests[request.id] = request
 
@@ -178,7 +200,19 @@ class Engine:
             raise LoramuxError("the adapter is in use", code="adapter_in_use")
         if command.kind == "evict":
             self.own_heads.forget(digest)
+        if command.kind == "state":
+            return {"pid": os.getpid(), "picture": msgspec.to_builtins(self._picture())}
         return {"resident": self._resident(), "pinned": self.residency.pinned()}
+
+    def _picture(self) -> Picture:
+        return picture(
+            self.pool,
+            self._residencies,
+            self.scheduler,
+            self._loop.batches,
+            requests_now=self._clock(),
+            loads_now=time.monotonic(),
+        )
 
     def check(self) -> None:
         """The books balance; an error here is a bug of ours."""

@@ -13,11 +13,14 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
+from typing import NoReturn
 
 import zmq
 
 from loramux.config import ServerConfig
 from loramux.engine.assemble import assemble
+from loramux.engine.blackbox import BlackBox
 from loramux.engine.engine import STATS_EVERY_S, Engine
 from loramux.errors import ConfigError, LoramuxError
 from loramux.wire import (
@@ -33,13 +36,18 @@ from loramux.wire import (
 
 log = logging.getLogger("loramux.engine")
 
+EXIT_BROKEN = 70
+"""The engine met something that no request is known to be to blame for."""
+
 
 class EngineProcess:
-    """An engine between its front and its step loop."""
+    """An engine between its front and its step loop. ``box`` always says whom it is at."""
 
-    def __init__(self, engine: Engine, inbox: zmq.Socket[bytes], epoch: int) -> None:
+    def __init__(self, engine: Engine, inbox: zmq.Socket[bytes], epoch: int, box: BlackBox) -> None:
         self.step_began: float | None = None
         self._engine = engine
+        self._box = box
+        engine.on_running(box.note)
         self._inbox = inbox
         self._epoch = epoch
         self._told = 0.0
@@ -49,7 +57,7 @@ class EngineProcess:
         self._poller.register(inbox, zmq.POLLIN)
         self._poller.register(self._loaded, zmq.POLLIN)
 
-    def run(self) -> None:
+    def run(self) -> NoReturn:
         """Step while there is work, sleep while there is none."""
         busy = False
         while True:
@@ -59,6 +67,11 @@ class EngineProcess:
             self.step_began = None
             busy = done.moved
             self._tell(done)
+
+    @property
+    def predicted_s(self) -> float:
+        """How long the step that runs was expected to take."""
+        return self._engine.predicted_s
 
     def _tell(self, done: StepDone) -> None:
         now = time.monotonic()
@@ -81,7 +94,9 @@ class EngineProcess:
 
     def _handle(self, message: ToEngine) -> None:
         if isinstance(message, Submit):
+            self._box.note([message.request_id])
             self._engine.submit(message)
+            self._box.note(())
         elif isinstance(message, Abort):
             self._engine.abort(message.request_ids)
         else:
@@ -132,11 +147,13 @@ class Courier(threading.Thread):
                 due = time.monotonic() + self._every_s
                 if os.getppid() != self._parent:
                     os._exit(0)  # the front is gone, and with it whoever wanted the answers
-                self._outer.send(encode(Heartbeat(self._epoch, self._step_running_s())))
+                self._outer.send(encode(self._heartbeat()))
 
-    def _step_running_s(self) -> float:
+    def _heartbeat(self) -> Heartbeat:
         began = self.process.step_began if self.process else None
-        return 0.0 if began is None else time.monotonic() - began
+        if self.process is None or began is None:
+            return Heartbeat(self._epoch)
+        return Heartbeat(self._epoch, time.monotonic() - began, self.process.predicted_s)
 
 
 class _Percent:
@@ -161,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epoch", type=int, required=True, help="how many engines came before")
     # Told, not asked for: a front may die in the seconds that the imports above take.
     parser.add_argument("--parent", type=int, required=True, help="the process to end with")
+    parser.add_argument("--blackbox", required=True, help="file to say in what is computed now")
     args = parser.parse_args(argv)
     config = ServerConfig.model_validate_json(sys.stdin.readline())
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s engine: %(message)s")
@@ -176,12 +194,19 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         log.error("%s", error.message)
         return 2
-    process = courier.process = EngineProcess(assembled.engine, inbox, args.epoch)
+    process = courier.process = EngineProcess(
+        assembled.engine, inbox, args.epoch, BlackBox(Path(args.blackbox), config.max_num_seqs)
+    )
     inbox.send(encode(assembled.ready))
     parts = ", ".join(f"{part} {s:.1f} s" for part, s in assembled.ready.startup_s.items())
     log.info("started: %s", parts)
-    process.run()
-    return 0
+    try:
+        process.run()
+    except BaseException:
+        # What the device holds is not to be trusted any more; the next engine goes on with the
+        # requests. Not by returning: threads and a broken device could keep us from our end.
+        log.exception("the engine ends")
+        os._exit(EXIT_BROKEN)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,22 @@
 VTC (Sheng et al., "Fairness in Serving Large Language Models", arXiv 2401.00588): each (tenant,
 adapter list) counts the tokens it was served, an output token for two; the waiting one with the
 least count goes first; one that comes back from idleness starts at the least active count, so
-nobody saves up credit by staying away.
+nobody saves up credit by staying away. Tokens of a tenant with many adapters count for more:
+tenants share first, and their adapters what they have.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import deque
-from collections.abc import Generator, Hashable
+from collections import Counter, deque
+from collections.abc import Generator, Hashable, Iterable
 
-from loramux.request import Request
+from loramux.request import Adapters, Request
 
 INPUT_COST = 1
 OUTPUT_COST = 2
+Key = tuple[str, Adapters]
+"""Request.fair_key: a tenant and its adapter list."""
 
 
 class FairOrder:
@@ -26,15 +29,16 @@ class FairOrder:
     """
 
     def __init__(self) -> None:
-        self.served: dict[Hashable, float] = {}
+        self.served: dict[Key, float] = {}
         self.version = 0
-        self._waiting: dict[Hashable, deque[Request]] = {}
-        self._active: dict[Hashable, int] = {}
+        self._waiting: dict[Key, deque[Request]] = {}
+        self._active: dict[Key, int] = {}
+        self._num_keys: Counter[str] = Counter()  # of those, by tenant
         self._num_waiting = 0
         # A waiting key has one entry (served once, its number in _turn, key). Counters only rise,
         # so an entry that is out of date comes up too early, never too late.
-        self._heap: list[tuple[float, int, Hashable]] = []
-        self._turn: dict[Hashable, int] = {}
+        self._heap: list[tuple[float, int, Key]] = []
+        self._turn: dict[Key, int] = {}
         self._turns = 0
 
     def __len__(self) -> int:
@@ -47,6 +51,7 @@ class FairOrder:
             floor = min((self.served[k] for k in self._active), default=0.0)
             self.served[key] = max(self.served.get(key, 0.0), floor)
             self._active[key] = 0
+            self._num_keys[key[0]] += 1
         self._active[key] += 1
         self._line(key).append(request)
         self._num_waiting += 1
@@ -56,7 +61,7 @@ class FairOrder:
         self._line(request.fair_key).appendleft(request)
         self._num_waiting += 1
 
-    def _line(self, key: Hashable) -> deque[Request]:
+    def _line(self, key: Key) -> deque[Request]:
         line = self._waiting.get(key)
         if line is None:
             line = self._waiting[key] = deque()
@@ -66,7 +71,7 @@ class FairOrder:
             self.version += 1
         return line
 
-    def _settle_top(self) -> Hashable | None:
+    def _settle_top(self) -> Key | None:
         """Bring the key that is next to the top of the heap; None when nobody waits."""
         while self._heap:
             served, turn, key = self._heap[0]
@@ -90,8 +95,8 @@ class FairOrder:
         When the caller removes the one just yielded, its key comes again with what admitting it
         will cost; otherwise the rest of its line waits behind it.
         """
-        again: list[tuple[float, int, Hashable]] = []
-        seen: dict[Hashable, int] = {}
+        again: list[tuple[float, int, Key]] = []
+        seen: dict[Key, int] = {}
         try:
             while True:
                 key = self._settle_top()
@@ -106,7 +111,7 @@ class FairOrder:
                 yield request
                 line = self._waiting.get(key)
                 if line and line[0] is not request:
-                    cost = INPUT_COST * request.num_prompt
+                    cost = INPUT_COST * request.num_prompt * self._weight(key)
                     heapq.heappush(again, (served + cost, turn, key))
         finally:
             for key, turn in seen.items():
@@ -120,6 +125,10 @@ class FairOrder:
             for line in self._waiting.values()
         )
         return min((first for first in firsts if first is not None), default=None)
+
+    def lines(self) -> Iterable[deque[Request]]:
+        """The waiting requests of each key."""
+        return self._waiting.values()
 
     def digests(self) -> list[str]:
         """Adapters that waiting requests need."""
@@ -144,7 +153,12 @@ class FairOrder:
 
     def charge(self, request: Request, *, inputs: int, outputs: int) -> None:
         """``request`` was served so many tokens."""
-        self.served[request.fair_key] += INPUT_COST * inputs + OUTPUT_COST * outputs
+        key = request.fair_key
+        self.served[key] += self._weight(key) * (INPUT_COST * inputs + OUTPUT_COST * outputs)
+
+    def _weight(self, key: Key) -> float:
+        """One, unless the tenant has more active keys than tenants have on average."""
+        return self._num_keys[key[0]] * len(self._num_keys) / len(self._active)
 
     def done(self, request: Request) -> None:
         """``request`` ended; a key with none left becomes idle."""
@@ -152,6 +166,9 @@ class FairOrder:
         self._active[key] -= 1
         if self._active[key] == 0:
             del self._active[key]
+            self._num_keys[key[0]] -= 1
+            if not self._num_keys[key[0]]:
+                del self._num_keys[key[0]]
             self._forget_idle()
 
     def _forget_idle(self) -> None:

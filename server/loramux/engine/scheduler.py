@@ -8,6 +8,7 @@ recomputes), else the row waits.
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -34,10 +35,12 @@ one that waits for its adapter, and their own adapters are fetched before it is 
 
 
 class Wait(Enum):
-    """Why a waiting request was passed over."""
+    """Why a request waits: it was passed over for one of the first two, or not looked at."""
 
     LOADING = "its adapter is on its way"
     FRAMES = "no frames for its adapter or its KV"
+    SEATS = "every seat of the batch is taken"
+    TURN = "those before it go first"
 
 
 class Adapters(Protocol):
@@ -64,12 +67,13 @@ class Served:
 
 @dataclass(frozen=True)
 class Limits:
-    """The bounds of a step."""
+    """The bounds of a step, and of the wait for a first token."""
 
     max_num_seqs: int
     max_batch_tokens: int
     fairness_debt_tokens: int
     prefix_caching: bool = True
+    first_token_slo_s: float | None = None
 
 
 @dataclass
@@ -105,7 +109,12 @@ class Scheduler:
         self._limits = limits
         self._clock = clock
         self._passed_over: dict[str, int] = {}
+        self._outcomes: dict[str, Wait] = {}
         self._timed: set[Request] = set()
+        self._tolerant: list[tuple[float, int, Request]] = []  # until when they may still wait
+        self._serial = 0
+        self.step_s = 0.0
+        """About how long a step takes now: the loop keeps it."""
 
     def check_fits(self, request: Request) -> None:
         """Raises LoramuxError if ``request`` could never run: too large, or its adapter is bad. One
@@ -128,6 +137,12 @@ class Scheduler:
         self.waiting.push(request)
         if request.deadline is not None:
             self._timed.add(request)
+        slo_s = self._limits.first_token_slo_s
+        if slo_s is not None and request.num_outputs == 0:
+            steps = -(-request.num_pending // self._limits.max_batch_tokens)
+            self._serial += 1
+            until = request.arrival + slo_s - steps * self.step_s
+            heapq.heappush(self._tolerant, (until, self._serial, request))
 
     def schedule(self) -> list[Batch]:
         """The next step's batches, one a model that has rows; none when no request can run now."""
@@ -191,13 +206,16 @@ class Scheduler:
         request.status = Status.WAITING
         self.waiting.push_back(request)
 
-    def _vacate(self, request: Request, *, keep: bool = True) -> None:
-        """Take ``request`` off the batch: its pages are freed or stay cached, its leases end."""
+    def _vacate(self, request: Request, *, keep: bool = True) -> list[int]:
+        """Take ``request`` off the batch: its pages are freed or stay cached, its leases end. The
+        frames that are free now."""
         self.running.remove(request)
+        freed = []
         for kv in request.kvs:
-            self._pool.prefix.release(kv.take_frames(), keep=keep)
+            freed += self._pool.prefix.release(kv.take_frames(), keep=keep)
         for adapters, digest in self._worn(request):
             adapters.release(digest)
+        return freed
 
     def _worn(self, request: Request) -> list[tuple[Adapters, str]]:
         """The digests that ``request`` names, each with those it is one of. They are had for both
@@ -215,6 +233,7 @@ class Scheduler:
         frames go. One whose adapter is not here yet starts its load and is passed over; for those
         next in line the adapters are fetched ahead."""
         admitted: list[Row] = []
+        self._outcomes = {}
         held: list[
             tuple[Adapters, str]
         ] = []  # what those ahead in line wait for must not be evicted by the rest
@@ -233,6 +252,7 @@ class Scheduler:
                     budget -= outcome.num_tokens
                     continue
                 passed.append(request)
+                self._outcomes[request.id] = outcome
                 if self._out_of_patience(request, outcome):
                     break
             else:
@@ -243,6 +263,12 @@ class Scheduler:
         for adapters, digest in held:
             adapters.release(digest)
         return admitted
+
+    def why_waiting(self, request: Request) -> Wait:
+        """What ``request`` waits for, as of the last step."""
+        if (outcome := self._outcomes.get(request.id)) is not None:
+            return outcome
+        return Wait.TURN if len(self.running) < self._limits.max_num_seqs else Wait.SEATS
 
     def _fetch_ahead(self, line: list[Request], held: list[tuple[Adapters, str]]) -> list[Request]:
         """Load the adapters of those in ``line`` as far as frames go, leaving one to every row that
@@ -440,17 +466,30 @@ class Scheduler:
             self._pool.prefix.insert(keys[page], int(request.kv.page_table[page]))
         request.kv.num_shared = full
 
-    def finish(self, request: Request, *, keep: bool = True) -> None:
-        """``request`` is over, for whatever reason. ``keep=False``: do not trust its KV."""
+    def finish(self, request: Request, *, keep: bool = True) -> list[int]:
+        """``request`` is over, for whatever reason; the frames that are free now. ``keep=False``:
+        do not trust its KV."""
+        freed = []
         if request.status is Status.RUNNING:
-            self._vacate(request, keep=keep)
+            freed = self._vacate(request, keep=keep)
         else:
             self.waiting.remove(request)
             self._passed_over.pop(request.id, None)
         request.status = Status.DONE
         self.waiting.done(request)
         self._timed.discard(request)
+        return freed
 
     def expired(self, now: float) -> Iterable[Request]:
         """Requests whose deadline has passed."""
         return [r for r in self._timed if r.deadline is not None and r.deadline < now]
+
+    def late(self, now: float) -> Iterable[Request]:
+        """Waiting requests whose first token would come too late if they began now. Whoever has
+        begun may end."""
+        found = []
+        while self._tolerant and self._tolerant[0][0] < now:
+            request = heapq.heappop(self._tolerant)[2]
+            if request.status is Status.WAITING and request.first_scheduled is None:
+                found.append(request)
+        return found

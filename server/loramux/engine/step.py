@@ -13,6 +13,7 @@ Every model that has rows in a step computes them in a batch of its own, one aft
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from loramux.adapters.residency import Residency
 from loramux.batch import Batch, Row
 from loramux.engine.counted import counted, is_judged
 from loramux.engine.models import Partner
+from loramux.engine.pace import StepPace
 from loramux.engine.scheduler import Counts, Scheduler
 from loramux.metrics.stats import StepStats
 from loramux.model.runner import ModelRunner, Plan, Scored
@@ -33,6 +35,8 @@ from loramux.speculation.costs import Load
 from loramux.speculation.drafter import Ask
 from loramux.speculation.drafting import Drafting
 from loramux.wire import Failed, Finished, Output, TokenLogprob
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Flight:
 
 class StepLoop:
     """Steps a scheduler's requests through a model. ``overlap``: plan a step while the one before
-    it is computed; a step's results then come with the next call."""
+    it is computed; a step's results then come with the next call. ``batches``: the last step's."""
 
     def __init__(
         self,
@@ -81,6 +85,10 @@ class StepLoop:
         self._clock = clock
         self._overlap = overlap
         self._flights: list[Flight] = []
+        self._pace = StepPace(drafting.planner.costs if drafting.planner is not None else None)
+        self.predicted_s = 0.0
+        self.on_running: Callable[[Sequence[str]], None] = lambda _: None
+        self.batches: list[Batch] = []
 
     def step(self) -> Report:
         """Launch every row that can run once, and commit what came of those before."""
@@ -95,10 +103,14 @@ class StepLoop:
             for flight in self._flights
             for row in flight.plan.batch.rows
         ):
+            self._computing(())
             self._land(report, timer)  # who guesses, or may move, must know the last token
+            self.on_running(())
         batches = self._scheduler.schedule()
+        self._computing(batches)
         for batch in batches:
             self._draft(batch, self._scheduler.budget_for_drafts(batches))
+        self.batches = batches
         plans = [self._runner_of(batch.model_id).plan(batch) for batch in batches]
         timer.done("schedule")
         self._land(report, timer)
@@ -107,9 +119,18 @@ class StepLoop:
                 self._launch(plan, report, timer)
         if not self._overlap:
             self._land(report, timer)
+        self.on_running(())
         self._report_failures(report)
         report.stats.phase_s = timer.phase_s
         return report
+
+    def _computing(self, batches: Sequence[Batch]) -> None:
+        """From here on it is for these, and for what is on its way, if this goes wrong."""
+        batches = [*(flight.plan.batch for flight in self._flights), *batches]
+        self.on_running(
+            list(dict.fromkeys(row.request.id for batch in batches for row in batch.rows))
+        )
+        self.predicted_s = sum(self._pace.predict(batch.num_tokens) for batch in batches)
 
     def _runner_of(self, model_id: int) -> ModelRunner:
         return self._runner if model_id == BASE_MODEL_ID else self._partners[model_id].runner
@@ -128,12 +149,24 @@ class StepLoop:
         timer.done("schedule")
         batch, began = plan.batch, time.perf_counter()
         self._count(report.stats, batch)
-        scored = self._runner_of(batch.model_id).forward(plan)
-        timer.done("forward")
-        result = self._sample(batch, scored)
-        timer.done("sample")
+        try:
+            scored = self._runner_of(batch.model_id).forward(plan)
+            timer.done("forward")
+            result = self._sample(batch, scored)
+            timer.done("sample")
+        except (torch.OutOfMemoryError, MemoryError):
+            self._shed(batch, report)
+            return
         self._scheduler.launched(batch)
         self._flights.append(Flight(plan, scored, result, began))
+
+    def _shed(self, batch: Batch, report: Report) -> None:
+        """There was no memory for a batch, of which nothing has happened yet: the request with the
+        most to compute makes room, the newest of those, and the others are tried again."""
+        log.error("out of memory in a step of %d tokens", batch.num_tokens)
+        largest = max(batch.rows, key=lambda row: (row.num_tokens, row.request.arrival))
+        message = "the device has no memory for this request beside those that run"
+        self._fail(largest.request, "overloaded", message, report)
 
     def _draft(self, batch: Batch, budget: int) -> None:
         """Have rows that decode guess ahead, for their one forward pass to verify."""
@@ -180,11 +213,15 @@ class StepLoop:
         for flight in flights:
             result = flight.result()
             timer.done("sample")
+            seconds = time.perf_counter() - flight.began
+            self._pace.took(flight.plan.batch.num_tokens, seconds)
             if flight.plan.batch.model_id == BASE_MODEL_ID:
-                self._residency.pace.took(time.perf_counter() - flight.began)
+                self._residency.pace.took(seconds)
             self._commit(flight, result, report)
             timer.done("commit")
         if flights:
+            took = time.perf_counter() - flights[0].began
+            self._scheduler.step_s += (took - self._scheduler.step_s) / 8
             self._drafting.stepped(alone=len(flights) == 1)
 
     def _commit(self, flight: Flight, result: SampleResult, report: Report) -> None:
@@ -203,25 +240,28 @@ class StepLoop:
             if row.drafts:
                 num_right = max(0, len(drew.nodes) - 1)
                 report.stats.count_drafts(row.drafter, len(row.drafts), num_right)
+                row.request.num_drafted += len(row.drafts)
+                row.request.num_accepted += num_right
                 self._drafting.learned(row, drew.nodes[1:])
             if row.parents is not None:
                 kept[index] = drew.nodes
             if drew.token_ids:
                 outputs.append(self._output(row, drew.token_ids, drew.logprobs, now))
-                if batch.model_id == BASE_MODEL_ID and self._drafting.reads(row.request):
+                reads = batch.model_id == BASE_MODEL_ID and not drew.broken
+                if reads and self._drafting.reads(row.request):
                     read[drew.line] = row.request
         if kept:
             self._runner_of(batch.model_id).compact(flight.plan, kept)
         report.outputs += outputs
         report.stats.generation_tokens += sum(len(output.token_ids) for output in outputs)
+        for request in broken:  # first, so that its pages are never offered to others
+            self._fail_broken(request, report)
         self._scheduler.commit(batch, sampled)
         for output in outputs:
             self._sampler.commit(output.request_id, output.token_ids)
         if read:
             lines = flight.scored.sampling[list(read)]
             self._drafting.saw(list(read.values()), flight.scored.hidden[lines])
-        for request in broken:
-            self._fail(request, "numerical_error", "the model produced no finite logits", report)
         self._finish(batch, report)
 
     @staticmethod
@@ -250,6 +290,9 @@ class StepLoop:
             if (output := outputs.get(request.id)) is None:
                 # With max_tokens 0 only the prompt was asked for, and now it is computed.
                 if request.num_pending == 0 and request.num_ids == request.max_ids:
+                    if None in request.prompt_logprobs[1:]:  # not finite
+                        self._fail_broken(request, report)
+                        continue
                     output = Output(request.id, 0, [], prompt_logprobs=request.prompt_logprobs)
                     if request.router is not None:
                         output.ledger = request.router.ledger
@@ -280,14 +323,27 @@ class StepLoop:
             )
         )
 
-    def _fail(self, request: Request, code: str, message: str, report: Report) -> None:
-        self._scheduler.finish(request, keep=False)
+    def _fail_broken(self, request: Request, report: Report) -> None:
+        """Its logits are not finite. What else was computed of it may not be either, and 0 * NaN is
+        NaN: nobody shall find that in a frame, not even behind the end of what is written there."""
+        report.stats.nan_aborts += 1
+        freed = self._fail(
+            request, "numerical_error", "the model produced no finite logits", report
+        )
+        self._runner.wipe(freed)
+
+    def _fail(self, request: Request, code: str, message: str, report: Report) -> list[int]:
+        freed = self._scheduler.finish(request, keep=False)
         report.ended.append(request)
         report.failed.append(Failed(request.id, code, message))
+        return freed
 
     def _expire(self, report: Report) -> None:
         for request in self._scheduler.expired(self._clock()):
             self._fail(request, "deadline_exceeded", "the request's deadline passed", report)
+        for request in self._scheduler.late(self._clock()):
+            if request.status is not Status.DONE:
+                self._fail(request, "overloaded", "its first token would come too late", report)
 
     def _report_failures(self, report: Report) -> None:
         counts, self._scheduler.counts = self._scheduler.counts, Counts()

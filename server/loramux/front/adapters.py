@@ -139,6 +139,10 @@ class AdapterService:
         """What the tenant's own bare name means; None when it has no such name."""
         return self._catalog.own(name, tenant=tenant)
 
+    def rows(self) -> Iterator[AdapterRow]:
+        """For operators: every generation of every name of every tenant."""
+        return self._catalog.rows()
+
     def labels(self) -> Mapping[str, Sequence[str]]:
         """For operators: digest to the names, of every tenant, that mean it now."""
         return self._catalog.labels()

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +15,20 @@ import zmq
 
 from loramux import wire
 from loramux.config import ServerConfig
+from loramux.engine import blackbox
 from loramux.errors import Conflict, NotFound, Overloaded
-from loramux.front.ledger import Ledger
+from loramux.front.canary import Canary
+from loramux.front.ledger import Entry, Ledger
 from loramux.front.observations import Observations
-from loramux.front.supervisor import Supervisor
+from loramux.front.recovery import Recovery
+from loramux.front.supervisor import Supervisor, external
+from loramux.front.suspects import Suspects
 from loramux.metrics.stats import StepStats
 
 log = logging.getLogger(__name__)
+
+STEP_SLACK = 20
+"""How many times longer than predicted a step may take."""
 
 CommandKind = Literal["pin", "unpin", "evict", "drain", "state"]
 
@@ -29,10 +36,13 @@ CommandKind = Literal["pin", "unpin", "evict", "drain", "state"]
 class EngineClient:
     """Sends requests to the engine, feeds what comes back to the ledger, notices when it dies.
 
-    A death fails every unfinished request with EngineFailed; the supervisor starts the next engine,
-    whose words carry the next epoch: those of any other are dropped.
+    After a death the supervisor starts the next engine, whose words carry the next epoch (those of
+    any other are dropped), and every unfinished request goes on from its last token. What the
+    engine was computing is read from its black box, and runs apart first, unless somebody else
+    ended the process.
     Two watchdogs run from readiness on: silence for ``config.heartbeat_timeout_s``, and a step
-    longer than ``config.step_timeout_s``.
+    that takes STEP_SLACK times as long as the engine has predicted, and longer than
+    ``config.step_timeout_s``.
     """
 
     name = "engine"
@@ -56,20 +66,35 @@ class EngineClient:
         self._epoch = 0
         self._heard_at = 0.0
         self._polled_at = 0.0
+        self._box = Path()
+        self._models: tuple[str, ...] | None = None
+        self._expiring: asyncio.Task[None] | None = None
         self._poll_s = min(0.25, config.heartbeat_timeout_s / 4)
-        self._step_running_s = 0.0
+        self._step = wire.Heartbeat(0)
+        self._recovery = Recovery(
+            ledger,
+            Suspects(config.max_num_seqs),
+            give=self._give,
+            take_back=self._take_back,
+            probe=self.canary,
+        )
+        self._canary = Canary()
         self.info: wire.Ready | None = None
 
     def start(self, directory: Path, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Start the process and keep one running."""
         self._supervisor = Supervisor(self, directory, context, self._poll_s)
         self._supervisor.start()
+        self._expiring = asyncio.create_task(self._expire(), name="deadlines")
 
     async def stop(self) -> None:
-        """End the process for good."""
+        """End the process for good, and what is unfinished with it."""
         if self._supervisor is not None:
             await self._supervisor.stop()
-        self._drop_all("the server was shut down before the request was done")
+        if self._expiring is not None:
+            self._expiring.cancel()
+        self._gone((), blamed=False)
+        self._ledger.fail_all("the server was shut down before the request was done")
 
     @property
     def given_up(self) -> bool:
@@ -77,18 +102,36 @@ class EngineClient:
         return self._supervisor is not None and self._supervisor.given_up
 
     @property
+    def recovering(self) -> bool:
+        """It is there and still has to get by what the last one died of."""
+        return self._recovery.going_on
+
+    @property
     def backlog(self) -> int:
         """Messages it has not taken yet."""
         return self._supervisor.backlog if self._supervisor is not None else 0
 
-    def submit(self, choice: wire.Submit) -> None:
-        """Hand over a choice."""
-        self._send(choice)
+    def submit(self, entry: Entry) -> None:
+        """Hand over a new choice."""
+        self._recovery.give(entry)
 
     def abort(self, request_ids: list[str]) -> None:
-        """Nothing more is wanted of these."""
+        """Nothing more is wanted of these, which have ended. Without an engine nothing was."""
         if self.info is not None:
             self._send(wire.Abort(request_ids))
+        self._recovery.changed()
+
+    async def canary(self) -> bool:
+        """One token of a fixed prompt through the real engine; whether it is the one that the first
+        of its kind was. Raises Overloaded without an engine, or when it dies of it."""
+        if self.info is None:
+            raise Overloaded("the engine is not running", code="engine_starting")
+        message, answer = self._canary.ask(self.info)
+        self._send(message)
+        right = await answer
+        if not right:
+            self._observations.canary_missed()
+        return right
 
     async def ask(self, kind: CommandKind, digest: str | None = None) -> dict[str, Any]:
         """One Command and the payload of its Reply."""
@@ -108,11 +151,26 @@ class EngineClient:
         assert self._supervisor is not None
         self._supervisor.send(wire.encode(message))
 
+    def _give(self, entry: Entry) -> None:
+        self._send(entry.submission(time.monotonic()))
+
+    async def _take_back(self, request_ids: Sequence[str]) -> None:
+        self._send(wire.Abort(list(request_ids)))
+        await self.ask("state")  # the answer comes behind all that was made of them
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(self._poll_s)
+            if late := self._ledger.expire(time.monotonic()):
+                self.abort(late)
+
     # What the supervisor asks and tells (supervisor.Charge).
 
     def command(self, epoch: int, address: str) -> Sequence[str]:
         """See Charge."""
+        self._box = Path(address.removeprefix("ipc://") + "-steps")
         options = ["--socket", address, "--epoch", str(epoch), "--parent", str(os.getpid())]
+        options += ["--blackbox", str(self._box)]
         return [*self._executable, *options]
 
     def stdin(self) -> bytes:
@@ -122,7 +180,7 @@ class EngineClient:
     def born(self, epoch: int) -> None:
         """See Charge."""
         self._epoch = epoch
-        self._step_running_s = 0.0
+        self._step = wire.Heartbeat(epoch)
         self._observations.engine_started(epoch)
 
     def received(self, message: bytes) -> None:
@@ -140,18 +198,33 @@ class EngineClient:
         match event:
             case wire.StepDone():
                 assert self._supervisor is not None
-                self._supervisor.progress()
+                if event.outputs or event.finished:
+                    self._supervisor.progress()
+                self._canary.hear(event)
                 if aborts := self._ledger.apply(event):
                     self.abort(aborts)
+                self._recovery.changed()
                 self._observations.step(msgspec.convert(event.stats, StepStats))
             case wire.Heartbeat():
-                self._step_running_s = event.step_running_s
+                self._step = event
             case wire.Reply():
                 self._answer(event)
             case wire.Ready():
                 self.info = event
                 self._polled_at = self._heard_at
                 self._on_ready(event)
+                self._go_on(event)
+
+    def _go_on(self, info: wire.Ready) -> None:
+        """What is unfinished goes on, if it is with the same weights."""
+        partners = (info.partners[model_id].fingerprint for model_id in sorted(info.partners))
+        models = (info.base.fingerprint, *partners)
+        if self._models not in (None, models):
+            self._ledger.fail_all("the model's files were changed before the request was done")
+        self._models = models
+        for entry in self._ledger.unfinished():
+            self._observations.resumed(entry.spec)
+        self._recovery.begin()
 
     def _answer(self, reply: wire.Reply) -> None:
         future = self._commands.get(reply.command_id)
@@ -175,18 +248,25 @@ class EngineClient:
         self._polled_at = now
         if now - self._heard_at > self._config.heartbeat_timeout_s:
             return "heartbeat"
-        if self._step_running_s > self._config.step_timeout_s:
+        limit_s = max(self._config.step_timeout_s, STEP_SLACK * self._step.predicted_s)
+        if self._step.step_running_s > limit_s:
             return "step_timeout"
         return None
 
     def died(self, reason: str) -> None:
         """See Charge."""
-        self._drop_all(f"the engine process ended ({reason}) before the request was done")
+        self._gone(blackbox.read(self._box), blamed=not external(reason))
         self._observations.engine_restarted(reason.split()[0].rstrip(":"))
+        if self.given_up:
+            self._ledger.fail_all(
+                f"the engine process ended ({reason}) before the request was done, and no other"
+                " could be started"
+            )
 
-    def _drop_all(self, message: str) -> None:
+    def _gone(self, running: Iterable[str], *, blamed: bool) -> None:
         self.info = None
-        self._ledger.fail_all(message)
+        self._recovery.died(list(running), blamed=blamed)
+        self._canary.forget(Overloaded("the engine ended", code="engine_starting"))
         for future in self._commands.values():
             if not future.done():
                 future.set_exception(Overloaded("the engine ended", code="engine_starting"))

@@ -22,9 +22,11 @@ from loramux.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     InvalidRequest,
+    LoramuxError,
     Overloaded,
 )
 from loramux.front.adapters import AdapterService
+from loramux.front.admission import QUEUED_POOLS, Admission, Claim, Room
 from loramux.front.engine_client import CommandKind, EngineClient
 from loramux.front.generation import Generation, GenerationSpec
 from loramux.front.ingest_client import IngestClient
@@ -37,41 +39,13 @@ from loramux.front.tokenizer import TokenizerService, check_partner
 from loramux.front.voices import Voices
 from loramux.wire import Ready
 
-__all__ = ["Admission", "CommandKind", "Front"]
+__all__ = ["Admission", "Claim", "CommandKind", "Front"]
 
 ENGINE = (sys.executable, "-m", "loramux.engine.main")
 INGEST = (sys.executable, "-m", "loramux.ingest.main")
 
 _MAX_SOCKET_PATH = 80
 """Unix domain sockets take about 100 bytes; their names need some."""
-
-
-class Admission:
-    """Places reserved for choices not yet submitted. Use as ``with front.admit(n): ...``.
-
-    The places are held until ``release`` (or the end of the ``with``), so a burst is refused at its
-    first byte and not after it was tokenized. Submit everything inside the ``with``, without an
-    ``await`` after the first ``submit``: a submitted choice holds its own place.
-    """
-
-    def __init__(self, front: Front, num: int, tenant: str) -> None:
-        front.quotas.hold(tenant, num)
-        self._front = front
-        self._num = num
-        self._tenant = tenant
-        front.reserved += num
-
-    def __enter__(self) -> Admission:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Give the places back. Idempotent."""
-        self._front.quotas.release(self._tenant, self._num)
-        self._front.reserved -= self._num
-        self._num = 0
 
 
 class Front:
@@ -97,10 +71,10 @@ class Front:
         for param in ("draft_model", "small_model"):
             if (partner := getattr(config, param)) is not None:
                 check_partner(config.model, partner, param)
-        self.reserved = 0
         self._lock = lock_data_dir(config.data_dir)
         self._observations = Observations(observer)
         self.quotas = Quotas(self.keys.limits, self._observations.rejected)
+        self.room = Room(config.max_num_seqs + config.max_waiting, self._observations.rejected)
         self._ingest = IngestClient(ingest, config.data_dir, self._observations.validated)
         self.adapters = AdapterService(
             config, self.base_name, self._ingest, self.command, self._observations, self.quotas
@@ -111,7 +85,7 @@ class Front:
             self._observations,
             self.adapters.retain,
             self.adapters.release,
-            self.quotas.end,
+            self._ended,
             self._stock.mend,
         )
         self._engine = EngineClient(
@@ -156,19 +130,48 @@ class Front:
         self._engine.start(directory, self._context)
         self._ingest.start(directory, self._context)
 
+    def _ended(self, spec: GenerationSpec, num_outputs: int) -> None:
+        self.quotas.end(spec, num_outputs)
+        self.room.end(spec)
+
     def _engine_ready(self, info: Ready) -> None:
         self._ever_ready = True
+        pool = info.num_frames * info.page_tokens
+        waiting = self.config.max_waiting_tokens
+        more = QUEUED_POOLS * pool if waiting is None else waiting
+        self.room.max_tokens = max(info.max_model_len, pool + more)
         self._stock.base_ready(info.base, info.partners)
+
+    @property
+    def unfinished(self) -> int:
+        """Choices accepted and not ended."""
+        return len(self._ledger)
+
+    @property
+    def draining(self) -> bool:
+        """No new requests are taken, and none will be."""
+        return self._draining
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; running ones go on."""
+        self._draining = True
+
+    def cut(self, error: LoramuxError) -> None:
+        """End every unfinished choice with ``error``."""
+        for request_id in list(self._ledger):
+            self._ledger.fail(request_id, error)
 
     async def stop(self) -> None:
         """Refuse new requests, let running ones go on for ``config.drain_s``, end everything.
 
-        Idempotent. Requests that are not done by then end with EngineFailed.
+        Idempotent. Requests that are not done by then end with Overloaded (draining). Should the
+        engine die meanwhile, the next one goes on with them.
         """
-        self._draining = True
+        self.drain()
         deadline = time.monotonic() + self.config.drain_s
-        while len(self._ledger) and self.info is not None and time.monotonic() < deadline:
+        while self.unfinished and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
+        self.cut(Overloaded("the server stops", code="draining"))
         await self._engine.stop()
         await self._ingest.stop()
         context, self._context = self._context, None
@@ -196,28 +199,22 @@ class Front:
             reasons.append("engine_failed")
         elif self.info is None:
             reasons.append("engine_starting")
+        elif self._engine.recovering:
+            reasons.append("engine_recovering")
         return reasons
 
-    def admit(self, num: int, *, tenant: str = "") -> Admission:
-        """Reserve ``num`` places; raises Overloaded at once when not ready, draining or full, and
-        RateLimited when the tenant has its share.
+    def admit(self, claim: Claim) -> Admission:
+        """Reserve what a request may need; raises Overloaded at once when not ready, draining or
+        full, and RateLimited when the tenant has its share.
 
-        Raises InvalidRequest when that many would not fit an idle server (or its share) either.
+        Raises InvalidRequest when it would not fit an idle server (or its share) either.
         """
         if closed := self._closed():
-            self._observations.rejected(closed[0])
-            raise Overloaded(f"the server takes no requests: {', '.join(closed)}", code=closed[0])
-        places = self.config.max_num_seqs + self.config.max_waiting
-        if num > places:
-            raise InvalidRequest(
-                f"the request asks for {num} completions; this server holds {places}", param="n"
-            )
+            raise self.room.refuse(f"the server takes no requests: {closed[0]}", code=closed[0])
         # The backlog grows only while the engine takes nothing and clients come and leave.
-        full = len(self._ledger) + self.reserved + num > places or self._engine.backlog > 2 * places
-        if full:
-            self._observations.rejected("overloaded")
-            raise Overloaded(f"{len(self._ledger)} requests are running or waiting already")
-        return Admission(self, num, tenant)
+        if self._engine.backlog > 2 * self.room.places:
+            raise self.room.refuse("the engine is behind")
+        return Admission(self.room, self.quotas, claim)
 
     def submit(self, spec: GenerationSpec) -> Generation:
         """Hand one choice to the engine; never blocks.
@@ -226,11 +223,9 @@ class Front:
         when its adapter, or the small model's, has gone since it was resolved, DeadlineExceeded,
         Overloaded when the engine has gone since ``admit``.
         """
-        info = self.info
-        if info is None or self._draining:
-            reason = self._closed()[0]
-            self._observations.rejected(reason)
-            raise Overloaded(f"the server takes no requests: {reason}", code=reason)
+        info, closed = self.info, self._closed()
+        if closed or info is None:
+            raise self.room.refuse(f"the server takes no requests: {closed[0]}", code=closed[0])
         _check_prompt(spec, info)
         for adapter in spec.adapters:
             self.adapters.require(adapter.digest)
@@ -238,11 +233,8 @@ class Front:
             adaptive = spec.entropy is not None
             there = self.adapters.still_there(spec.companions, adaptive=adaptive)
             spec = replace(spec, companions=there)
-        deadline_s = None
-        if spec.deadline_s is not None:
-            deadline_s = spec.arrived_at + spec.deadline_s - time.monotonic()
-            if deadline_s <= 0:
-                raise DeadlineExceeded("the request's deadline passed before it could start")
+        if spec.deadline_s is not None and spec.arrived_at + spec.deadline_s <= time.monotonic():
+            raise DeadlineExceeded("the request's deadline passed before it could start")
         text = self.tokenizer.stream(
             stop=spec.stop,
             include_stop=spec.include_stop,
@@ -252,13 +244,19 @@ class Front:
         generation = Generation(spec, self._cancel)
         entry = self._ledger.add(spec, generation, text)
         self.quotas.start(spec)
+        self.room.start(spec)
         self._observations.submitted(spec)
-        self._engine.submit(entry.submission(deadline_s))
+        self._engine.submit(entry)
         return generation
 
     def _cancel(self, request_id: str) -> None:
         if self._ledger.cancel(request_id):
             self._engine.abort([request_id])
+
+    async def canary(self) -> bool:
+        """Whether the engine makes the token of a fixed prompt that it made when first asked.
+        Raises Overloaded without one."""
+        return await self._engine.canary()
 
     async def command(self, kind: CommandKind, digest: str | None = None) -> dict[str, Any]:
         """An operator's command to the engine; its Reply's payload. Raises Overloaded without one.

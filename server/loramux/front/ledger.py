@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+from msgspec.structs import replace
 
 from loramux import errors
-from loramux.errors import EngineFailed, LoramuxError
+from loramux.errors import DeadlineExceeded, EngineFailed, LoramuxError
 from loramux.front.detokenizer import TextStream
 from loramux.front.drafts import Drafted
 from loramux.front.generation import Delta, Done, Generation, GenerationSpec
@@ -28,6 +30,7 @@ _ERRORS: dict[str, type[LoramuxError]] = {
         errors.Overloaded,
         errors.DeadlineExceeded,
         errors.EngineFailed,
+        errors.NumericalError,
         errors.AdapterLoadFailed,
     )
 }
@@ -57,29 +60,38 @@ class Entry:
         self.text = text
         self.output_ids: list[int] = []
         self.resume: bytes | None = None
-        self.started = (0, 0.0, 0.0)
+        self.started: tuple[int, float, float] | None = None
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
         self.drafts: dict[str, Drafted] = {}
         self.by_model: tuple[int, int, int, int] | None = None
 
-    def submission(self, deadline_s: float | None) -> Submit:
-        """What to tell an engine, from where the choice is now; ``deadline_s`` is the time left."""
+    @property
+    def deadline(self) -> float | None:
+        """``time.monotonic()`` when its time is over."""
         spec = self.spec
+        return None if spec.deadline_s is None else spec.arrived_at + spec.deadline_s
+
+    def submission(self, now: float) -> Submit:
+        """What to tell an engine, from where the choice is ``now``."""
+        spec, sampling = self.spec, self.spec.sampling
+        if self.output_ids and sampling.prompt_logprobs is not None:
+            # They came with the first token; asked for again, the prompt could not be cached.
+            sampling = replace(sampling, prompt_logprobs=None)
         return Submit(
             request_id=spec.request_id,
             tenant=spec.tenant,
             model_id=BASE_MODEL_ID,
             adapters=spec.adapters,
             prompt_ids=spec.prompt_ids,
-            sampling=spec.sampling,
+            sampling=sampling,
             output_ids=self.output_ids,
             cache_salt=spec.cache_salt,
             resume=self.resume,
             speculation=spec.speculation,
             entropy=spec.entropy,
             companions=dict(spec.companions),
-            deadline_s=deadline_s,
+            deadline_s=None if self.deadline is None else self.deadline - now,
         )
 
 
@@ -111,8 +123,18 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, request_id: str) -> bool:
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, request_id: object) -> bool:
         return request_id in self._entries
+
+    def __getitem__(self, request_id: str) -> Entry:
+        return self._entries[request_id]
+
+    def unfinished(self) -> list[Entry]:
+        """Every unfinished choice, in the order in which they were accepted."""
+        return list(self._entries.values())
 
     def add(self, spec: GenerationSpec, generation: Generation, text: TextStream) -> Entry:
         """A choice was accepted. Its request id is new: ids are the server's own."""
@@ -176,7 +198,7 @@ class Ledger:
             ids, logprobs = ids[:used], logprobs[:used] if logprobs is not None else None
         entry.output_ids += ids
         entry.resume = output.resume
-        if output.started is not None:
+        if entry.started is None:  # an engine that goes on with it says its own
             entry.started = output.started
         if output.drafted is not None:
             self._count_drafts(entry, output.drafted, min(used, len(output.token_ids) - 1))
@@ -229,6 +251,18 @@ class Ledger:
         self._end(entry, "abort", None, None, time.monotonic())
         return True
 
+    def expire(self, now: float) -> list[str]:
+        """End the choices whose time is over, whether an engine has them or not; which those are.
+        An engine that has them looks oftener."""
+        late = [
+            request_id
+            for request_id, entry in self._entries.items()
+            if entry.deadline is not None and entry.deadline < now
+        ]
+        for request_id in late:
+            self.fail(request_id, DeadlineExceeded("the request's deadline passed"))
+        return late
+
     def fail(self, request_id: str, error: LoramuxError) -> None:
         """End an unfinished choice with an error."""
         entry = self._remove(request_id)
@@ -236,7 +270,7 @@ class Ledger:
         self._observations.failed(entry.spec, error)
 
     def fail_all(self, message: str) -> None:
-        """The engine is gone: every unfinished choice ends with EngineFailed."""
+        """There will be no engine any more: every unfinished choice ends with EngineFailed."""
         for request_id in list(self._entries):
             self.fail(request_id, EngineFailed(message))
 
@@ -249,9 +283,10 @@ class Ledger:
         now: float,
     ) -> None:
         self._remove(entry.spec.request_id)
-        cached_tokens, queue_s, prefill_s = entry.started
-        if event is not None:
-            cached_tokens, queue_s, prefill_s = event.cached_tokens, event.queue_s, event.prefill_s
+        started = entry.started
+        if started is None and event is not None:
+            started = (event.cached_tokens, event.queue_s, event.prefill_s)
+        cached_tokens, queue_s, prefill_s = started or (0, 0.0, 0.0)
         done = Done(
             finish_reason=reason,
             stop_reason=stop_reason,

@@ -5,6 +5,7 @@ Plain data; exporters read ``Snapshot`` and may watch single events as an ``Obse
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -56,7 +57,9 @@ class Snapshot:
     is the newest StepStats (read ``resident``, ``pinned`` and ``waiting_adapters`` here:
     a message may leave them out). Totals survive engine restarts. ``adapter_tokens`` maps a
     digest ("" for the base) to [prompt, generation] tokens of finished requests and is bounded:
-    digests beyond the first 1000 are added up under "other". ``model_tokens`` are output tokens of
+    digests beyond the first 1000 are added up under "other". ``recent_loads`` are the begin and end
+    (``time.monotonic()``, as the front heard of it) of the last load of each of the last 1000
+    digests that were loaded. ``model_tokens`` are output tokens of
     entropy-adaptive requests by model.
     """
 
@@ -67,6 +70,9 @@ class Snapshot:
     waiting_adapters: tuple[str, ...] = ()
     engine_epoch: int = 0
     engine_restarts: int = 0
+    resumed: int = 0
+    canary_misses: int = 0
+    nan_aborts: int = 0
     steps: int = 0
     unfinished: int = 0
     prompt_tokens: int = 0
@@ -77,6 +83,7 @@ class Snapshot:
     adapter_loads: int = 0
     adapter_load_bytes: int = 0
     adapter_load_s: float = 0.0
+    recent_loads: dict[str, tuple[float, float]] = field(default_factory=dict)
     arrival_wait_s: float = 0.0
     evictions: dict[str, int] = field(default_factory=dict)
     adapter_evictions: dict[str, int] = field(default_factory=dict)
@@ -109,10 +116,13 @@ class Observations:
     def submitted(self, spec: GenerationSpec) -> None:
         """See Observer."""
         self.snapshot.unfinished += 1
-        for digest in spec.digests:
-            self.snapshot.wearers.setdefault(digest, set()).add(spec.tenant)
+        self._wears(spec)
         if self.observer:
             self.observer.submitted(spec)
+
+    def _wears(self, spec: GenerationSpec) -> None:
+        for digest in spec.digests:
+            self.snapshot.wearers.setdefault(digest, set()).add(spec.tenant)
 
     def tokens(
         self, spec: GenerationSpec, num: int, first_at: float | None, last_at: float, now: float
@@ -179,6 +189,15 @@ class Observations:
         self.snapshot.waiting_adapters = ()
         self.snapshot.wearers.clear()
 
+    def resumed(self, spec: GenerationSpec) -> None:
+        """A new engine goes on with a choice that another had begun."""
+        self.snapshot.resumed += 1
+        self._wears(spec)
+
+    def canary_missed(self) -> None:
+        """The engine made another token of the canary's prompt than the first time."""
+        self.snapshot.canary_misses += 1
+
     def engine_restarted(self, reason: str) -> None:
         """See Observer."""
         self.snapshot.engine_restarts += 1
@@ -195,10 +214,16 @@ class Observations:
         snapshot.prefix_queries += stats.prefix_queries
         snapshot.prefix_hits += stats.prefix_hits
         snapshot.preemptions += stats.preemptions
+        snapshot.nan_aborts += stats.nan_aborts
         for load in stats.loads:
             snapshot.adapter_loads += 1
             snapshot.adapter_load_bytes += load.num_bytes
             snapshot.adapter_load_s += load.seconds
+            snapshot.recent_loads.pop(load.digest, None)
+            now = time.monotonic()
+            snapshot.recent_loads[load.digest] = (now - load.seconds, now)
+            if len(snapshot.recent_loads) > _MOST_DIGESTS:
+                del snapshot.recent_loads[next(iter(snapshot.recent_loads))]
         snapshot.arrival_wait_s += stats.arrival_wait_s
         for kind, num in stats.evictions.items():
             _count(snapshot.evictions, kind, num)

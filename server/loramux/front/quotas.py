@@ -51,9 +51,14 @@ class Quotas:
 
     # Choices in flight.
 
-    def hold(self, tenant: str, num: int) -> None:
-        """Take ``num`` places until ``release``. Raises RateLimited when the tenant has too many
-        choices in flight, InvalidRequest when that many never fit."""
+    def hold(self, tenant: str, num: int, tokens: int = 0, certain: int = 0) -> int:
+        """Take ``num`` places, and of the minute's tokens ``tokens``, until ``release``; how many
+        were taken. ``certain`` of them are no estimate, and more than these never make a request
+        impossible.
+
+        Raises RateLimited when the tenant has too many choices in flight or too few tokens left,
+        InvalidRequest when that many never fit.
+        """
         most = self._limits(tenant).max_requests
         if most is not None and num > most:
             raise InvalidRequest(
@@ -64,11 +69,21 @@ class Quotas:
                 f"{self._choices[tenant]} completions are in flight; this tenant may have {most}",
                 _RETRY_S,
             )
+        rate = self._limits(tenant).tokens_per_minute
+        if rate is None or not tokens:
+            taken = 0
+        else:
+            taken = max(certain, min(tokens, rate))
+            self.check_tokens(tenant, taken)
+            self._bucket(tenant, rate).level -= taken
         self._choices[tenant] += num
+        return taken
 
-    def release(self, tenant: str, num: int) -> None:
-        """Give places back."""
+    def release(self, tenant: str, num: int, tokens: int = 0) -> None:
+        """Give places back, and the tokens that ``hold`` took."""
         _subtract(self._choices, tenant, num)
+        if tokens and (bucket := self._buckets.get(tenant)) is not None:
+            bucket.level += tokens
 
     # Tokens a minute.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -22,9 +23,17 @@ MISCONFIGURED = "exit 2"
 MAX_DEATHS = 5
 """Deaths in a row, without ``progress`` between, after which a process is given up."""
 
+_OWN_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
 _BACKOFF_S = (0.0, 0.2, 1.0, 2.0, 4.0)
 _TERMINATE_S = 3.0
 """How long a process may take to end by itself when asked."""
+
+
+def external(reason: str) -> bool:
+    """Whether somebody else ended the process whose life ended for this ``reason``: by a signal
+    that was not sent from here, and that no process gets for what it does itself."""
+    word, _, code = reason.partition(" ")
+    return word == "exit" and int(code) < 0 and -int(code) not in _OWN_FAULTS
 
 
 class Charge(Protocol):
@@ -184,10 +193,10 @@ class Supervisor:
 
 async def _end(process: asyncio.subprocess.Process) -> None:
     """Ask, then insist."""
-    for signal in (process.terminate, process.kill):
+    for end in (process.terminate, process.kill):
         if process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
-            signal()
+            end()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(process.wait(), _TERMINATE_S)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-import msgspec
-from fastapi import Request
+from fastapi import Query, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from loramux import __version__
 from loramux.errors import InvalidRequest
+from loramux.front.admission import Claim
 from loramux.front.front import Front
 from loramux.http.adapters import answer
 from loramux.http.auth import caller
 from loramux.http.choices import engine_of, named
 from loramux.http.limits import read_json
 from loramux.http.schemas import DetokenizeRequest, Strict, TokenizeRequest
+from loramux.http.state import State
 from loramux.metrics.prometheus import Exporter
 
 Body = TypeVar("Body", bound=Strict)
@@ -28,6 +28,7 @@ class Admin:
 
     def __init__(self, front: Front, exporter: Exporter) -> None:
         self._front, self._exporter = front, exporter
+        self._state = State(front, prompts=front.config.admin_port is None)
 
     async def health(self) -> Response:
         """200 or 503, nothing else: what load balancers and vLLM's tools look at."""
@@ -43,6 +44,15 @@ class Admin:
         body = {"status": "not_ready" if reasons else "ready", "reasons": reasons}
         return answer(body, 503 if reasons else 200)
 
+    async def deep(self, canary: Annotated[int, Query(ge=0, le=1)] = 0) -> Response:
+        """As ``ready``; with ``canary=1`` one token of a fixed prompt is made by the real engine as
+        well, and must be the one that was made when that was first asked."""
+        reasons = self._front.not_ready()
+        if canary and not reasons and not await self._front.canary():
+            reasons = ["canary_mismatch"]
+        body = {"status": "not_ready" if reasons else "ready", "reasons": reasons}
+        return answer(body, 503 if reasons else 200)
+
     async def version(self) -> Response:
         """The release."""
         return answer({"version": __version__})
@@ -52,17 +62,19 @@ class Admin:
         front, tokenizer = self._front, self._front.tokenizer
         body = await self._read(TokenizeRequest, request)
         model = front.base_name if body.model is None else body.model
-        served = named(front, "model", model, caller(request).tenant)
-        if body.messages is not None:
-            ids = await front.voices.prompt(
-                await front.voices.of(served),
-                [message.plain() for message in body.messages],
-                add_generation_prompt=body.add_generation_prompt is not False,
-                add_special_tokens=bool(body.add_special_tokens),
-            )
-        else:
-            assert body.prompt is not None, "one of the two is there"
-            ids = await tokenizer.encode(body.prompt, body.add_special_tokens is not False)
+        tenant = caller(request).tenant
+        served = named(front, "model", model, tenant)
+        with front.admit(Claim(tenant=tenant)):
+            if body.messages is not None:
+                ids = await front.voices.prompt(
+                    await front.voices.of(served),
+                    [message.plain() for message in body.messages],
+                    add_generation_prompt=body.add_generation_prompt is not False,
+                    add_special_tokens=bool(body.add_special_tokens),
+                )
+            else:
+                assert body.prompt is not None, "one of the two is there"
+                ids = await tokenizer.encode(body.prompt, body.add_special_tokens is not False)
         texts = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
         return answer(
             {
@@ -81,27 +93,16 @@ class Admin:
             named(front, "model", body.model, caller(request).tenant)
         if any(token_id >= front.tokenizer.vocab_size for token_id in body.tokens):
             raise InvalidRequest("tokens: no such token id", param="tokens")
-        return answer({"prompt": await front.tokenizer.decode(body.tokens)})
+        with front.admit(Claim(tenant=caller(request).tenant)):
+            return answer({"prompt": await front.tokenizer.decode(body.tokens)})
 
     async def _read(self, kind: type[Body], request: Request) -> Body:
         strict = self._front.config.strict_fields
         return kind.parse(await read_json(request), strict=strict, ignored=self._exporter.ignored)
 
     async def state(self) -> Response:
-        """Everything at once, for a person: readiness, totals, and the engine's own view."""
-        front = self._front
-        snapshot = asdict(front.snapshot)
-        snapshot["stats"] = msgspec.to_builtins(front.snapshot.stats)
-        engine = None if front.info is None else await front.command("state")
-        return answer(
-            {
-                "version": __version__,
-                "not_ready": front.not_ready(),
-                "info": front.info,
-                "snapshot": snapshot,
-                "engine": engine,
-            }
-        )
+        """Everything at once, for a person: see ``http.state``."""
+        return Response(await self._state.read(), media_type="application/json")
 
     async def metrics(self) -> Response:
         """Prometheus text, a quarter of a second old at most."""

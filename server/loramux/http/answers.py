@@ -89,6 +89,14 @@ class Usage(msgspec.Struct):
     details: UsageDetails
 
 
+class UsageSoFar(msgspec.Struct):
+    """Tokens of one choice up to a chunk of its stream, and of its prompt."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
 class CompletionLogprobs(msgspec.Struct):
     """Parallel lists, one entry per token; None where the first prompt token has no probability."""
 
@@ -117,7 +125,7 @@ class Completion(msgspec.Struct):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UsageSoFar | None | UnsetType = UNSET
     object: Literal["text_completion"] = "text_completion"
 
 
@@ -198,7 +206,7 @@ class ChatChunk(msgspec.Struct):
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UsageSoFar | None | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 

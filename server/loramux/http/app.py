@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 
 from loramux import __version__
 from loramux.config import ServerConfig
+from loramux.errors import LoramuxError
 from loramux.front.front import Front
-from loramux.http import auth
+from loramux.http import access_log, auth
 from loramux.http.adapters import Adapters, Models
 from loramux.http.admin import Admin
 from loramux.http.aliases import Aliases
@@ -24,17 +24,14 @@ from loramux.http.blobs import Blobs
 from loramux.http.chat import Chat
 from loramux.http.compatibility import Compatibility
 from loramux.http.completions import Completions
+from loramux.http.exchanges import Exchange, Exchanges
 from loramux.http.failures import RequestIds, install
 from loramux.http.limits import Limits
+from loramux.http.openapi import describe
 from loramux.http.resumable import Resumable
-from loramux.http.schemas import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
+from loramux.http.site import Site
+from loramux.http.traces import Traces, otlp_exporter
 from loramux.metrics.prometheus import Exporter
-from loramux.request import MODEL_IDS
 
 Handler = Callable[..., Coroutine[Any, Any, Response]]
 Table = Sequence[tuple[str, str, Handler, auth.Needs]]
@@ -42,69 +39,6 @@ Table = Sequence[tuple[str, str, Handler, auth.Needs]]
 
 NAMES_CACHE_S = 1.0
 """With thousands of adapters, listing them all is too much for every scrape."""
-
-_JSON_BODIES: dict[str, type[BaseModel]] = {
-    "/v1/completions": CompletionRequest,
-    "/v1/chat/completions": ChatRequest,
-    "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
-}
-_BASE = {"type": "string", "enum": list(MODEL_IDS), "default": "target"}
-_UPLOAD = {
-    "type": "object",
-    "required": ["name", "config", "weights"],
-    "properties": {
-        "name": {"type": "string"},
-        "config": {"type": "string", "format": "binary"},
-        "weights": {"type": "string", "format": "binary"},
-        "base": _BASE,
-    },
-}
-_REGISTRATION = {
-    "type": "object",
-    "required": ["name"],
-    "anyOf": [{"required": ["config", "weights"]}, {"required": ["blend"]}],
-    "properties": {
-        "name": {"type": "string"},
-        "config": {"type": ["string", "object"]},
-        "weights": {"type": "string"},
-        "blend": {"type": "object", "required": ["method", "sources"]},
-        "base": _BASE,
-        "expected_generation": {"type": "integer"},
-        "ttl_s": {"type": "integer"},
-    },
-}
-_TTL = {"type": "object", "required": ["ttl_s"], "properties": {"ttl_s": {"type": "integer"}}}
-_SHARE = {
-    "type": "object",
-    "required": ["model", "weight"],
-    "properties": {"model": {"type": "string"}, "weight": {"type": "integer"}},
-}
-_ALIAS = {
-    "type": "object",
-    "properties": {
-        "target": {"type": "string"},
-        "targets": {"type": "array", "items": _SHARE},
-        "expected_revision": {"type": "integer"},
-    },
-}
-_JSON_PUTS = {"/v1/adapters/{name}/ttl": _TTL, "/v1/aliases/{alias}": _ALIAS}
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": "string"},
-            },
-        }
-    },
-}
 
 
 def build_app(front: Front, config: ServerConfig) -> ASGIApp:
@@ -117,7 +51,10 @@ def build_app(front: Front, config: ServerConfig) -> ASGIApp:
             yield
         finally:
             await front.stop()
+            if traces is not None:
+                await asyncio.to_thread(traces.close)
 
+    traces = Traces(otlp_exporter(), front.snapshot.recent_loads) if config.otel else None
     app = _application()
     app.router.lifespan_context = lifespan
     exporter = exporter_of(front)
@@ -154,7 +91,7 @@ def build_app(front: Front, config: ServerConfig) -> ASGIApp:
     )
     if config.admin_port is None:
         table = (*table, *_operators(front, exporter))
-    return _guarded(app, table, front, config)
+    return _guarded(app, table, front, config, traces)
 
 
 def build_admin_app(front: Front, config: ServerConfig) -> ASGIApp:
@@ -162,14 +99,33 @@ def build_admin_app(front: Front, config: ServerConfig) -> ASGIApp:
     return _guarded(_application(), _operators(front, exporter_of(front)), front, config)
 
 
-def _guarded(app: FastAPI, table: Table, front: Front, config: ServerConfig) -> ASGIApp:
+def _guarded(
+    app: FastAPI, table: Table, front: Front, config: ServerConfig, traces: Traces | None = None
+) -> ASGIApp:
     """``app`` with its routes, behind everything a request has to pass first."""
     access = {(method, "/openapi.json"): auth.ANY for method in ("GET", "HEAD")}
     for method, path, handler, needs in table:
         app.add_api_route(path, handler, methods=[method], response_model=None)
         access[method, path] = needs
-    guard = auth.Guard(app, access, front.keys)
-    return RequestIds(Limits(app, config, guard.refusal), exporter_of(front).erred)
+    describe(app, access)
+    guard = auth.Guard(app, access, front.keys, auth.Strangers(config.allowed_host))
+    exporter = exporter_of(front)
+
+    def refusal(scope: Scope) -> LoramuxError | None:
+        if (refused := guard.refusal(scope)) is not None:
+            return refused
+        if front.draining and scope["method"] not in ("GET", "HEAD"):
+            return front.room.refuse("the server takes nothing new", 0, code="draining")
+        return None
+
+    def count(exchange: Exchange) -> None:
+        if exchange.told is not None:
+            exporter.erred(*exchange.told)
+
+    readers = [count, *([access_log.write] if config.access_log == "json" else ())]
+    if traces is not None:
+        readers.append(traces.write)
+    return RequestIds(Exchanges(Limits(app, config, refusal), readers))
 
 
 def exporter_of(front: Front) -> Exporter:
@@ -200,16 +156,18 @@ def _application() -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     install(app)
-    _describe(app)
     return app
 
 
 def _operators(front: Front, exporter: Exporter) -> Table:
-    admin = Admin(front, exporter)
+    admin, site = Admin(front, exporter), Site()
     return (
+        ("GET", "/", site.index, auth.OPEN),
+        ("GET", "/page/{name}", site.file, auth.OPEN),
         ("GET", "/health", admin.health, auth.OPEN),
         ("GET", "/health/live", admin.live, auth.OPEN),
         ("GET", "/health/ready", admin.ready, auth.OPEN),
+        ("GET", "/health/deep", admin.deep, auth.ADMIN),
         ("GET", "/version", admin.version, auth.OPEN),
         ("POST", "/tokenize", admin.tokenize, auth.INFER),
         ("POST", "/detokenize", admin.detokenize, auth.INFER),
@@ -221,41 +179,3 @@ def _operators(front: Front, exporter: Exporter) -> Table:
             auth.OPEN if front.config.public_metrics else auth.ADMIN,
         ),
     )
-
-
-def _describe(app: FastAPI) -> None:
-    """Adds to openapi.json the bodies that FastAPI cannot see, since handlers read them."""
-    plain = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = plain()
-            _, models = models_json_schema(
-                [(model, "validation") for model in _JSON_BODIES.values()],
-                ref_template="#/components/schemas/{model}",
-            )
-            schema["components"] = {"schemas": {**models["$defs"], "Error": _ERROR}}
-            for path, operations in schema["paths"].items():
-                for operation in operations.values():
-                    operation["responses"].pop("422", None)
-                    operation["responses"]["default"] = _content(
-                        "application/json", {"$ref": "#/components/schemas/Error"}, "an error"
-                    )
-                if model := _JSON_BODIES.get(path):
-                    reference = {"$ref": f"#/components/schemas/{model.__name__}"}
-                    operations["post"]["requestBody"] = _content("application/json", reference)
-            for path, fields in _JSON_PUTS.items():
-                if operations := schema["paths"].get(path):
-                    operations["put"]["requestBody"] = _content("application/json", fields)
-            if path := schema["paths"].get("/v1/adapters"):
-                path["post"]["requestBody"] = body = _content("multipart/form-data", _UPLOAD)
-                body["content"].update(_content("application/json", _REGISTRATION)["content"])
-        assert app.openapi_schema is not None
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _content(media_type: str, schema: dict[str, Any], description: str = "") -> dict[str, Any]:
-    content: dict[str, Any] = {"content": {media_type: {"schema": schema}}}
-    return {**content, "description": description} if description else {**content, "required": True}

@@ -24,7 +24,7 @@ from loramux.http.answers import (
     MessageDelta,
 )
 from loramux.http.auth import caller
-from loramux.http.choices import Choices, Prompt, resolve, room_for, speaking
+from loramux.http.choices import Choices, Prompt, admit, resolve, room_for, speaking
 from loramux.http.events import deliver, event
 from loramux.http.limits import read_json
 from loramux.http.logprobs import chat_logprobs
@@ -50,7 +50,8 @@ class Chat:
         tenant = caller(request).tenant
         served = resolve(front, body, tenant)
         self._exporter.asked(body.num_choices)
-        with front.admit(body.num_choices, tenant=tenant):
+        text = "".join(message.content for message in body.messages)
+        with admit(front, body, served, tenant, [text], body.output_limit):
             voice = await front.voices.of(served)
             body = speaking(body, voice)
             prompt = await self._prompt(body, voice)
@@ -110,10 +111,15 @@ class _Answer:
             chunk = self._chunk([ChatChunkChoice(index, MessageDelta("assistant", ""))])
             if index == 0 and self._body.return_token_ids:
                 chunk.prompt_token_ids = self._choices.prompts[0].ids
+            if self._body.continuous_usage:
+                chunk.usage = self._choices.usage_so_far(index, Delta())
             yield event(chunk)
         async with aclosing(self._choices.merged()) as merged:
             async for index, delta in merged:
-                yield event(self._chunk([self._piece(index, delta)]))
+                chunk = self._chunk([self._piece(index, delta)])
+                if self._body.continuous_usage:
+                    chunk.usage = self._choices.usage_so_far(index, delta)
+                yield event(chunk)
         if self._body.include_usage:
             last = self._chunk([])
             last.usage = self._choices.usage()

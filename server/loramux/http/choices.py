@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from loramux.errors import ContextLengthExceeded, InvalidRequest, Overloaded
+from loramux.front.admission import Admission, Claim, estimate
 from loramux.front.catalog import Served
 from loramux.front.front import Front
 from loramux.front.generation import Delta, Done, Generation, GenerationSpec
 from loramux.front.voices import Voice
-from loramux.http.answers import PromptDetails, Usage
+from loramux.http.answers import PromptDetails, Usage, UsageSoFar
 from loramux.http.schemas import AdapterChoice, Sampling
 from loramux.http.speculation import (
     entropy_of,
@@ -157,6 +158,34 @@ def room_for(
     return limit - num if most is None else min(limit - num, most)
 
 
+def admit(
+    front: Front,
+    body: Sampling,
+    served: Served,
+    tenant: str,
+    prompts: Sequence[str | list[int]],
+    max_tokens: int | None,
+) -> Admission:
+    """Room for the request's choices, before its prompts are tokenized; ``max_tokens`` None: all
+    that fit. Raises as Front.admit does."""
+    context = 0 if front.info is None else front.info.max_model_len
+    # One that is too long for the context is refused once its tokens are known.
+    estimates = [min(estimate(prompt), context) for prompt in prompts]
+    known = sum(len(prompt) for prompt in prompts if not isinstance(prompt, str))
+    output = context if max_tokens is None else max(1, max_tokens)
+    num = len(prompts) * body.num_choices
+    return front.admit(
+        Claim(
+            choices=num,
+            tenant=tenant,
+            adapters=served.adapters,
+            prompt_tokens=body.num_choices * sum(estimates),
+            output_tokens=min(output, context),
+            certain=body.num_choices * known + (0 if max_tokens is None else num * output),
+        )
+    )
+
+
 class Choices:
     """The running choices of one request, numbered prompt by prompt as OpenAI does."""
 
@@ -181,6 +210,7 @@ class Choices:
         self._tenant = tenant
         self._speculation: Speculation | None = None
         self._entropy: EntropyAdaptive | None = None
+        self._made: dict[int, int] = {}
 
     def submit(
         self,
@@ -191,7 +221,7 @@ class Choices:
         arrived_at: float,
     ) -> None:
         """Hands every choice to the engine; if one is refused, none stays. Raises what
-        ``Front.submit`` raises, and RateLimited or InvalidRequest for the tenant's tokens a minute.
+        ``Front.submit`` raises.
 
         Without a seed each prompt draws its own, else equal prompts would get equal answers.
         """
@@ -203,10 +233,6 @@ class Choices:
         default, heads = front.config.speculation, heads_of(self._served)
         self._speculation = speculation_of(body.speculation, default, info, heads)
         self._entropy = entropy_of(body.entropy_adaptive, self._served, info)
-        needed = zip(self.prompts, max_tokens, strict=True)
-        front.quotas.check_tokens(
-            self._tenant, self.n * sum(len(prompt.ids) + most for prompt, most in needed)
-        )
         try:
             for number, prompt in enumerate(self.prompts):
                 seed = secrets.randbits(63) if body.seed is None else body.seed
@@ -231,6 +257,7 @@ class Choices:
                         include_stop=bool(body.include_stop_str_in_output),
                         skip_special_tokens=body.skip_special_tokens is not False,
                         cache_salt=body.cache_salt or "",
+                        deadline_s=body.deadline_s,
                         arrived_at=arrived_at,
                     )
                     self.generations.append(front.submit(spec))
@@ -284,6 +311,13 @@ class Choices:
             predictions(details),
             details,
         )
+
+    def usage_so_far(self, index: int, delta: Delta | None) -> UsageSoFar:
+        """Counts of choice ``index`` up to ``delta`` (None: its end); ask once for each of them."""
+        made = self._made.get(index, 0) + (len(delta.token_ids) if delta else 0)
+        self._made[index] = made
+        prompt = len(self.prompt_of(index).ids)
+        return UsageSoFar(prompt, made, prompt + made)
 
     async def collect(self) -> list[Delta]:
         """Every choice's whole output; the first failure ends all."""

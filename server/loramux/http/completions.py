@@ -15,9 +15,15 @@ from loramux.errors import InvalidRequest
 from loramux.front.front import Front
 from loramux.front.generation import Delta
 from loramux.front.voices import Voice
-from loramux.http.answers import Completion, CompletionChoice, CompletionLogprobs, Usage
+from loramux.http.answers import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Usage,
+    UsageSoFar,
+)
 from loramux.http.auth import caller
-from loramux.http.choices import Choices, Prompt, resolve, room_for, speaking
+from loramux.http.choices import Choices, Prompt, admit, resolve, room_for, speaking
 from loramux.http.events import deliver, event
 from loramux.http.limits import read_json
 from loramux.http.logprobs import OffsetLogprobs
@@ -43,7 +49,7 @@ class Completions:
         tenant = caller(request).tenant
         served = resolve(front, body, tenant)
         self._exporter.asked(body.num_choices)
-        with front.admit(len(body.prompt) * body.num_choices, tenant=tenant):
+        with admit(front, body, served, tenant, body.prompt, body.output_limit):
             voice = await front.voices.of(served)
             body = speaking(body, voice)
             prompts = await self._prompts(body)
@@ -113,7 +119,10 @@ class _Answer:
                     self._end(piece)
                 else:
                     piece = self._piece(index, delta)
-                yield event(self._chunk([piece]))
+                chunk = self._chunk([piece])
+                if self._body.continuous_usage:
+                    chunk.usage = self._usage_so_far(index, delta)
+                yield event(chunk)
         if self._body.include_usage:
             last = self._chunk([])
             last.usage = self._usage()
@@ -129,6 +138,12 @@ class _Answer:
 
     def _usage(self) -> Usage:
         return self._choices.usage(0 if self._only_echo else None)
+
+    def _usage_so_far(self, index: int, delta: Delta | None) -> UsageSoFar:
+        if self._only_echo:
+            num = len(self._choices.prompt_of(index).ids)
+            return UsageSoFar(num, 0, num)
+        return self._choices.usage_so_far(index, delta)
 
     def _piece(self, index: int, delta: Delta) -> CompletionChoice:
         """New text of choice ``index``; its first piece brings the prompt when that is echoed."""

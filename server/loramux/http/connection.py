@@ -1,4 +1,5 @@
-"""The TCP side of a request: bounds on headers and on patience, which uvicorn does not have.
+"""The TCP side of a request: bounds on headers, trailers, patience and the number of connections,
+which uvicorn does not have.
 
 uvicorn's httptools parser keeps request headers of any size and waits for them for ever; an ASGI
 application only sees them afterwards. So the bounds sit in the protocol class itself.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+import resource
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -19,8 +21,8 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from loramux.config import ServerConfig
-from loramux.errors import InvalidRequest, RequestError
-from loramux.http.failures import error_body
+from loramux.errors import InvalidRequest, LoramuxError, Overloaded, RequestError
+from loramux.http.failures import GUARDING, error_body
 
 MAX_HEAD_BYTES = 32 << 10
 """Request line and headers together."""
@@ -43,28 +45,50 @@ class HeadTooLarge(RequestError):
 class BoundedConnection(HttpToolsProtocol):
     """A connection whose request head must be small (431) and arrive within ``head_timeout_s``.
 
-    A head that is late is answered by closing the connection: there is nothing to answer yet.
+    A head that is late is answered by closing the connection: there is nothing to answer yet. What
+    follows a body in chunks (trailers) is not looked at, and may not be larger than a head either.
+    Of more than ``most`` connections the oldest that has no request gives way; if all have, 503.
     """
 
     head_timeout_s = 10.0
+    most = 512
 
     _head_bytes = 0
     _in_head = True
+    _bytes_beside_body = 0
     _head_timer: asyncio.TimerHandle | None = None
-    _refusal: RequestError | None = None
+    _refusal: LoramuxError | None = None
+    _made_at = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._made_at = self.loop.time()
         self._wait_for_head()
+        if len(self.connections) > self.most:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        others = (c for c in self.connections if isinstance(c, BoundedConnection) and c is not self)
+        idle = [c for c in others if c.is_idle and not c.transport.is_closing()]
+        if idle:
+            min(idle, key=lambda connection: connection._made_at).transport.abort()
+        else:
+            self._refusal = Overloaded(f"{self.most} connections are busy already")
+            self.send_400_response("")
+
+    @property
+    def is_idle(self) -> bool:
+        """No request is being answered on it."""
+        return self.cycle is None or self.cycle.response_complete
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        idle = self.cycle is None or self.cycle.response_complete
-        if idle and self._head_timer is None:
+        if self.is_idle and self._head_timer is None:
             self._wait_for_head()  # uvicorn's keep-alive clock stops at any byte, a stray one too
+        self._bytes_beside_body += len(data)
         super().data_received(data)
         if self._in_head and not self.transport.is_closing():
             # httptools hands over a header only once it is whole, so bytes are counted here.
@@ -72,6 +96,9 @@ class BoundedConnection(HttpToolsProtocol):
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refusal = HeadTooLarge(f"headers exceed {MAX_HEAD_BYTES} bytes")
                 self.send_400_response("")
+        elif self._bytes_beside_body > MAX_HEAD_BYTES + len(data):
+            # httptools would keep a trailer of any size, and hands it over only once it is whole.
+            self.transport.abort()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -79,9 +106,18 @@ class BoundedConnection(HttpToolsProtocol):
         self._in_head = True
         self._wait_for_head()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # else a trailer: it came after everything was decided by the headers
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._bytes_beside_body = 0
+        super().on_body(body)
+
     def on_headers_complete(self) -> None:
         self._stop_waiting()
         self._in_head = False
+        self._bytes_beside_body = 0
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
             self._refusal = HeadTooLarge(
@@ -99,6 +135,7 @@ class BoundedConnection(HttpToolsProtocol):
         head = [
             STATUS_LINE[refusal.status],
             b"content-type: application/json\r\n",
+            *(b"%b: %b\r\n" % header for header in GUARDING),
             b"content-length: %d\r\n" % len(body),
             b"connection: close\r\n\r\n",
         ]
@@ -126,11 +163,25 @@ def _write(answer: RequestResponseCycle, piece: bytes) -> bool:
     return True
 
 
+MAX_OPEN_FILES = 1 << 16
+
+
+def most_connections() -> int:
+    """Half of the files this process may have open, its limit raised as far as it may be: the usual
+    one of 1024 is for programs that use select. The other half is for adapters' files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most // 2
+
+
 def uvicorn_config(app: ASGIApp, config: ServerConfig, *, port: int) -> uvicorn.Config:
     """How loramux's applications are served; the admin one differs by ``port`` only."""
 
     class Connection(BoundedConnection):
         head_timeout_s = config.header_timeout_s
+        most = config.max_connections or most_connections()
 
     return uvicorn.Config(
         app,
@@ -141,7 +192,7 @@ def uvicorn_config(app: ASGIApp, config: ServerConfig, *, port: int) -> uvicorn.
         lifespan="on",
         timeout_graceful_shutdown=math.ceil(config.drain_s),
         log_level=config.log_level,
-        access_log=config.log_level == "debug",
+        access_log=False,  # uvicorn's has raw paths and queries; ours is http/access_log
         server_header=False,
         date_header=False,
     )

@@ -57,6 +57,7 @@ async def deliver(
     Whatever happens, no choice runs on afterwards.
     """
     headers = choices.headers()
+    request.scope["state"]["choices"] = choices  # for logs and traces
     if stream:
 
         def finish(gone: bool) -> None:

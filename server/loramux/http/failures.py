@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -33,6 +33,17 @@ from loramux.errors import (
 )
 
 log = logging.getLogger(__name__)
+
+CLIENT_GONE = "client_gone"
+"""What logs and traces call the failure of a request whose client left before its end."""
+
+GUARDING = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+    (b"content-security-policy", b"frame-ancestors 'none'"),
+)
+"""What every answer says to browsers and caches, unless it says otherwise itself: no guessing of
+content types, no copies of what may be private, no framing."""
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 """A client's x-request-id is used only if it could go into a log line and a header as it is."""
@@ -139,7 +150,8 @@ async def _on_http_error(_: Request, exc: Exception) -> Response:
     return answer
 
 
-async def _on_disconnect(_: Request, __: Exception) -> Response:
+async def _on_disconnect(request: Request, __: Exception) -> Response:
+    request.scope["state"]["gone"] = True
     return Response(status_code=400)
 
 
@@ -159,14 +171,11 @@ def install(app: FastAPI) -> None:
 
 
 class RequestIds:
-    """Pure ASGI: gives every request an id and every answer, errors included, its x-request-id.
+    """Pure ASGI: gives every request an id, and every answer, errors included, its x-request-id and
+    the headers of GUARDING."""
 
-    ``erred`` hears of the error that a client was told of, and whether that was in a stream.
-    """
-
-    def __init__(self, app: ASGIApp, erred: Callable[[LoramuxError, bool], None]) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.erred = erred
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -179,11 +188,10 @@ class RequestIds:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+                headers = [*message.get("headers", []), (b"x-request-id", request_id)]
+                said = {name.lower() for name, _ in headers}
+                headers += [header for header in GUARDING if header[0] not in said]
+                message["headers"] = headers
             await send(message)
 
-        try:
-            await self.app(scope, receive, send_with_id)
-        finally:
-            if (told := scope["state"].get("told")) is not None:
-                self.erred(*told)
+        await self.app(scope, receive, send_with_id)

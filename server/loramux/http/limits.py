@@ -18,7 +18,13 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loramux.config import ServerConfig
-from loramux.errors import InvalidRequest, LoramuxError, PayloadTooLarge, UnsupportedMediaType
+from loramux.errors import (
+    InvalidRequest,
+    LoramuxError,
+    PayloadTooLarge,
+    RequestError,
+    UnsupportedMediaType,
+)
 from loramux.http.connection import ABORT
 from loramux.http.failures import failure
 
@@ -29,6 +35,10 @@ socket with unread bytes resets it, and the client would see no answer."""
 MULTIPART_OVERHEAD = 64 << 10
 """Room for boundaries, part headers and the name beside an upload's two files."""
 
+BODY_STRIDE = 64 << 10
+"""So many bytes of a body have ``body_timeout_s`` to come: at the defaults 2 KiB a second, which
+any network has and a client that drips bytes to hold a place has not."""
+
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -36,8 +46,17 @@ class ReaderTooSlow(ConnectionAbortedError):
     """The client did not take a piece of the answer within ``write_timeout_s``."""
 
 
+class BodyTooSlow(RequestError):
+    """The next ``BODY_STRIDE`` bytes of the body did not come within ``body_timeout_s``."""
+
+    status = 408
+    code = "request_timeout"
+    retry = True
+
+
 class Limits:
-    """Pure ASGI: no body over its limit is read, no answer waits for ever for its reader.
+    """Pure ASGI: no body over its limit is read, none is waited for for ever, and no answer waits
+    for ever for its reader.
 
     ``refusal`` says who may not even try; it is asked before anything of the body is looked at.
     """
@@ -55,19 +74,20 @@ class Limits:
             + config.max_config_bytes
             + MULTIPART_OVERHEAD
         )
-        self.write_timeout_s = config.write_timeout_s
+        self.config = config
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send, self.write_timeout_s)
+        exchange = _Exchange(scope, receive, send, self.config)
         exchange.limit = self._limit(scope)
         try:
             refusal = self.refusal(scope)
             if refusal is None and exchange.declared > exchange.limit:
                 refusal = exchange.too_large()
             if refusal is not None:
+                scope["state"]["error"] = refusal.code
                 await failure(refusal)(scope, exchange.receive, exchange.send)
             else:
                 await self.app(scope, exchange.receive, exchange.send)
@@ -100,9 +120,12 @@ class _Exchange:
 
     limit: int
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, write_timeout_s: float) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, config: ServerConfig) -> None:
         self._receive, self._send = receive, send
-        self._write_timeout_s = write_timeout_s
+        self._write_timeout_s = config.write_timeout_s
+        self._body_timeout_s = self._patience_s = config.body_timeout_s
+        self._stride = 0
+        self._lingers = True
         self._abort = scope.get("extensions", {}).get(ABORT, {}).get("call")
         self._received = 0
         self.complete = False
@@ -115,7 +138,7 @@ class _Exchange:
         return PayloadTooLarge(f"the body exceeds {self.limit} bytes")
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        message = await (self._body() if self._unread else self._receive())
         if message["type"] == "http.request":
             self._received += len(message["body"])
             self._unread = message.get("more_body", False)
@@ -123,11 +146,28 @@ class _Exchange:
                 raise self.too_large()
         return message
 
+    async def _body(self) -> Message:
+        """The next piece. Only the waiting counts, not what the application does in between."""
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(self._patience_s):
+                message = await self._receive()
+        except TimeoutError:
+            self._lingers = False  # there is nothing to read
+            raise BodyTooSlow(
+                f"the body comes too slowly: {BODY_STRIDE} bytes have {self._body_timeout_s:g} s"
+            ) from None
+        self._patience_s -= time.monotonic() - began
+        self._stride += len(message.get("body", b""))
+        if self._stride >= BODY_STRIDE:
+            self._stride, self._patience_s = 0, self._body_timeout_s
+        return message
+
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start" and self._unread:
             message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
         last = message["type"] == "http.response.body" and not message.get("more_body", False)
-        if last and self._unread:
+        if last and self._unread and self._lingers:
             await self._write({**message, "more_body": True})
             await self._drop_rest()
             message = {"type": "http.response.body", "body": b"", "more_body": False}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
 
 from loramux.adapters.blobs import check_digest
-from loramux.errors import InvalidRequest, RequestError
+from loramux.errors import InvalidRequest
 from loramux.front.front import Front
 from loramux.http.answers import encode
 from loramux.http.auth import caller
@@ -21,20 +19,11 @@ from loramux.http.limits import read_json
 _OFFSET = re.compile(r"[0-9]{1,18}")
 
 
-class PartTimedOut(RequestError):
-    """No byte of a part came for ``write_timeout_s``: what came before is kept."""
-
-    status = 408
-    code = "request_timeout"
-    retry = True
-
-
 class Resumable:
     """``/v1/uploads``: open, append, ask, complete, cancel."""
 
     def __init__(self, front: Front) -> None:
         self._front = front
-        self._patience_s = front.config.write_timeout_s
 
     async def create(self, request: Request) -> Response:
         """``{"bytes", "sha256"}``: 201 and the upload's id."""
@@ -76,23 +65,12 @@ class Resumable:
                 "Upload-Offset: this header must say where the part begins", param="Upload-Offset"
             )
         length = request.headers.get("content-length", "0")
-        body = self._patient(body_of(request))
         front, tenant = self._front, caller(request).tenant
         with front.quotas.uploading(tenant):
-            offset = await front.adapters.resumable.append(tenant, id, int(text), int(length), body)
+            offset = await front.adapters.resumable.append(
+                tenant, id, int(text), int(length), body_of(request)
+            )
         return Response(status_code=204, headers={"upload-offset": str(offset)})
-
-    async def _patient(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        # A client whose network went away would keep its upload busy for as long as TCP waits.
-        while True:
-            try:
-                async with asyncio.timeout(self._patience_s):
-                    piece = await anext(body)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise PartTimedOut(f"no byte came for {self._patience_s:g} seconds") from None
-            yield piece
 
     async def complete(self, request: Request, id: str) -> Response:
         """201: the upload has become a blob that an adapter may name."""

@@ -167,13 +167,14 @@ Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None
 
 
 class StreamOptions(Strict):
-    """``stream_options``: only the usage chunk is ours to give."""
+    """``stream_options``: the usage chunk, and as vLLM has it, counts so far in every chunk."""
 
     include_usage: Flag = None
     include_obfuscation: Literal[False] | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: Flag = None
 
 
+MAX_DEADLINE_S = 7 * 86400
 Scale = Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE)]
 
 
@@ -223,6 +224,8 @@ class Sampling(Strict):
     stream_options: StreamOptions | None = None
     speculation: SpeculationField = None
     entropy_adaptive: EntropyAdaptiveField = None
+    deadline_s: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S)] | None = None
+    """Seconds from the request's arrival after which nobody wants the rest: it ends with a 504."""
     user: str | None = None
     """Whose request it is: of an alias with shares, one user always gets the same."""
 
@@ -236,6 +239,10 @@ class Sampling(Strict):
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream", param="stream_options")
+        if self.continuous_usage and not self.include_usage:
+            raise InvalidRequest(
+                "stream_options: continuous_usage_stats needs include_usage", param="stream_options"
+            )
         if self.adapters is not None and self.adapter_id is not None:
             raise InvalidRequest("give adapters or adapter_id, not both", param="adapters")
         if self.adapters is not None and self.scale is not None:
@@ -248,6 +255,10 @@ class Sampling(Strict):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises InvalidRequest when a token id is not one of the model's."""

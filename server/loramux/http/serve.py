@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import time
 
-import uvicorn
 import uvloop
 
 from loramux import __version__
 from loramux.config import ServerConfig
 from loramux.front.front import Front
 from loramux.front.keys import Keys
+from loramux.http import access_log
 from loramux.http.app import build_admin_app, build_app
 from loramux.http.auth import check_host
 from loramux.http.connection import uvicorn_config
+from loramux.http.drain import Drain, Server
 
 log = logging.getLogger("loramux")
 
@@ -27,6 +27,7 @@ EXIT_CANNOT_START = 2
 def serve(config: ServerConfig) -> int:
     """Serve until told to stop; the exit code."""
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)-7s %(message)s")
+    access_log.to_stderr(config.log_level)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(config))
 
@@ -36,33 +37,37 @@ PATIENCE_S = 8.0
 
 
 async def _serve(config: ServerConfig) -> int:
+    drain = Drain()
     keys = Keys.of(config)
     check_host(keys, config.host)
     if not keys.guarded:
         log.info("no API key: open to everybody on this machine, and to nobody else")
     front = Front(config)
-    servers = [uvicorn.Server(uvicorn_config(build_app(front, config), config, port=config.port))]
+    servers = [Server(uvicorn_config(build_app(front, config), config, port=config.port))]
     if config.admin_port is not None:
         admin = build_admin_app(front, config)
-        servers.append(uvicorn.Server(uvicorn_config(admin, config, port=config.admin_port)))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn raises them once more when it has drained; by then everything is done.
-        signal.signal(number, lambda *_: None)
-    announcing = asyncio.create_task(_announce(front, servers))
+        servers.append(Server(uvicorn_config(admin, config, port=config.admin_port)))
+    beside = [
+        asyncio.create_task(_announce(front, servers)),
+        asyncio.create_task(drain.run(front, servers)),
+    ]
     await asyncio.gather(*(server.serve() for server in servers))
-    announcing.cancel()
+    for task in beside:
+        task.cancel()
     if not all(server.started for server in servers) or front.never_started:
         return EXIT_CANNOT_START
-    return 0
+    return drain.exit_code
 
 
-async def _announce(front: Front, servers: list[uvicorn.Server]) -> None:
+async def _announce(front: Front, servers: list[Server]) -> None:
     """Say when the server is ready and how to talk to it; stop it if it never will be."""
     began = time.monotonic()
     config = front.config
     log.info("loramux %s: loading %s", __version__, config.model)
     patience_s = PATIENCE_S
     while front.not_ready():
+        if front.draining:
+            return
         if time.monotonic() - began > patience_s:
             patience_s = float("inf")
             log.info("still loading; the first start also compiles kernels, about a minute")

@@ -48,6 +48,10 @@ class FramePool:
         """Whose ``frame`` is."""
         return self._owner[frame]
 
+    def owners(self) -> bytes:
+        """The owner of every frame, a byte each."""
+        return bytes(self._owner)
+
     def take(self, num: int, owner: Owner) -> list[int] | None:
         """``num`` free frames for ``owner``, or None (and nothing changes) if there are fewer."""
         if num > len(self._free):

@@ -61,6 +61,10 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._frame_of)
 
+    def idle_frames(self) -> list[int]:
+        """Frames of pages that nobody runs on."""
+        return [frame for frame, users in self._users.items() if users == 0]
+
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """Frames of the longest cached beginning of ``keys``, each held for the caller."""
         frames: list[int] = []
@@ -87,16 +91,18 @@ class PrefixIndex:
         self._key_of[frame] = key
         self._users[frame] = 1
 
-    def release(self, frames: Sequence[int], *, keep: bool = True) -> None:
-        """A request lets go of its ``frames`` (in order of position).
+    def release(self, frames: Sequence[int], *, keep: bool = True) -> list[int]:
+        """A request lets go of its ``frames`` (in order of position); which of them are free now.
 
         Its own unshared pages are freed, the cached ones stay. ``keep=False``: what they hold is
         not to be trusted, so pages nobody else runs on are dropped from the cache too.
         """
+        freed = []
         for frame in reversed(frames):
             users = self._users.get(frame)
             if users is None:
                 self._pool.give_back([frame], Owner.KV)
+                freed.append(frame)
             elif users > 1:
                 self._users[frame] = users - 1
             elif keep:
@@ -110,6 +116,8 @@ class PrefixIndex:
                 )
             else:
                 self._drop(frame)
+                freed.append(frame)
+        return freed
 
     def _evict(self, frame: int) -> None:
         self.num_evicted += 1

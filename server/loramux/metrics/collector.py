@@ -47,6 +47,9 @@ class Snapshot(Protocol):
     pinned: frozenset[str]
     waiting_adapters: tuple[str, ...]
     engine_restarts: int
+    resumed: int
+    canary_misses: int
+    nan_aborts: int
     steps: int
     unfinished: int
     prompt_tokens: int
@@ -270,6 +273,9 @@ class SnapshotCollector(Collector):
                 "Engine processes that had to be replaced",
                 snapshot.engine_restarts,
             ),
+            ("requests_resumed", "Choices that a new engine went on with", snapshot.resumed),
+            ("canary_misses", "Canaries whose token was another one", snapshot.canary_misses),
+            ("nan_aborts", "Choices whose logits were not finite", snapshot.nan_aborts),
             ("prefix_evictions", "Cached pages that gave way", snapshot.evictions.get("prefix", 0)),
             ("adapter_load_bytes", "Bytes loaded into the pool", snapshot.adapter_load_bytes),
             (

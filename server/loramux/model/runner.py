@@ -118,6 +118,11 @@ class ModelRunner:
         as a chain's afterwards."""
         compact(self._decoder.arena, pages=plan.step.pages, kept=kept)
 
+    def wipe(self, frames: Sequence[int]) -> None:
+        """Zero what is in ``frames``, behind all that was computed so far."""
+        if frames:
+            self._decoder.arena.view(-1, self._kv.frame.frame_bytes)[list(frames)] = 0
+
     def _pages(
         self,
         rows: list[Row],

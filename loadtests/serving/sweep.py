@@ -1,0 +1,280 @@
+"""How many adapters, how many requests: open loop, beside divided pools and beside PEFT.
+
+    python loadtests/serving/sweep.py [--quick] [--folder DIR] [--parts pool,http,rate,peft]
+
+The model is a random Llama of 135M parameters in fp32. Adapters have ranks 8, 16, 32 and 64 in turn
+on q, k, v, o in bf16; requests name one of n uniformly and arrive as a Poisson process; prompts
+have 8 to 63 tokens, answers 8 to 39, always as long as asked. Every system gets the same plan.
+
+    pool    the engine in this process, its memory as it is (*shared*), with 30 % of it for adapters
+            only (*split*), and the same with every adapter in a slot of the largest rank (*padded*)
+    http    ``loramux serve`` with all adapters registered, streamed over HTTP
+    rate    the same server and 100 adapters at rising rates
+    peft    transformers ``generate()`` with one adapter name a row, up to 32 of what waits in a
+            batch; nothing is streamed, so its TTFT is that of the whole answer. 1,000 adapters
+            would be 14 GB of PEFT's own fp32, so it goes up to 100
+
+The pool holds 240 frames of 16 tokens: about 18 requests of the mean length with an adapter of the
+mean rank each. What has not ended a minute after the last request left is *incomplete* and counts
+as a miss. Rounds run the systems forwards and backwards; a cell is the median with the lowest and
+the highest. The first run of a folder registers the adapters, which takes minutes; all of it takes
+about 75 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import report
+import throughput
+import traffic
+from figures import by_name, errors, figures, percentile
+from live import shown
+from open_loop import Ask, Bounds, Record, Run, send
+from pool_split import POLICIES, make_served
+from population import Model, Population
+from sweep_page import write_page
+from targets import Batches, InProcess, OpenAi
+from traffic import Traffic
+from workload import Served
+
+from loramux.adapters.pack import packed_path, read_header
+
+sys.path.insert(1, str(report.ROOT / "loadtests" / "peers"))
+
+from cases import Job
+from loramux_peer import peft
+from peer import Models
+
+MODELS = report.QUICK / "models"
+PARTS = ("pool", "http", "rate", "peft")
+PEFT_MOST, PEFT_BATCH = 100, 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run of the sweep does. ``bounds`` are wide: some targets compute in this process, and
+    what is told here is in seconds."""
+
+    traffic: Traffic
+    counts: tuple[int, ...]
+    rates: tuple[float, ...]
+    rate_adapters: int
+    rounds: int
+    drain_s: float
+    frames: int
+    model: Model
+    bounds: Bounds
+
+
+FULL = Settings(
+    traffic=Traffic(
+        rate=3.0, duration_s=60.0, prompt=(8, 64), output=(8, 40), ranks=(8, 16, 32, 64)
+    ),
+    counts=(1, 10, 100, 1000),
+    rates=(0.5, 1.0, 2.0, 3.0, 4.0, 6.0),
+    rate_adapters=100,
+    rounds=2,
+    drain_s=60.0,
+    frames=240,
+    model="135M",
+    bounds=Bounds(lag_s=0.25, stall_s=0.25),
+)
+QUICK = replace(
+    FULL,
+    traffic=replace(FULL.traffic, rate=4.0, duration_s=3.0),
+    counts=(1, 8),
+    rates=(2.0, 6.0),
+    rate_adapters=8,
+    rounds=1,
+    drain_s=20.0,
+    frames=120,
+    model="tiny",
+    bounds=Bounds(lag_s=5.0, stall_s=5.0),
+)
+
+
+class Sweep:
+    """Runs cells and keeps what they found."""
+
+    def __init__(self, settings: Settings, home: Population) -> None:
+        self.settings, self.home = settings, home
+        self.cases: list[dict[str, Any]] = []
+        self.late: list[str] = []
+
+    def prompt(self, index: int, num: int) -> list[int]:
+        """Of request ``index``; ids that every system understands."""
+        return traffic.prompt_ids(self.settings.traffic.seed, index, num, self.home.vocabulary)
+
+    async def cell(self, part: str, system: str, one: Traffic, ask: Ask) -> None:
+        """Send one plan and keep its figures."""
+        plan = traffic.draw(one)
+        what = f"{system}, {one.adapters} adapters, {one.rate:g}/s"
+        with shown(what, len(plan)) as show:
+            run = await send(plan, ask, drain_s=self.settings.drain_s, show=show)
+        if told := run.bottleneck(self.settings.bounds):
+            self.late.append(f"{what}: {told}")
+        self.cases.append(self._case(part, system, one, run))
+
+    def _case(self, part: str, system: str, one: Traffic, run: Run) -> dict[str, Any]:
+        ok = [record.ttft_s for record in run.records if record.status == "ok"]
+        return {
+            "part": part,
+            "system": system,
+            "adapters": one.adapters,
+            "rate": one.rate,
+            "figures": by_name(figures(run.records)),
+            "errors": errors(run.records),
+            "ttft_s_percentiles": [percentile(ok, p) for p in range(101)],
+            "client": {"lag_p99_s": run.lag_p99_s, "stall_p99_s": run.stall_p99_s},
+        }
+
+    def pool(self) -> None:
+        """The three divisions of the same memory."""
+        digests = self.home.digests()
+        base, data_dir = self.home.base, self.home.data_dir
+        served = self._divided(base, data_dir, digests)
+        try:
+            for round_ in range(self.settings.rounds):
+                for num in self.settings.counts:
+                    for policy in POLICIES if round_ % 2 == 0 else reversed(POLICIES):
+                        served[policy].hold_only([])
+                        one = replace(self.settings.traffic, adapters=num)
+                        asyncio.run(self._in_process(policy, one, served[policy], digests))
+        finally:
+            for each in served.values():
+                each.close()
+
+    def _divided(self, base: Path, data_dir: Path, digests: Sequence[str]) -> dict[str, Served]:
+        fingerprint, _ = self._probe()
+        largest = max(
+            read_header(packed_path(data_dir, digest, fingerprint)).num_bytes
+            for digest in digests[: len(self.settings.traffic.ranks)]
+        )
+        frames = self.settings.frames
+        return {
+            p: make_served(p, base, data_dir, frames, largest, speculation="off") for p in POLICIES
+        }
+
+    async def _in_process(
+        self, policy: str, one: Traffic, served: Served, digests: Sequence[str]
+    ) -> None:
+        target = InProcess(served, digests, self.prompt)
+        try:
+            await self.cell("pool", policy, one, target.ask)
+        finally:
+            await target.close()
+
+    @contextmanager
+    def _server(self) -> Iterator[Callable[[str, Traffic], Coroutine[Any, Any, None]]]:
+        """A server with the same pool; gives what runs a cell of a part on it."""
+        bytes_ = self.settings.frames * self._probe()[1]
+        flags = ["--pool-memory", str(bytes_), "--threads", str(os.cpu_count() or 1)]
+        flags += ["--no-prefix-caching", "--speculation", "off"]
+        count = max(*self.settings.counts, self.settings.rate_adapters)
+        server = self.home.serve(count, flags)
+        names = [f"a{index}" for index in range(count)]
+
+        async def run(part: str, one: Traffic) -> None:
+            target = OpenAi(server.url, "base", names, self.prompt, extra={"ignore_eos": True})
+            try:
+                await self.cell(part, "loramux serve", one, target.ask)
+            finally:
+                await target.close()
+
+        try:
+            yield run
+        finally:
+            server.close()
+
+    def _probe(self) -> tuple[str, int]:
+        """The base's fingerprint, and how many bytes a frame has."""
+        served = make_served("shared", self.home.base, self.home.data_dir, 8, 0)
+        found = served.base.fingerprint, served.assembled.ready.frame_bytes
+        served.close()
+        return found
+
+    def http(self) -> None:
+        """The server, by the number of adapters."""
+        with self._server() as run:
+            for _ in range(self.settings.rounds):
+                for num in self.settings.counts:
+                    asyncio.run(run("http", replace(self.settings.traffic, adapters=num)))
+
+    def rate(self) -> None:
+        """The server, by rate."""
+        one = replace(self.settings.traffic, adapters=self.settings.rate_adapters)
+        with self._server() as run:
+            for rate in self.settings.rates:
+                asyncio.run(run("rate", replace(one, rate=rate)))
+
+    def peft(self) -> None:
+        """PEFT, by the number of adapters; a process of its own for each."""
+        for num in self.settings.counts:
+            if num <= PEFT_MOST:
+                asyncio.run(self._peft(replace(self.settings.traffic, adapters=num)))
+
+    async def _peft(self, one: Traffic) -> None:
+        worker = peft()
+        paths = [self.home.adapter(index) for index in range(one.adapters)]
+        worker.start(Models(self.home.home, self.home.base, paths))
+
+        def generate(batch: list[tuple[int, Record]]) -> list[list[int]]:
+            arrivals = [(index, record.arrival) for index, record in batch]
+            jobs = [
+                Job(a.adapter, self.prompt(index, a.prompt_tokens), a.output_tokens)
+                for index, a in arrivals
+            ]
+            return worker.run(jobs, PEFT_BATCH).outputs
+
+        target = Batches(generate, PEFT_BATCH)
+        try:
+            await self.cell("peft", "PEFT", one, target.ask)
+        finally:
+            await target.close()
+            worker.stop()  # and with it a batch that nobody waits for any more
+
+
+def main() -> int:
+    parser = report.arguments(__doc__)
+    parser.add_argument("--folder", type=Path, default=MODELS, help="where models are kept")
+    parser.add_argument("--parts", default=",".join(PARTS), help="of " + ",".join(PARTS))
+    args = parser.parse_args()
+    parts = args.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts: no {sorted(unknown)}")
+    settings = QUICK if args.quick else FULL
+    home = Population(args.folder, settings.model, settings.traffic.ranks)
+    found = throughput.header()
+    count = max(*settings.counts, settings.rate_adapters)
+    print(f"{count} adapters are made and registered, unless they are there", flush=True)
+    home.serve(count).close()
+    sweep = Sweep(settings, home)
+    for part in parts:
+        getattr(sweep, part)()
+    found |= {
+        "parts": parts,
+        "rounds": settings.rounds,
+        "frames": settings.frames,
+        "traffic": asdict(settings.traffic),
+        "formulas": {f.name: [f.unit, f.formula] for f in figures([])},
+        "cases": sweep.cases,
+        "late": sweep.late,
+    }
+    where = report.folder(args)
+    report.save(found, where, "load-sweep")
+    write_page(found, where)
+    for told in sweep.late:
+        print(f"BROKEN: {told}")
+    return 1 if sweep.late else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Time is up: wherever a request is then, on a clock that is moved by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests import tiny
+from tests.harness import Harness
+
+from loramux.memory.frames import Owner
+
+PROMPT = list(range(5, 45))
+
+
+class Timed(Harness):
+    """An engine whose clock stands still between moves."""
+
+    def __init__(self, model: Path, **config: object) -> None:
+        super().__init__(model, prefix_caching=False, max_batch_tokens=16, max_num_seqs=1, **config)
+        self.now = 1000.0
+        clock = lambda: self.now  # noqa: E731
+        self.engine._clock = self.engine._loop._clock = self.engine.scheduler._clock = clock
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("deadlines") / "base")
+
+
+@pytest.fixture(scope="module")
+def timed(model: Path) -> Iterator[Timed]:
+    harness = Timed(model)
+    yield harness
+    harness.close()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 6], ids=["queue", "prefill", "first token", "decode"])
+def test_a_deadline_ends_a_request_wherever_it_is(timed: Timed, steps: int) -> None:
+    busy = timed.submit(PROMPT, max_tokens=4) if steps == 0 else None
+    if busy:
+        timed.step()
+    name = timed.submit(PROMPT, max_tokens=50, deadline_s=10)
+    for _ in range(steps):
+        timed.step()
+    timed.now += 9.9
+    timed.step()
+    assert name not in timed.failed
+    before = len(timed.outputs[name])
+    assert (before > 0) == (steps > 1)
+    timed.now += 0.2
+    timed.step()
+    assert timed.failed[name].code == "deadline_exceeded" and len(timed.outputs[name]) == before
+    timed.run()
+    if busy:
+        assert len(timed.outputs[busy]) == 4
+    assert timed.engine.pool.frames.count(Owner.KV) == 0
+
+
+def test_without_an_slo_one_waits(timed: Timed) -> None:
+    first, second = (timed.submit(PROMPT, max_tokens=4) for _ in range(2))
+    timed.step()
+    timed.now += 10**6
+    timed.run()
+    assert {first, second} <= timed.finished.keys()
+
+
+def test_who_cannot_make_its_first_token_is_refused_while_it_waits(model: Path) -> None:
+    """A prompt of three steps of two seconds has to begin six seconds before."""
+    timed = Timed(model, first_token_slo_s=10)
+    timed.engine.scheduler.step_s = 2.0
+    running = timed.submit(PROMPT, max_tokens=30)
+    timed.step()
+    timed.engine.scheduler.step_s = 2.0
+    long, short = timed.submit(PROMPT), timed.submit(PROMPT[:10])
+    again = timed.submit(PROMPT, output_ids=[7, 8])  # that of an engine before: begun long ago
+    timed.now += 3.9
+    timed.step()
+    assert not timed.failed
+    timed.now += 0.2
+    timed.step()
+    assert timed.failed.keys() == {long} and timed.failed[long].code == "overloaded"
+    timed.now += 4
+    timed.step()
+    assert timed.failed.keys() == {long, short}
+    timed.run()
+    assert timed.finished.keys() == {running, again}, "who has begun is let go on"
+    timed.close()
+
+
+def test_a_prefill_that_has_begun_is_let_go_on(model: Path) -> None:
+    timed = Timed(model, first_token_slo_s=10)
+    name = timed.submit(PROMPT)
+    timed.step()
+    timed.now += 100
+    timed.run()
+    assert name in timed.finished
+    timed.close()
