@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Generator, Hashable, Iterable
+from collections.abc import Generator, Iterable
 
 from loramux.request import Adapters, Request
 
