@@ -55,7 +55,7 @@ class Breaking:
             scored.logits[lines] = torch.nan
             scored.logits[[first for index, first in scored.prompt if index == 0]] = torch.nan
             frames = request.kv.page_table[: request.kv.num_pages].tolist()
-            for frame in frames[request.kv.num_shared :]:
+            for frame in frames:
                 self.data(frame)[:] = 0xFF
                 self.frames.add(frame)
         return scored
