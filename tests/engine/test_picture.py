@@ -82,6 +82,10 @@ def test_the_map_is_the_books_after_every_step(harness: Harness, adapters: list[
         "prefix",
         "warm",
     ]
+    pinned = harness.install(adapters[1])
+    assert harness.engine.command(Command(command_id=2, kind="pin", digest=pinned))
+    harness.step()
+    assert counted(look(harness)) == told(harness) and counted(look(harness))["leased"]
 
 
 def test_rows_say_what_they_wear_and_whose_pages_are_whose(
