@@ -22,6 +22,7 @@ from loramux.http.adapters import Adapters, Models
 from loramux.http.admin import Admin
 from loramux.http.aliases import Aliases
 from loramux.http.blobs import Blobs
+from loramux.http.bodies import Bodies
 from loramux.http.chat import Chat
 from loramux.http.compatibility import Compatibility
 from loramux.http.completions import Completions
@@ -178,7 +179,7 @@ def _guarded(app: FastAPI, table: Table, front: Front, config: ServerConfig) -> 
             return front.room.refuse("the server takes nothing new", 0, code="draining")
         return None
 
-    return RequestIds(Limits(app, config, refusal))
+    return RequestIds(Limits(Bodies(app, config), config, refusal))
 
 
 def exporter_of(front: Front) -> Exporter:
