@@ -21,6 +21,7 @@ from loramux.http.adapters import Adapters, Models
 from loramux.http.admin import Admin
 from loramux.http.aliases import Aliases
 from loramux.http.blobs import Blobs
+from loramux.http.bodies import Bodies
 from loramux.http.chat import Chat
 from loramux.http.compatibility import Compatibility
 from loramux.http.completions import Completions
@@ -125,7 +126,8 @@ def _guarded(
     readers = [count, *([access_log.write] if config.access_log == "json" else ())]
     if traces is not None:
         readers.append(traces.write)
-    return RequestIds(Exchanges(Limits(app, config, refusal), readers))
+    limited = Limits(Bodies(app, config), config, refusal)
+    return RequestIds(Exchanges(limited, readers))
 
 
 def exporter_of(front: Front) -> Exporter:
