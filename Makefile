@@ -18,6 +18,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# constraints.txt, without Triton where PyTorch wants one of its own: the CUDA build does.
+PINS := $(VENV)/constraints.txt
 
 .PHONY: help install serve test test-all test-slice check audit demo bench load gpu-check image clean
 
@@ -34,14 +36,16 @@ help:
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(PIP) install -q --retries 0 --timeout 15 --index-url $(TORCH_INDEX) $(TORCH_PIN) || )$(PIP) install -q $(TORCH_PIN)
+	@if $(PIP) show torch | grep -q '^Requires:.*triton'; \
+	  then sed '/^triton==/d' constraints.txt; else cat constraints.txt; fi > $(PINS)
 	@touch $@
 
 $(VENV)/.serve: $(VENV)/.torch pyproject.toml
-	$(PIP) install -q -c constraints.txt -e .
+	$(PIP) install -q -c $(PINS) -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml clients/python/pyproject.toml
-	$(PIP) install -q -c constraints.txt -e '.[dev]' -e clients/python
+	$(PIP) install -q -c $(PINS) -e '.[dev]' -e clients/python
 	@touch $@ $(VENV)/.serve
 
 install: $(VENV)/.serve

@@ -191,6 +191,14 @@ def overview() -> list[Panel]:
             "Engine restarts by reason",
             [by("reason", f"increase(loramux_engine_restarts_by_reason_total{SELECT}[5m])")],
         ),
+        panel(
+            "Saved from a dead engine, and computed wrongly",
+            [
+                total(f"increase(loramux_requests_resumed_total{SELECT}[5m])", "choices resumed"),
+                total(f"increase(loramux_nan_aborts_total{SELECT}[5m])", "not finite"),
+                total(f"increase(loramux_canary_misses_total{SELECT}[5m])", "canaries missed"),
+            ],
+        ),
     ]
 
 

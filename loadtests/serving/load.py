@@ -215,7 +215,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
     return told
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scenario", type=Path, help="a TOML file; see scenario.py")
     parser.add_argument("--url", help="a server that runs already")
@@ -224,7 +224,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=MODELS, help="where models are kept")
     parser.add_argument("--quick", action="store_true", help="does it work? the figures say little")
     parser.add_argument("--out", type=Path, help="folder of the JSON file, of plans/ and plots/")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     where = report.folder(args)
     try:
         scenario = scenarios.read(args.scenario, quick=args.quick)

@@ -28,7 +28,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,9 @@ from traffic import Traffic
 MODELS = report.QUICK / "models"
 SETTLE_S = 60.0
 ADAPTERS = 12
-POOL = "24M"
-"""So small that adapters come and go."""
+POOL = {"tiny": "2M", "135M": "100M"}
+"""So small that adapters come and go, and that every frame has been touched after ``SETTLE_S``:
+until then the pool becomes memory frame by frame, and the engine grows."""
 
 
 @dataclass
@@ -287,6 +288,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fault-every", type=float, default=60.0, help="seconds")
     parser.add_argument("--model", choices=("tiny", "135M"), default="tiny")
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument(
+        "--speculation",
+        choices=("off", "auto"),
+        default="off",
+        help="auto: drafters learn from the traffic, up to 384 MB, so an engine grows for long",
+    )
     parser.add_argument("--settle", type=float, default=SETTLE_S, help="seconds left out")
     parser.add_argument("--most-mb-a-minute", type=float, default=2.0, help="growth of a process")
     parser.add_argument("--folder", type=Path, default=MODELS, help="where models are kept")
@@ -297,8 +304,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     home = Population(args.folder, args.model, (8, 16, 32, 64))
-    pool = POOL if args.model == "tiny" else "400M"
-    server = home.serve(ADAPTERS, ["--pool-memory", pool])
+    flags = ["--pool-memory", POOL[args.model], "--speculation", args.speculation]
+    server = home.serve(ADAPTERS, flags)
     try:
         result = asyncio.run(soak_for(server, home, args))
     finally:
@@ -313,6 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "beside": dict(log.done),
         "engine_down_s": [[round(t, 1) for t in pair] for pair in log.down],
         "growth_mb_a_minute": growth_mb_per_minute(result.samples, args.settle),
+        "memory": [asdict(sample) for sample in result.samples],
         "wrong": result.wrong,
     }
     report.save(found, args.out, "soak")

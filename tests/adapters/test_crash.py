@@ -94,7 +94,9 @@ async def hold_true(server: Server, answered: list[str]) -> None:
     assert files == {upload_id for (upload_id,) in rows}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.slow] * (way == "in_parts")) for way in WAYS]
+)
 def test_killed_at_every_point_of_an_upload(way: str, before: Path, tmp_path: Path) -> None:
     """May take over ten seconds: each of a hundred points is a process of its own, a start that
     checks what it left, and a second upload on top."""

@@ -115,6 +115,7 @@ def test_what_is_in_the_host_tier_is_not_read_again(monkeypatch: pytest.MonkeyPa
         bench.load(packed(name, 2 * BLOCK - 8), [0, 1])
     assert bench.files.reads == ["a", "b", "c", "b"], "the one used longest ago gave way"
     assert set(bench.store.tier._streams) == {"a", "b"}
+    assert set(bench.store.in_host()) == {"a", "b"} and all(bench.store.in_host().values())
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -25,6 +25,7 @@ def trained(folder: Path, steps: int) -> dict[str, torch.Tensor]:
     return load_file(folder / FILE_NAME)
 
 
+@pytest.mark.slow  # 15 s: the demo's corpus and its base, four times
 def test_heads_are_trained_on_what_the_adapter_makes_of_the_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

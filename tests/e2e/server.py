@@ -22,16 +22,19 @@ def free_port() -> int:
 
 
 class Server:
-    """``loramux serve`` on ``model``, ready when the constructor returns."""
+    """``loramux serve`` on ``model``, ready when the constructor returns; ``command`` is the module
+    that is run in its place."""
 
-    def __init__(self, model: Path, data_dir: Path, *flags: str) -> None:
+    def __init__(
+        self, model: Path, data_dir: Path, *flags: str, command: str = "loramux.cli"
+    ) -> None:
         self.port, self.data_dir = free_port(), data_dir
         self.url = f"http://127.0.0.1:{self.port}"
-        paths = os.pathsep.join(str(ROOT / top) for top in ("server", "kernels"))
+        paths = os.pathsep.join(str(ROOT / top) for top in ("server", "kernels", "."))
         self.log = data_dir.with_suffix(".log").open("ab")
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "loramux.cli", "serve"),
+                *(sys.executable, "-m", command, "serve"),
                 *("--model", str(model), "--data-dir", str(data_dir)),
                 *("--port", str(self.port), "--pool-memory", "64M", "--threads", "1", *flags),
             ],

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -263,29 +261,12 @@ def spoil(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_killing_the_engine_leaves_the_server_alive(
-    shouters: tuple[Path, dict[int, Path]], tmp_path: Path
-) -> None:
-    # A server of its own, started twice: the kill must not disturb the other tests.
+def test_adapters_survive_a_restart(shouters: tuple[Path, dict[int, Path]], tmp_path: Path) -> None:
+    # A server of its own, started twice.
     server = Server(shouters[0], tmp_path / "data")
     assert server.upload("say-40", shouters[1][40]).status_code == 201
-    body = {"model": "tiny", "prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True}
-    with server.http.stream("POST", "/v1/completions", json=body) as answer:
-        lines = answer.iter_lines()
-        next(lines)
-        os.kill(server.child("loramux.engine.main"), signal.SIGKILL)
-        rest = "\n".join(lines)
-    assert '"error"' in rest and "[DONE]" not in rest
-    assert server.http.get("/health/live").status_code == 200
-    assert server.http.get("/health/ready").status_code == 503
-    refused = server.complete("tiny", "x")
-    assert refused.status_code == 503 and "retry-after" in refused.headers
-    server.await_ready()
-    answer = server.complete("say-40", [5, 6], max_tokens=3, return_token_ids=True).json()
-    assert answer["choices"][0]["token_ids"] == [40] * 3
     assert server.close() == 0
-
     again = Server(shouters[0], tmp_path / "data")
     answer = again.complete("say-40", [5, 6], max_tokens=3, return_token_ids=True).json()
-    assert answer["choices"][0]["token_ids"] == [40] * 3, "adapters survive a restart"
+    assert answer["choices"][0]["token_ids"] == [40] * 3
     again.close()

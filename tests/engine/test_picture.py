@@ -82,15 +82,21 @@ def test_the_map_is_the_books_after_every_step(harness: Harness, adapters: list[
         "prefix",
         "warm",
     ]
+    pinned = harness.install(adapters[1])
+    assert harness.engine.command(Command(command_id=2, kind="pin", digest=pinned))
+    harness.step()
+    assert counted(look(harness)) == told(harness) and counted(look(harness))["leased"]
 
 
 def test_rows_say_what_they_wear_and_whose_pages_are_whose(
     harness: Harness, adapters: list[Path]
 ) -> None:
     harness.submit(range(3, 12), adapters[0], tenant="alice", max_tokens=5)
-    harness.submit(range(3, 23), None, tenant="bob", max_tokens=5)
-    while len(harness.engine.scheduler.running) < 2:
+    while not harness.engine.scheduler.running:
         harness.step()
+    harness.submit(range(3, 23), None, tenant="bob", max_tokens=5)
+    harness.step()
+    assert len(harness.engine.scheduler.running) == 2
     picture = look(harness)
     rows = {row.tenant: row for row in picture.batch}
     assert rows["alice"].digests == [harness.install(adapters[0])] and rows["bob"].digests == []

@@ -25,6 +25,7 @@ from loramux.errors import (
     InvalidRequest,
     LoramuxError,
     Overloaded,
+    PoisonRequest,
 )
 from loramux.front.admission import Claim
 from loramux.front.front import Front, lock_data_dir
@@ -297,6 +298,21 @@ def test_stop_drains_and_leaves_nothing(tmp_path: Path) -> None:
             await stopping
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("script", ["kill=3@1", "die=3@1", "die=3"])
+def test_draining_outlives_the_engine(tmp_path: Path, script: str) -> None:
+    async def main() -> None:
+        async with running(configure(tmp_path, drain_s=20)) as front:
+            victim = front.submit(spec("r", script))
+            await front.stop()
+            if script == "die=3":
+                with pytest.raises(PoisonRequest):
+                    await collect(victim)
+            else:
+                assert (await collect(victim)).token_ids == expected(8)
 
     asyncio.run(main())
 

@@ -200,6 +200,93 @@ def test_suspects_run_apart_and_nobody_new_is_let_in(scripted: Callable[[], Scri
     asyncio.run(main())
 
 
+async def _apart(it: Scripted, *deaths: list[str]) -> None:
+    """An engine after ``deaths`` in steps of those, its canary done."""
+    for named in deaths:
+        it.box.note(named)
+        it.die("exit -11")
+        it.birth()
+        it.hear()
+        await it.settle()
+        it.take()
+        it.step()
+        it.hear()
+        await it.settle()
+        it.take()
+
+
+def test_a_set_leaves_before_the_next_comes(scripted: Callable[[], Scripted]) -> None:
+    """What was made of it is all in the ledger before it is submitted again."""
+
+    async def main() -> None:
+        it = scripted()
+        it.birth()
+        it.hear()
+        for index in range(3):
+            it.submit(f"r{index}", seed=index, max_tokens=9)
+        await _apart(it, ["r1", "r2"], ["r1", "r2"])
+        assert set(it.rows) == {"r1"}
+        it.step(2)
+        it.step(2)
+        it.hear(1)
+        await it.settle()
+        it.take()
+        it.hear(1)
+        await it.settle()
+        it.take()
+        assert set(it.rows) == set(), "the other's turn comes with the answer"
+        it.hear()
+        await it.settle()
+        it.take()
+        assert set(it.rows) == {"r2"}
+        it.step(2)
+        it.hear()
+        await it.settle()
+        it.take()
+        assert len(it.rows["r1"].output_ids) == 4 and set(it.rows) == {"r0", "r1", "r2"}
+        await it.finish()
+
+    asyncio.run(main())
+
+
+def test_a_suspect_that_leaves_holds_nobody_up(scripted: Callable[[], Scripted]) -> None:
+    async def main() -> None:
+        it = scripted()
+        it.birth()
+        it.hear()
+        for index in range(2):
+            it.submit(f"r{index}", seed=index, max_tokens=9)
+        await _apart(it, ["r0"])
+        assert set(it.rows) == {"r0"} and not it.open
+        it.generations["r0"].cancel()
+        await it.settle()
+        it.take()
+        assert set(it.rows) == {"r1"} and it.open
+        await it.finish()
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_does_not_say_what_of_may_have_died_of_anything(
+    scripted: Callable[[], Scripted],
+) -> None:
+    """Of anything that it had: not of what it never got."""
+
+    async def main() -> None:
+        it = scripted()
+        it.birth()
+        it.hear()
+        for index in range(3):
+            it.submit(f"r{index}", seed=index, max_tokens=9)
+        await _apart(it, ["r0", "r1"])
+        assert set(it.rows) == {"r0", "r1"}
+        await _apart(it, [])
+        assert set(it.rows) == {"r0"}
+        await it.finish()
+
+    asyncio.run(main())
+
+
 def test_what_is_known_is_not_asked_for_again(scripted: Callable[[], Scripted]) -> None:
     """The prompt's log-probabilities came; the small model's state and the drafter's wish stay."""
 

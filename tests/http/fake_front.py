@@ -202,6 +202,7 @@ class FakeFront:
         self.ledger = Ledger(self.observations, lambda _: None, lambda _: None, self._ended)
         self.info: Ready | None = INFO
         self.reasons: list[str] = []
+        self.sings = True
         self.script: Script = speak("hello wörld 😀, the dog")
         self.specs: list[GenerationSpec] = []
         self.aborted: list[str] = []
@@ -274,6 +275,9 @@ class FakeFront:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return generation
+
+    async def canary(self) -> bool:
+        return self.sings
 
     async def command(self, kind: str, digest: str | None = None) -> dict[str, Any]:
         self.commands.append(kind)

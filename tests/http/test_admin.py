@@ -28,6 +28,20 @@ def test_health(start: Start) -> None:
     assert server.http.get("/health/live").status_code == 200
 
 
+def test_the_canary_is_asked_only_when_wanted(start: Start) -> None:
+    server = start()
+    server.front.sings = False
+    assert server.http.get("/health/deep").json() == {"status": "ready", "reasons": []}
+    answer = server.http.get("/health/deep?canary=1")
+    assert answer.status_code == 503 and answer.json()["reasons"] == ["canary_mismatch"]
+    server.front.sings = True
+    assert server.http.get("/health/deep?canary=1").status_code == 200
+    assert refusal(server.http.get("/health/deep?canary=2"), 400)["param"] == "canary"
+    server.front.reasons = ["engine_starting"]
+    answer = server.http.get("/health/deep?canary=1")
+    assert answer.status_code == 503 and answer.json()["reasons"] == ["engine_starting"]
+
+
 def test_version(shared: Running) -> None:
     assert shared.http.get("/version").json() == {"version": __version__}
 

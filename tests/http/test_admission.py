@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.http import wire
 from tests.http.conftest import Running, Start
 from tests.http.granting import client, grant
 
@@ -137,3 +139,29 @@ def test_who_only_asks_for_tokens_needs_a_place_too(
         assert server.post(path, **body).status_code == 200
         server.front.room.places = 0
     assert gate.encoded == ["a"]
+
+
+def test_large_bodies_that_do_not_end_leave_room_for_small_ones(start: Start) -> None:
+    """Eight thousand bytes may lie unparsed: bodies of 900 come in while as many are free."""
+    server = start(max_body_bytes=1000)
+    body = b'{"model": "base", "prompt": "a", "max_tokens": 1, "user": "%b"}'
+    body = body.replace(b"%b", b"u" * (1000 - len(body) + 2))
+    request = wire.request("/v1/completions", body, "content-type: application/json")
+    head = len(request) - len(body)
+    raws = [wire.connect(server) for _ in range(20)]
+    for raw in raws:
+        raw.sendall(request[: head + 900])
+    refused = []
+    while len(refused) < 12:
+        readable, _, _ = select.select([raw for raw in raws if raw not in refused], [], [], 10)
+        assert readable, "what is over is refused at once"
+        refused += readable
+    for raw in refused:
+        answer = wire.read_until(raw, b"}}")
+        assert wire.status(answer) == 503 and b"retry-after" in answer
+    assert server.complete("a", max_tokens=1).status_code == 200
+    for raw in raws:
+        if raw not in refused:
+            raw.sendall(request[head + 900 :])
+            assert wire.status(wire.read_until(raw, b"usage")) == 200
+    assert server.complete("a" * 100, user="u" * 700, max_tokens=1).status_code == 200

@@ -65,6 +65,7 @@ ROUTES: dict[tuple[str, str], set[str]] = {
     ("GET", "/health"): OPEN,
     ("GET", "/health/live"): OPEN,
     ("GET", "/health/ready"): OPEN,
+    ("GET", "/health/deep"): ADMIN,
     ("GET", "/version"): OPEN,
     ("POST", "/tokenize"): INFER,
     ("POST", "/detokenize"): INFER,

@@ -22,7 +22,7 @@ from loramux.front.front import Front
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(SERVER))
-        config = configure(tmp_path_factory.mktemp("real"), port=0)
+        config = configure(tmp_path_factory.mktemp("real"), port=0, keep_alive_s=0.02)
         server, stop = serve(Front(config, engine=ENGINE, ingest=INGEST), config)
         assert eventually(lambda: server.http.get("/health").status_code == 200, within_s=30)
         yield server
@@ -94,8 +94,9 @@ def test_a_stream_whose_engine_dies_pauses(real: Running) -> None:
     whole = real.complete(**body).json()["choices"][0]["text"]
     body |= {"model": "base", "cache_salt": "delay=0.01 die=5@1 kill=9@2"}
     raw = wire.post(real, "/v1/completions", stream=True, **body)
-    found = wire.events(wire.read_until(raw, b"0\r\n\r\n"))
-    assert found.pop() is None
+    answer = wire.read_until(raw, b"0\r\n\r\n")
+    found = wire.events(answer)
+    assert found.pop() is None and b": keep-alive" in answer
     assert "".join(event["choices"][0]["text"] for event in found) == whole
     assert eventually(lambda: real.http.get("/health").status_code == 200, within_s=30)
     assert real.metric("loramux_engine_restarts_total") == 2

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from loramux_kernels import dispatch
 
 PROGRAM = """
@@ -80,6 +82,7 @@ from loramux_kernels.norm import cpu
 """
 
 
+@pytest.mark.slow  # compiles anew: 15 s
 def test_an_installation_that_cannot_be_written_compiles_into_the_data_folder(
     tmp_path: Path,
 ) -> None:

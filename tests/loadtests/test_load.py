@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,23 @@ loramux_other 1.0
 """
     assert timeline.sample(text) == {"running": 3.0, "pool_kv": 7.0, "pool_free": 2.0}
     assert timeline.sample("") == {}
+
+
+@pytest.mark.slow  # two servers are started
+def test_a_scenario_is_held_or_broken_on_a_real_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--folder", str(tmp_path / "models"), "--out", str(tmp_path)]
+    for name in ("skewed", "tenants"):
+        assert load.main([str(FOLDER / f"{name}.toml"), "--quick", *where]) == 0
+        found = json.loads((tmp_path / f"load-{name}.json").read_text())
+        [case] = found["cases"]
+        assert case["figures"]["ok"] == case["figures"]["requests"] > 20
+        assert case["timeline"], "the tenants' operator may read metrics"
+        plan = (tmp_path / "plans" / f"{name}-0.jsonl").read_bytes()
+        assert hashlib.sha256(plan).hexdigest() == case["plan_sha256"]
+    text = (FOLDER / "skewed.toml").read_text().replace("{ min = 0.99 }", "{ min = 1.01 }")
+    (tmp_path / "impossible.toml").write_text(text)
+    capsys.readouterr()
+    assert load.main([str(tmp_path / "impossible.toml"), "--quick", *where]) == 1
+    assert "BROKEN: attainment_6s is 1, has to be >= 1.01" in capsys.readouterr().out

@@ -13,6 +13,15 @@ from open_loop import Record
 from population import CONFIG, DIFFERENT, WEIGHTS, Population
 from traffic import Arrival
 
+from loramux.front import keys
+
+CONFIG_OF_A_BASE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 MACHINE = {"cpu": "x", "cores": 2, "read_gb_s": 10.0, "gemm_gflops": 100.0}
 
 
@@ -80,7 +89,8 @@ def test_a_page_says_when_its_client_was_late() -> None:
 
 def test_adapters_are_many_and_their_weights_few(tmp_path: Path) -> None:
     home = Population(tmp_path, "tiny", (8, 16))
-    home.write_base()
+    home.base.mkdir(parents=True)
+    (home.base / "config.json").write_text(json.dumps(CONFIG_OF_A_BASE))
     home.write_adapters(20)
     configs = [json.loads((home.adapter(i) / CONFIG).read_text()) for i in range(20)]
     assert [config["r"] for config in configs] == [8, 16] * 10
@@ -98,3 +108,12 @@ def test_adapters_are_many_and_their_weights_few(tmp_path: Path) -> None:
 def test_a_population_that_cannot_be_made_is_refused(tmp_path: Path, wrong: Any) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Population(tmp_path, **wrong)
+
+
+def test_a_key_is_read_whole(tmp_path: Path) -> None:
+    home = Population(tmp_path, "tiny")
+    home.home.mkdir(parents=True)
+    path, found = home.keys(1)
+    stored = {key.id: key for key in keys.read(path).keys}
+    assert [stored[key.split("_")[1]].tenant for key in found] == ["t0", "operator"]
+    assert [len(key.split("_", 2)[2]) for key in found] == [43, 43]

@@ -14,7 +14,6 @@ Every model that has rows in a step computes them in a batch of its own, one aft
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -291,9 +290,7 @@ class StepLoop:
             if (output := outputs.get(request.id)) is None:
                 # With max_tokens 0 only the prompt was asked for, and now it is computed.
                 if request.num_pending == 0 and request.num_ids == request.max_ids:
-                    if any(
-                        entry and math.isnan(entry.logprob) for entry in request.prompt_logprobs
-                    ):
+                    if None in request.prompt_logprobs[1:]:  # not finite
                         self._fail_broken(request, report)
                         continue
                     output = Output(request.id, 0, [], prompt_logprobs=request.prompt_logprobs)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from fastapi import Request
+from fastapi import Query, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
@@ -41,6 +41,15 @@ class Admin:
     async def ready(self) -> Response:
         """Whether to send requests here, and if not, why."""
         reasons = self._front.not_ready()
+        body = {"status": "not_ready" if reasons else "ready", "reasons": reasons}
+        return answer(body, 503 if reasons else 200)
+
+    async def deep(self, canary: Annotated[int, Query(ge=0, le=1)] = 0) -> Response:
+        """As ``ready``; with ``canary=1`` one token of a fixed prompt is made by the real engine as
+        well, and must be the one that was made when that was first asked."""
+        reasons = self._front.not_ready()
+        if canary and not reasons and not await self._front.canary():
+            reasons = ["canary_mismatch"]
         body = {"status": "not_ready" if reasons else "ready", "reasons": reasons}
         return answer(body, 503 if reasons else 200)
 

@@ -21,6 +21,7 @@ from loramux.http.adapters import Adapters, Models
 from loramux.http.admin import Admin
 from loramux.http.aliases import Aliases
 from loramux.http.blobs import Blobs
+from loramux.http.bodies import Bodies
 from loramux.http.chat import Chat
 from loramux.http.compatibility import Compatibility
 from loramux.http.completions import Completions
@@ -125,7 +126,8 @@ def _guarded(
     readers = [count, *([access_log.write] if config.access_log == "json" else ())]
     if traces is not None:
         readers.append(traces.write)
-    return RequestIds(Exchanges(Limits(app, config, refusal), readers))
+    limited = Limits(Bodies(app, config), config, refusal)
+    return RequestIds(Exchanges(limited, readers))
 
 
 def exporter_of(front: Front) -> Exporter:
@@ -167,6 +169,7 @@ def _operators(front: Front, exporter: Exporter) -> Table:
         ("GET", "/health", admin.health, auth.OPEN),
         ("GET", "/health/live", admin.live, auth.OPEN),
         ("GET", "/health/ready", admin.ready, auth.OPEN),
+        ("GET", "/health/deep", admin.deep, auth.ADMIN),
         ("GET", "/version", admin.version, auth.OPEN),
         ("POST", "/tokenize", admin.tokenize, auth.INFER),
         ("POST", "/detokenize", admin.detokenize, auth.INFER),

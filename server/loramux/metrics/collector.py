@@ -33,7 +33,14 @@ SEEDED = {
         "adapter_load_failed",
         "numerical_error",
     ),
-    "admission_rejected": ("overloaded", "draining", "engine_starting", "engine_failed"),
+    "admission_rejected": (
+        "overloaded",
+        "rate_limit_exceeded",
+        "draining",
+        "engine_starting",
+        "engine_recovering",
+        "engine_failed",
+    ),
     "adapter_evictions": ("kv", "adapter", "removed"),
 }
 """Shown from the start, at 0: PromQL's increase() does not see a series that begins at 1."""

@@ -49,33 +49,32 @@ export class Feed {
 
   async ask() {
     this.asking = true;
-    let wait = EVERY_MS;
-    try {
-      const answer = await fetch("admin/state", {
-        headers: headers(),
-        cache: "no-store",
-        signal: AbortSignal.timeout(PATIENCE_MS),
-      });
-      if (answer.ok) {
-        const state = await answer.json();
-        this.failures = 0;
-        this.on.state(state);
-      } else if (answer.status === 401 || answer.status === 403) {
-        const { error } = await answer.json();
-        this.failures = 0;
-        this.asking = false;
-        this.on.refused(answer.status, error.message);
-        return; // a new key starts it again
-      } else {
-        throw new Error(`the server answered ${answer.status}`);
-      }
-    } catch (error) {
-      if (!(error instanceof TypeError || error instanceof DOMException || error instanceof Error)) throw error;
-      this.failures += 1;
-      wait = Math.min(LONGEST_MS, EVERY_MS * 2 ** (this.failures - 1));
-      this.on.away(wait / 1000);
-    }
+    const { state, refusal } = await question();
     this.asking = false;
+    if (refusal) return this.on.refused(refusal.status, refusal.message); // a new key starts it again
+    this.failures = state ? 0 : this.failures + 1;
+    const wait = state ? EVERY_MS : Math.min(LONGEST_MS, EVERY_MS * 2 ** (this.failures - 1));
     if (!document.hidden) this.timer = setTimeout(() => this.look(), wait);
+    if (state) this.on.state(state);
+    else this.on.away(wait / 1000);
   }
+}
+
+/** {state}, {refusal: {status, message}}, or {} when there is no answer that means anything. */
+async function question() {
+  try {
+    const answer = await fetch("admin/state", {
+      headers: headers(),
+      cache: "no-store",
+      signal: AbortSignal.timeout(PATIENCE_MS),
+    });
+    if (answer.ok) return { state: await answer.json() };
+    if (answer.status === 401 || answer.status === 403) {
+      const { error } = await answer.json();
+      return { refusal: { status: answer.status, message: error.message } };
+    }
+  } catch {
+    // nobody there, or something in between that does not speak JSON
+  }
+  return {};
 }

@@ -91,9 +91,10 @@ function place(prompts) {
 }
 
 function openKey(open) {
+  const opens = open && $("key").hidden;
   $("key").hidden = !open;
   $("key-open").setAttribute("aria-expanded", String(open));
-  if (open) $("key-field").focus();
+  if (opens) $("key-field").focus();
 }
 
 function refused(status, message) {

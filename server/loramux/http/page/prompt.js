@@ -12,6 +12,7 @@ export class Asking {
     this.names = [];
     this.chosen = null;
     this.running = null;
+    this.asked = false;
     $("ask-form").addEventListener("submit", (event) => {
       event.preventDefault();
       this.ask();
