@@ -143,6 +143,10 @@ def ask(document: Any, house: Tenant, method: str, path: str, num: int, **option
         case = data.draw(operation.as_strategy(generation_mode=mode))
         if data.draw(st.booleans()):
             steer(case, data, names)
+        if isinstance(case.body, dict):
+            case.body.pop(
+                "deadline_s", None
+            )  # a very short one is answered with the 504 it asks for
         for name in [name for name in case.headers or () if name.lower() == "authorization"]:
             del case.headers[name]
         case.headers = {**dict(case.headers or {}), **headers}

@@ -216,6 +216,7 @@ ANSWERS: Mapping[tuple[str, str], Mapping[int, Mapping[str, Json]]] = {
     ("GET", "/health"): {200: NOTHING, 503: NOTHING},
     ("GET", "/health/live"): {200: _STATUS},
     ("GET", "/health/ready"): {200: _STATUS, 503: _STATUS},
+    ("GET", "/health/deep"): {200: _STATUS, 503: _STATUS},
     ("GET", "/version"): {200: {JSON: _object("version", version=TEXT)}},
     ("POST", "/tokenize"): {
         200: {
