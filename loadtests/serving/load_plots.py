@@ -25,6 +25,12 @@ def knee(cases: Sequence[dict[str, Any]]) -> float | None:
     return last
 
 
+def legend(axis: Any, **how: Any) -> None:
+    """Of what was drawn, if anything was."""
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, **how)
+
+
 def draw_plots(found: dict[str, Any], where: Path) -> None:
     """One picture of a report, ``plots/load-<scenario>.png``."""
     cases = found["cases"]
@@ -71,13 +77,13 @@ def _rates(axis: Any, found: dict[str, Any]) -> None:
         axis.axvline(at, color="#999999", linestyle="--", linewidth=1)
         axis.annotate(f"knee: {at:g}/s", (at, 0), xytext=(4, 4), textcoords="offset points")
     axis.set_ylabel("requests/s")
-    axis.legend(frameon=False)
+    legend(axis)
 
 
 def _latencies(axis: Any, found: dict[str, Any]) -> None:
     _over(axis, found, {f"ttft_p{p}_s": f"p{p}" for p in (50, 95, 99)})
     axis.set_ylabel("TTFT, s")
-    axis.legend(frameon=False)
+    legend(axis)
 
 
 def _cdf(axis: Any, found: dict[str, Any]) -> None:
@@ -90,7 +96,7 @@ def _cdf(axis: Any, found: dict[str, Any]) -> None:
     axis.set(xlabel="TTFT, s", ylabel="share of answered requests")
     axis.set_xlim(left=0)
     if found["vary"]:
-        axis.legend(frameon=False)
+        legend(axis)
 
 
 def _pool(axis: Any, timeline: Sequence[dict[str, Any]]) -> None:
@@ -98,7 +104,7 @@ def _pool(axis: Any, timeline: Sequence[dict[str, Any]]) -> None:
     shares = [[point.get(f"pool_{owner}", 0) for point in timeline] for owner in OWNERS]
     axis.stackplot(at, shares, labels=OWNERS, colors=report.COLOURS)
     axis.set(xlabel="s", ylabel="frames of the pool", ylim=(0, timeline[-1].get("frames")))
-    axis.legend(frameon=False, fontsize="small")
+    legend(axis, fontsize="small")
 
 
 def _queue(axis: Any, timeline: Sequence[dict[str, Any]]) -> None:
@@ -107,4 +113,4 @@ def _queue(axis: Any, timeline: Sequence[dict[str, Any]]) -> None:
         label = "resident adapters" if name == "resident" else name.replace("_", " ")
         axis.plot(at, [point.get(name, 0) for point in timeline], label=label)
     axis.set(xlabel="s", ylabel="requests, adapters")
-    axis.legend(frameon=False, fontsize="small")
+    legend(axis, fontsize="small")

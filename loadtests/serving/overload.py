@@ -75,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         server = streams.Server(Path(folder) / "data", *flags)
         try:
-            case = asyncio.run(measure(server, 6 if args.quick else 30))
+            case = asyncio.run(measure(server, 6 if args.quick else 20))
         finally:
             server.close()
     found["cases"].append(case)

@@ -135,15 +135,16 @@ class Load:
 async def closed_loop(server: Server, num: int, seconds: float, max_tokens: int) -> float:
     """Tokens a second with ``num`` requests in flight all the time."""
     began = time.monotonic()
-    tokens = 0
 
-    async def one(key: int) -> None:
-        nonlocal tokens
+    async def one(key: int) -> int:
+        tokens = 0
         while time.monotonic() - began < seconds:
-            tokens += (await ask(server, key, began, max_tokens)).tokens
+            answer = await ask(server, key, began, max_tokens)
+            tokens += answer.tokens
+        return tokens
 
-    await asyncio.gather(*(one(key) for key in range(num)))
-    return tokens / (time.monotonic() - began)
+    made = await asyncio.gather(*(one(key) for key in range(num)))
+    return sum(made) / (time.monotonic() - began)
 
 
 def percentile(values: list[float], percent: int) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import report
-from load_plots import knee
+from load_plots import knee, legend
 
 COLUMNS = {
     "throughput_rps": "requests/s",
@@ -110,7 +110,7 @@ def draw(found: dict[str, Any], where: Path) -> None:
             axis.set(xscale="log", xlabel="adapters")
             axis.set_ylim(bottom=0)
         axes[0].set_ylabel("requests/s")
-        axes[0].legend(frameon=False)
+        legend(axes[0])
         axes[1].set_ylabel("TTFT p99, s")
         _draw_rates(axes[2], _rated(found))
         _draw_cdf(axes[3], found)
@@ -126,7 +126,7 @@ def _draw_rates(axis: Any, rated: list[dict[str, Any]]) -> None:
         axis.axvline(at, color="#999999", linestyle="--", linewidth=1)
         axis.annotate(f"knee: {at:g}/s", (at, 0), xytext=(4, 4), textcoords="offset points")
     axis.set(xlabel="rate, 1/s", ylabel="requests/s")
-    axis.legend(frameon=False)
+    legend(axis)
 
 
 def _draw_cdf(axis: Any, found: dict[str, Any]) -> None:
@@ -137,7 +137,7 @@ def _draw_cdf(axis: Any, found: dict[str, Any]) -> None:
         if mine and mine[0]["ttft_s_percentiles"][0] is not None:
             axis.plot(mine[0]["ttft_s_percentiles"], [p / 100 for p in range(101)], label=system)
     axis.set(xlabel=f"TTFT, s ({most} adapters)", ylabel="share of answered requests")
-    axis.legend(frameon=False)
+    legend(axis)
 
 
 def write_page(found: dict[str, Any], where: Path) -> None:

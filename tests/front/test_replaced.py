@@ -287,6 +287,27 @@ def test_an_engine_that_does_not_say_what_of_may_have_died_of_anything(
     asyncio.run(main())
 
 
+def test_an_engine_that_cannot_start_has_died_of_no_request(
+    scripted: Callable[[], Scripted],
+) -> None:
+    async def main() -> None:
+        it = scripted()
+        it.birth()
+        it.hear()
+        it.submit("r", seed=0, max_tokens=9)
+        await _apart(it, ["r"])
+        for _ in range(3):
+            it.die("exit -9")
+            it.birth()
+            it.die("exit 1")
+            it.birth()
+            it.hear()
+        await it.finish()
+        assert it.generations["r"].done is not None
+
+    asyncio.run(main())
+
+
 def test_what_is_known_is_not_asked_for_again(scripted: Callable[[], Scripted]) -> None:
     """The prompt's log-probabilities came; the small model's state and the drafter's wish stay."""
 

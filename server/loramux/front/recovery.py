@@ -36,7 +36,7 @@ class Recovery:
         self._give_to_engine = give
         self._take_back = take_back
         self._probe = probe
-        self._given: set[str] = set()
+        self._waiting: set[str] = set()
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -47,7 +47,7 @@ class Recovery:
 
     def give(self, entry: Entry) -> None:
         """The engine is to work on this choice."""
-        self._given.add(entry.spec.request_id)
+        self._waiting.discard(entry.spec.request_id)
         self._give_to_engine(entry)
 
     def begin(self) -> None:
@@ -67,13 +67,13 @@ class Recovery:
         if self._task is not None:
             self._task.cancel()
             self._task = None
-        given, self._given = self._given, set()
+        unfinished = [entry.spec.request_id for entry in self._ledger.unfinished()]
+        before, self._waiting = self._waiting, set(unfinished)
         if not blamed:
             return
         named = [request_id for request_id in running if request_id in self._ledger]
         if not running:
-            named = [entry.spec.request_id for entry in self._ledger.unfinished()]
-            named = [request_id for request_id in named if request_id in given]
+            named = [request_id for request_id in unfinished if request_id not in before]
         poison = self._suspects.died(named)
         log.warning("%d requests may be what the engine died of", len(named))
         if poison is not None:
@@ -92,7 +92,7 @@ class Recovery:
                 if self._suspects.next(self._ledger):
                     left = [request_id for request_id in apart if request_id in self._ledger]
                     await self._take_back(left)
-                    self._given.difference_update(left)
+                    self._waiting.update(left)
             self._give_the_rest()
         except Overloaded:
             pass  # the engine is gone
@@ -112,5 +112,5 @@ class Recovery:
 
     def _give_the_rest(self) -> None:
         for entry in self._ledger.unfinished():
-            if entry.spec.request_id not in self._given:
+            if entry.spec.request_id in self._waiting:
                 self.give(entry)
