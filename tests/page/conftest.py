@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.front.model_dir import write_model
 from tests.http.conftest import Running, Start, launch
 from tests.http.fake_front import row
@@ -37,6 +37,11 @@ FLAGS = [
     "--disable-sync",
 ]
 SHOUT, WHISPER = row("shout", 3).digest, row("whisper").digest
+
+PATIENCE_MS = 60_000
+"""For what has to come; on a machine with other things to do it comes late."""
+HOUR_MS = 3_600_000
+expect.set_options(timeout=PATIENCE_MS)
 
 Open = Callable[..., Page]
 
@@ -88,20 +93,22 @@ def complaints() -> list[str]:
 @pytest.fixture
 def visit(browser: Browser, complaints: list[str]) -> Iterator[Open]:
     """``visit(url, **context)``: the page in a tab of its own. Whatever is asked of another host is
-    a complaint too."""
+    a complaint too. With ``clock`` the page's time stands still until the test lets some pass."""
     contexts = []
 
     def visit(url: str, *, clock: bool = False, **context: Any) -> Page:
         made = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
         contexts.append(made)
         page = made.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(PATIENCE_MS)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda said: complain(said.type, said.text))
         page.on("request", lambda r: None if r.url.startswith(url) else complaints.append(r.url))
         if clock:
-            page.clock.install()
+            page.clock.install(time=0)
         page.goto(url + "/")
+        if clock:
+            page.clock.pause_at(HOUR_MS)
         return page
 
     def complain(kind: str, text: str) -> None:
@@ -164,6 +171,14 @@ def busy_server(server: Running) -> Running:
     script(server, busy())
     server.front.snapshot.drafts.add(SHOUT, "lookup", 4, 4, 3)
     return server
+
+
+def settle(server: Running, page: Page) -> None:
+    """With the page's clock stopped: nothing is on its way, the next question is in a second."""
+    server.front.snapshot.stats.num_running = 99
+    while page.locator("#f-running").inner_text() != "99":
+        page.clock.run_for(1000)
+        page.wait_for_timeout(20)
 
 
 def cells_of(page: Page, table: str) -> list[list[str]]:

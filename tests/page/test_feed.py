@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import pytest
 import uvicorn
 from playwright.sync_api import Page, expect
 from tests.http.conftest import Running, Start
 from tests.http.fake_front import eventually
 from tests.http.granting import grant
-from tests.page.conftest import Open, busy, script
+from tests.page.conftest import Open, busy, script, settle
 
 from loramux.http.app import build_admin_app
 from loramux.http.connection import uvicorn_config
@@ -28,32 +29,35 @@ def counted(page: Page) -> list[str]:
     return asked
 
 
-def after(page: Page, ms: int) -> None:
-    """Let that much of the page's own time pass, and its answers come."""
-    page.clock.run_for(ms)
-    page.wait_for_load_state("networkidle")
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every question is answered anew: here time is the page's alone."""
+    monkeypatch.setattr("loramux.http.state.CACHE_S", 0)
 
 
 def test_once_a_second_and_only_while_somebody_looks(server: Running, visit: Open) -> None:
     page = visit(server.url, clock=True)
-    expect(page.locator("#status")).to_have_text("ready")
+    settle(server, page)
     asked = counted(page)
     for number in range(1, 4):
-        with page.expect_response("**/admin/state"):
-            page.clock.run_for(1000)
-        page.evaluate("0")
+        server.front.snapshot.stats.num_running = number
+        page.clock.run_for(999)
+        assert len(asked) == number - 1
+        page.clock.run_for(1)
+        expect(page.locator("#f-running")).to_have_text(str(number))
         assert len(asked) == number
     page.evaluate(HIDE, True)
-    after(page, 20_000)
+    page.clock.run_for(20_000)
     assert len(asked) == 3, "nobody looks"
-    with page.expect_response("**/admin/state"):
-        page.evaluate(HIDE, False)
+    server.front.snapshot.stats.num_running = 4
+    page.evaluate(HIDE, False)
+    expect(page.locator("#f-running")).to_have_text("4")
     assert len(asked) == 4, "at once, when somebody looks again"
 
 
 def test_a_server_that_is_away(busy_server: Running, visit: Open) -> None:
     page = visit(busy_server.url, clock=True)
-    expect(page.locator("#f-running")).to_have_text("2")
+    settle(busy_server, page)
     page.route("**/admin/state", lambda route: route.abort())
     asked = counted(page)
     for number, wait in enumerate([1, 1, 2, 4, 8, 16, 30, 30], start=1):
@@ -63,7 +67,7 @@ def test_a_server_that_is_away(busy_server: Running, visit: Open) -> None:
         expect(page.locator("#away-text")).to_contain_text(wanted)
         assert len(asked) == number
     expect(page.locator("#status")).to_have_text("no answer")
-    expect(page.locator("#f-running")).to_have_text("2")
+    expect(page.locator("#f-running")).to_have_text("99")
     expect(page.locator("body")).to_have_class("stale")
     page.unroute("**/admin/state")
     page.click("#away-now")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from playwright.sync_api import Page, expect
 from tests.http.conftest import Running
-from tests.page.conftest import Open, busy, cells_of, script
+from tests.page.conftest import Open, busy, cells_of, script, settle
 
 from loramux.metrics.picture import BatchRow, Frames, Picture
 
@@ -113,19 +114,22 @@ def test_rows_queue_and_adapters(busy_server: Running, visit: Open) -> None:
     expect(page.locator("#drafters")).to_contain_text("3 of 4 right, 75 %; 3.0 tokens saved a try")
 
 
-def test_it_is_live(server: Running, visit: Open) -> None:
+def test_it_is_live(server: Running, visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loramux.http.state.CACHE_S", 0)
     script(server, Picture())
-    page = visit(server.url)
-    expect(page.locator("#f-running")).to_have_text("0")
+    page = visit(server.url, clock=True)
+    settle(server, page)
     script(server, busy())
     server.front.snapshot.steps += 10
     server.front.snapshot.generation_tokens += 50
     server.front.snapshot.phase_s = {"forward": 0.2, "schedule": 0.05}
+    page.clock.run_for(1000)
     expect(page.locator("#f-running")).to_have_text("2")
     expect(page.locator("#f-waiting")).to_have_text("5")
     expect(page.locator("#f-free")).to_have_text("32")
     expect(page.locator("#phases-list")).to_contain_text("forward20 ms")
     expect(page.locator("#f-step")).to_have_text("25 ms")
+    expect(page.locator("#f-rate")).to_have_text("50")
 
 
 def test_nothing_to_show_is_said(server: Running, visit: Open) -> None:

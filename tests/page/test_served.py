@@ -39,8 +39,6 @@ def test_ask_look_upload_and_survive(demo: Server, visit: Open, tmp_path: Path) 
     """One visit, from the first prompt to an engine that dies: starting a server costs more than
     all of it."""
     page = visit(demo.url)
-    page.set_default_timeout(30_000)
-    expect.set_options(timeout=30_000)
     expect(page.locator("#status")).to_have_text("ready")
     expect(page.locator("#device")).to_have_text("float32, cpu")
     expect(page.locator("#batch-table")).to_contain_text("Nobody is asking")
