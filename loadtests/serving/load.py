@@ -29,6 +29,7 @@ from typing import Any
 
 import figures
 import httpx
+import pairs
 import report
 import scenario as scenarios
 import traffic
@@ -129,13 +130,13 @@ async def run_point(one: Traffic, target: Target, scenario: Scenario, plan_path:
     return Point(one, run, digest, timeline.points)
 
 
-def run_all(scenario: Scenario, target: Target, where: Path) -> dict[str, Any]:
-    """Every point; the report."""
-    import pairs
-
+def run_all(
+    header: dict[str, Any], scenario: Scenario, target: Target, where: Path
+) -> dict[str, Any]:
+    """Every point; the report that ``header`` begins."""
     fits(scenario, target)
-    found = pairs.header()
-    found |= {
+    found = header | {
+        "cases": [],
         "scenario": scenario.name,
         "about": scenario.about,
         "vary": scenario.vary,
@@ -224,15 +225,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=MODELS, help="where models are kept")
     parser.add_argument("--quick", action="store_true", help="does it work? the figures say little")
     parser.add_argument("--out", type=Path, help="folder of the JSON file, of plans/ and plots/")
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     where = report.folder(args)
     try:
         scenario = scenarios.read(args.scenario, quick=args.quick)
+        header = pairs.header([__file__, *argv])  # while nothing runs: it measures the machine
         if args.url:
-            found = run_all(scenario, given_server(args, scenario), where)
+            found = run_all(header, scenario, given_server(args, scenario), where)
         else:
             with own_server(scenario, args.folder) as target:
-                found = run_all(scenario, target, where)
+                found = run_all(header, scenario, target, where)
     except (ValueError, httpx.HTTPError) as error:
         print(f"load: {error}", file=sys.stderr)
         return 2

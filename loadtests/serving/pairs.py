@@ -88,8 +88,9 @@ def command(argv: list[str]) -> str:
     return " ".join("DIR" if word.startswith("/") else word for word in words)
 
 
-def header() -> dict[str, Any]:
-    """What a report says of itself; its cases follow."""
+def header(argv: list[str] | None = None) -> dict[str, Any]:
+    """What a report says of itself; its cases follow. ``argv``: the command's, if it is not this
+    process's own."""
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
         capture_output=True,
@@ -97,7 +98,7 @@ def header() -> dict[str, Any]:
         check=True,
     ).stdout.strip()
     return {
-        "command": command(sys.argv),
+        "command": command(sys.argv if argv is None else argv),
         "commit": commit,
         "machine": machine(),
         "cases": [],
