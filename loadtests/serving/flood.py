@@ -47,7 +47,7 @@ async def measure(server: open_loop.Server, seconds: float, rounds: int) -> dict
 def main() -> None:
     args = report.arguments(__doc__).parse_args()
     found = throughput.header()
-    flags = ["--max-num-seqs", str(SEATS), "--max-waiting", str(4 * ROOM)]
+    flags = ["--max-num-seqs", str(SEATS), "--max-waiting", str(12 * ROOM)]
     with tempfile.TemporaryDirectory() as folder:
         server = open_loop.Server(Path(folder) / "data", *flags)
         try:
