@@ -1,4 +1,4 @@
-"""A server with a draft model, and an adapter with a companion for it."""
+"""A server with a draft model, an adapter with a companion for it, and guesses one can count."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def test_an_adapter_and_its_companion_on_the_draft_model(
     on_base = tiny.write_adapter(tmp_path / "cat", model, r=4)
     on_draft = tiny.write_adapter(tmp_path / "swift", draft, r=2)
     (on_base / "loramux.json").write_text(json.dumps({"companions": {"draft": "swift"}}))
-    server = Server(model, tmp_path / "data", "--draft-model", str(draft))
+    # Off: no planner decides whether guesses pay, so what a request names is asked in every step.
+    drafting = ("--draft-model", str(draft), "--speculation", "off")
+    server = Server(model, tmp_path / "data", *drafting)
     push = ["adapters", "--url", server.url, "push"]
     try:
         for folder, base in ((on_draft, "target"), (on_base, "draft"), (on_draft, "small")):
@@ -40,6 +42,25 @@ def test_an_adapter_and_its_companion_on_the_draft_model(
             assert cat.companions == {"draft": companion}
             with_it = client.complete([5, 6, 7], model="cat", max_tokens=5, temperature=0)
             assert [card.id for card in client.models()] == ["model", "cat"]
+            assert with_it.usage.details.speculation == "off"
+            ask = {"drafters": ["draft"], "max_draft_tokens": 2}
+            drafted = client.complete(
+                [5, 6, 7], model="cat", max_tokens=5, temperature=0, speculation=ask
+            )
+            assert drafted.text == with_it.text
+            assert drafted.usage.details.speculation.drafted > 0
+            copied = client.complete(
+                [40] * 8,
+                model="cat",
+                max_tokens=13,
+                temperature=0,
+                logit_bias={"40": 100},
+                speculation={"drafters": ["lookup"], "max_draft_tokens": 4},
+                return_token_ids=True,
+            )
+            assert copied.choices[0].token_ids == [40] * 13
+            told = copied.usage.details.speculation
+            assert (told.accepted, told.steps) == (9, 3)
             client.adapters.delete("swift")
             assert client.adapters.show("cat").companions["draft"]["status"] == "missing"
             without = client.complete([5, 6, 7], model="cat", max_tokens=5, temperature=0)

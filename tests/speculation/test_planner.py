@@ -22,13 +22,15 @@ from tests.speculation.simulated import (
     request,
     served,
     table,
+    usual,
 )
 
 from loramux.batch import Row
 from loramux.request import AdapterRef, Request
 from loramux.speculation.costs import Costs, CostTable, Load
 from loramux.speculation.drafter import Ask, Guess
-from loramux.speculation.planner import MARGIN, Answer, Planner
+from loramux.speculation.planner import MARGIN, Answer, Planner, _worth
+from loramux.speculation.prospects import PRICES, Table
 from loramux.speculation.record import Class, kind_of
 
 
@@ -45,9 +47,13 @@ def test_it_is_as_fast_as_the_best_fixed_length(
     seed: int, rows: int, token_s: float, knee: int, chance: float, each: float
 ) -> None:
     costs = Costs.alike(table(0.01, token_s, knee))
-    server = served(Scripted(World(seed), lambda _: [chance] * 8, each), costs, rows)
-    server.run(WARM)
-    near(server.run(LONG), fixed(costs, rows, [chance] * 8, lambda _: rows * each))
+
+    def rate(luck: int) -> float:
+        server = served(Scripted(World(luck), lambda _: [chance] * 8, each), costs, rows)
+        server.run(WARM)
+        return server.run(LONG)
+
+    near(usual(rate, seed), fixed(costs, rows, [chance] * 8, lambda _: rows * each))
 
 
 @settings(max_examples=8, deadline=None)
@@ -63,10 +69,14 @@ def test_a_model_is_asked_for_what_pays(
 ) -> None:
     """Its time is counted before it is spent: cutting afterwards would be too late."""
     costs = Costs.alike(table(0.01, token_s))
-    drafter = Model(World(seed), lambda _: [chance] * 8, step=step_s)
-    server = served(drafter, costs, rows)
-    server.run(WARM)
-    near(server.run(LONG), fixed(costs, rows, [chance] * 8, lambda most: most * step_s))
+
+    def rate(luck: int) -> float:
+        drafter = Model(World(luck), lambda _: [chance] * 8, step=step_s)
+        server = served(drafter, costs, rows)
+        server.run(WARM)
+        return server.run(LONG)
+
+    near(usual(rate, seed), fixed(costs, rows, [chance] * 8, lambda most: most * step_s))
 
 
 def test_a_recorded_step_is_only_left_for_more_than_it_saves() -> None:
@@ -379,3 +389,25 @@ def test_adapters_come_and_go() -> None:
     assert len(right._owned) <= 16
     assert len(right._counts) == 64
     assert MOST_TOKENS >= max(server.verified) > 0, "a new adapter begins with what is known"
+
+
+@pytest.mark.parametrize(("answers", "first", "kept"), [(0.5, 1.0, False), (0.1, 1.0, True)])
+def test_what_answers_only_stands_in_the_way_of_what_is_better(
+    answers: float, first: float, kept: bool
+) -> None:
+    """The second of a chain brings 5 tokens, and is only asked where the first has no answer."""
+    shape = (2, 1, len(PRICES))
+    table = Table(*np.zeros((5, *shape)))
+    table.right[:, 0], table.answers[:, 0] = [[first], [5.0]], [[answers], [1.0]]
+    worth, chain = _worth(table, 1.0, np.zeros(len(PRICES)))
+    assert chain[0].all() == chain[0].any() == kept and chain[1].all()
+    assert worth[1] == pytest.approx(first + (1 - answers) * 5 if kept else 5.0)
+
+
+def test_nothing_of_a_probe_is_verified() -> None:
+    costs = Costs.alike(table(0.01, 0.0))
+    planner, guess = Planner(costs), Guess([1, 2, 3, 4])
+    ask = Ask(request("r"), 8)
+    answers = [Answer(0, ask, "scripted", guess), Answer(0, ask, "scripted", guess, probe=True)]
+    numbers = planner.choose(answers, Load(1, 1, 64), 0.0)
+    assert numbers[0] > 0 and numbers[1] == 0

@@ -93,9 +93,10 @@ class Reality:
         self._means: dict[tuple[int, bool], float] = {}
         self._counts: Counter[tuple[int, bool]] = Counter()
 
-    def knows_plain(self, rows: int) -> bool:
-        """A step of about ``rows`` was seen in which nobody was asked."""
-        return (rows.bit_length(), False) in self._means
+    def plain(self, rows: int) -> float:
+        """What the table's seconds of a step of about ``rows`` in which nobody is asked have to be
+        multiplied by; 0 as long as none was seen."""
+        return self._means.get((rows.bit_length(), False), 0.0)
 
     def took(self, rows: int, *, asked: bool, ratio: float) -> None:
         """A step of ``rows`` took ``ratio`` times what the table says."""

@@ -48,7 +48,7 @@ class Drafting:
         """The step is committed. What a model's rows took can be told if it was ``alone`` in it."""
         began, self._began = self._began, None
         if self.planner is not None and began is not None and alone:
-            self.planner.stepped(self._clock() - began - self._asked_s)
+            self.planner.stepped(self._clock() - began - self._asked_s, self._asked_s)
 
     def propose(self, asks: Sequence[Ask], load: Load) -> list[Draft | None]:
         """For each of ``asks`` the guess of the first of its request's drafters that has one, as
@@ -63,7 +63,7 @@ class Drafting:
         if self.planner is not None and answers:
             numbers = self.planner.choose(answers, load, self._clock() - began)
         if self.planner is not None:
-            self.planner.proposed(self._clock() - began - self._asked_s)
+            self.planner.proposed(self._clock() - began - self._asked_s, self._asked_s)
         budget = load.budget
         for answer, number in zip(answers, numbers, strict=True):
             if number := min(number, budget):

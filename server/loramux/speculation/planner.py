@@ -27,6 +27,7 @@ from loramux.request import Request
 from loramux.speculation.beliefs import MOST_OWNERS, Floats
 from loramux.speculation.costs import Costs, Load, Reality
 from loramux.speculation.drafter import Ask, Drafter, Guess
+from loramux.speculation.promises import Promises
 from loramux.speculation.prospects import PRICES, Duration, Group, Prospects, Table
 from loramux.speculation.record import LONGEST, Class, Record, kind_of
 
@@ -39,9 +40,9 @@ PLAN_STEPS = 32
 PLAN_SHARE, IDLE_SHARE = 0.02, 0.005
 """Of the time of plain steps, for planning, and while nobody is worth asking: with a small model a
 plan takes as long as a step, and what was decided holds for longer, also under another load."""
-VAIN_STEPS = 2.0
-"""When so many plain steps' time, and at least that of a plan, went into asking while nothing of it
-was verified, it is time for the next plan. With a large model that is never reached."""
+LOST_STEPS = 2.0
+"""When so many plain steps' time, and at least that of a plan, was lost by asking, it is time for
+the next plan."""
 BROUGHT_STEPS = 2
 """What an ask brings is counted so often: that takes time too."""
 PLAIN_STEPS = 64
@@ -52,6 +53,9 @@ PROBE_MOST = 2
 """Tokens that those are asked for who take longer for more."""
 PROBE_STEPS = 8
 """So often at most: planning a probe takes time too."""
+WAKE_SHARE, LONGEST_REST = 0.01, 32
+"""Of the time of plain steps, for looking whether somebody is worth asking again; but the text of a
+request may begin to repeat itself at any time, so that many steps at most without."""
 SAVED_STEPS = 2.0
 """Steps' worth of unused time for probes that is kept."""
 
@@ -90,13 +94,14 @@ class Planner:
         self._planned: dict[Group, Chain] = {}
         self._planned_for: tuple[int, int, int] | None = None
         self._steps_since = 0
-        self._plan_s = Duration()
+        self._plan_s, self._wake_s = Duration(), Duration()
         self._reality = Reality()
+        self._promises = Promises()
         self._load = Load(0, 0, 0)
-        self._guesses = 0
+        self._guesses, self._right = 0, 0.0
         self._asked: bool | None = None
         self._rest = self._awake = 0
-        self._credit_s = self._vain_s = 0.0
+        self._credit_s = 0.0
         self._turn = 0
 
     # -- before drafting -------------------------------------------------------------------------
@@ -104,14 +109,14 @@ class Planner:
     def rests(self, load: Load) -> bool:
         """Nobody is worth asking in a step of ``load``, and it is not yet time to see whether that
         has changed; or it is time to see what such a step takes. To be called once a batch."""
-        self._load, self._guesses, self._asked = load, 0, False
+        self._load, self._guesses, self._right, self._asked = load, 0, 0.0, False
         if self._rest > 1:
             self._rest -= 1
             if self._rest > 1:
                 self._asked = None  # of a rest one step is looked at
             return True
         self._awake += 1
-        unknown = load.tokens == load.rows and not self._reality.knows_plain(load.rows)
+        unknown = load.tokens == load.rows and not self._reality.plain(load.rows)
         return unknown or self._awake % PLAIN_STEPS == 0
 
     @property
@@ -133,9 +138,9 @@ class Planner:
             if len(self._planned) > MOST_OWNERS:
                 self._planned.clear()
             self._planned |= self._plan(Counter(groups), load)
-            self._steps_since, self._vain_s = 0, 0.0
+            self._steps_since = 0
         chains = [self._planned.get(group, ()) for group in groups]
-        self._rest = 0 if any(chains) else PROBE_STEPS
+        self._rest = 0 if any(chains) else self._rest_for(self.costs.without_guesses(load))
         self._asked = None if must_plan or self._rest else True
         self._steps_since += max(1, self._rest)
         return [
@@ -143,17 +148,26 @@ class Planner:
             for chain, ask in zip(chains, asks, strict=True)
         ]
 
-    def proposed(self, seconds: float) -> None:
-        """Beside the drafters themselves, a step's proposals took ``seconds``."""
+    def proposed(self, seconds: float, asked_s: float) -> None:
+        """A step's proposals took ``seconds``, and the drafters beside that ``asked_s``."""
         if self._steps_since <= max(1, self._rest):
             self._plan_s.took(seconds)
+        elif self._rest:
+            self._wake_s.took(seconds + asked_s)
 
-    def stepped(self, seconds: float) -> None:
-        """The step took ``seconds``, the drafters' own time left out."""
+    def _rest_for(self, plain_s: float) -> int:
+        """Steps until the next look: with a small model that takes a part of a step."""
+        return max(PROBE_STEPS, min(LONGEST_REST, int(self._wake_s.mean / (WAKE_SHARE * plain_s))))
+
+    def stepped(self, seconds: float, asked_s: float) -> None:
+        """The step took ``seconds``, and the drafters beside that ``asked_s``."""
         load, asked = self._load, self._asked
-        if asked is None or (asked and not self._guesses):
-            return  # neither one nor the other
-        if load.tokens == load.rows:  # prompts' contexts differ
+        if asked is None or load.tokens != load.rows:  # prompts' contexts differ
+            return
+        plain_s = self._reality.plain(load.rows) * self.costs.without_guesses(load)
+        if asked and plain_s:
+            self._promises.took(load.rows + self._right, seconds + asked_s, load.rows, plain_s)
+        if self._guesses or not asked:
             table = self.costs.mixed if self._guesses else self.costs.plain
             ratio = seconds / float(table.seconds[load.rows + self._guesses])
             self._reality.took(load.rows, asked=asked, ratio=ratio)
@@ -166,7 +180,7 @@ class Planner:
         due = share * self._steps_since * plain_s >= plan_s
         known = self._knows(groups)
         changed = now != self._planned_for or not known or self._steps_since >= PLAN_STEPS
-        if (due and changed) or self._vain_s > max(VAIN_STEPS * plain_s, plan_s):
+        if (due and changed) or self._promises.lost_s > max(LOST_STEPS * plain_s, plan_s):
             self._planned_for = now
             return True
         return False
@@ -209,7 +223,9 @@ class Planner:
             each_s = (taken - costs[0])[cut, places] / np.maximum(verified[cut, places], 1)
             price = int(np.argmax(goodput))
             rate = max(plain, float(goodput[price]))
-        if rate <= MARGIN * plain:
+        pays = rate * self._promises.kept(load.rows) > MARGIN * plain
+        self._promises.made(load.rows, rate / plain if pays else None)
+        if not pays:
             return dict.fromkeys(groups, ())
         return {
             group: [
@@ -258,9 +274,9 @@ class Planner:
         for answer, of, right in zip(answers, classes, survival, strict=True):
             if answer.probe or self._steps_since % BROUGHT_STEPS == 0:
                 self._prospects.see(of, right[: len(answer.guess.token_ids)])
-        chosen = self._best(survival[places < lengths[:, None]], load, spent)
-        self._guesses = len(chosen)
-        self._vain_s = 0.0 if self._guesses else self._vain_s + spent
+        offered = survival[places < lengths[:, None]]
+        chosen = self._best(offered, load, spent)
+        self._guesses, self._right = len(chosen), float(offered[chosen].sum())
         owner = np.repeat(np.arange(len(answers)), lengths)
         numbers: list[int] = np.bincount(owner[chosen], minlength=len(answers)).tolist()
         self._verified = {}
