@@ -47,7 +47,7 @@ async def measure(server: streams.Server, seconds: float, rounds: int) -> dict[s
 def main() -> None:
     args = report.arguments(__doc__).parse_args()
     found = throughput.header()
-    flags = ["--max-num-seqs", str(SEATS), "--max-waiting", str(4 * ROOM)]
+    flags = ["--max-num-seqs", str(SEATS), "--max-waiting", str(12 * ROOM)]
     with tempfile.TemporaryDirectory() as folder:
         server = streams.Server(Path(folder) / "data", *flags)
         try:

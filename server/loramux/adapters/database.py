@@ -88,8 +88,8 @@ SCHEMA_VERSION = max(MIGRATIONS)
 class Database:
     """The registry's file. Several tables' owners share it; their transactions take turns.
 
-    Raises ConfigError when the file is not ours, damaged, or of a newer server. A disk that refuses
-    to write raises StorageFull from the transaction.
+    Raises ConfigError when the file is not ours, damaged, locked, or of a newer server. A disk that
+    refuses to write raises StorageFull from the transaction.
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -131,6 +131,18 @@ class Database:
         for number in range(version + 1, SCHEMA_VERSION + 1):
             steps = f"{MIGRATIONS[number]} PRAGMA user_version = {number};"
             db.executescript(f"BEGIN IMMEDIATE; {steps} COMMIT;")
+        self._try_lock()
+
+    def _try_lock(self) -> None:
+        """Whoever holds the file now, a shell or a backup, would make every upload fail."""
+        try:
+            self.connection.execute("BEGIN IMMEDIATE")
+            self.connection.execute("ROLLBACK")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+                raise ConfigError(
+                    f"the adapter registry {self._path} is locked by another process"
+                ) from error
 
     def close(self) -> None:
         """Close the file. It cannot be used afterwards."""

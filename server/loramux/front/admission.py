@@ -87,7 +87,7 @@ class Pace:
         left = self._told_to_wait - rate * (now - self._told_at)
         self._told_to_wait = min(max(0.0, left) + num, _MAX_RETRY_S * rate)
         self._told_at = now
-        return max(1.0, self._told_to_wait / rate)
+        return min(max(1.0, self._told_to_wait / rate), _MAX_RETRY_S)
 
     def _rate(self, now: float) -> float:
         if len(self._ends) < 2 or now <= self._ends[0]:
