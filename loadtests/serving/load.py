@@ -175,7 +175,10 @@ def own_server(scenario: Scenario, folder: Path) -> Iterator[Target]:
 
 
 def given_server(args: argparse.Namespace, scenario: Scenario) -> Target:
-    """The server at ``--url`` and what it calls its models. Raises ValueError without a base."""
+    """The server at ``--url`` and what it calls its models. Raises ValueError without a base, and
+    for several tenants: each would need a key."""
+    if scenario.traffic.tenants > 1:
+        raise ValueError("several tenants have keys on a server of our own only: leave out --url")
     headers = {"authorization": f"Bearer {args.key}"} if args.key else {}
     answer = httpx.get(f"{args.url}/v1/models", headers=headers, timeout=30).raise_for_status()
     cards = answer.json()["data"]

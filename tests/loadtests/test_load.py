@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -128,6 +129,12 @@ def test_cold_adapters_are_counted_before_anything_starts() -> None:
     target = load.Target("http://x", "base", ["a0"] * 12, lambda index, num: "")
     with pytest.raises(ValueError, match="names 13 adapters"):
         load.fits(scenario, target)
+
+
+def test_tenants_are_not_made_up_for_a_server_that_is_given() -> None:
+    scenario = scenarios.read(FOLDER / "tenants.toml")
+    with pytest.raises(ValueError, match="several tenants"):
+        load.given_server(argparse.Namespace(url="http://127.0.0.1:9", key=None), scenario)
 
 
 def test_a_timeline_reads_both_families_of_names() -> None:
