@@ -110,13 +110,15 @@ def test_who_is_not_asked_is_told_nothing() -> None:
 
 def test_another_engine_is_told_all_that_the_first_one_was_and_said() -> None:
     desk = Desk()
-    desk.add("r", speculation=SPECULATION, entropy=ENTROPY, companions=COMPANIONS, tenant="t")
+    wishes = {"speculation": SPECULATION, "entropy": ENTROPY, "companions": COMPANIONS}
+    desk.add("r", tenant="t", deadline_s=3.0, **wishes)
     entry = desk.ledger._entries["r"]
-    first = decode_to_engine(encode(entry.submission(3.0)))
+    arrived = entry.spec.arrived_at
+    first = decode_to_engine(encode(entry.submission(arrived)))
     assert (first.output_ids, first.resume, first.deadline_s) == ([], None, 3.0)
     desk.step(Output("r", 0, IDS[:2], resume=b"older", ledger=(0, 2, 1, 7)))
     desk.step(Output("r", 2, IDS[2:3], resume=b"state", ledger=(1, 2, 4, 7)))
-    again = decode_to_engine(encode(entry.submission(1.0)))
+    again = decode_to_engine(encode(entry.submission(arrived + 2.0)))
     assert (again.output_ids, again.resume, again.deadline_s) == (IDS[:3], b"state", 1.0)
     for submit in (first, again):
         assert submit.speculation == SPECULATION and submit.entropy == ENTROPY

@@ -332,7 +332,7 @@ def test_the_metrics_speak_of_adapters(real: Running) -> None:
     put(real, "canary", ("dog", 1))
     served(real, "canary")
     text = real.http.get("/metrics").text
-    assert 'adapter="dog"' in text and "canary" not in text
+    assert 'adapter="dog"' in text and '"canary"' not in text
     real.http.delete("/v1/aliases/canary")
 
 

@@ -58,7 +58,7 @@ class Served:
             return False
 
     def unfinished(self) -> int:
-        found: int = self.http.get("/admin/state").json()["snapshot"]["unfinished"]
+        found: int = self.http.get("/admin/state").json()["totals"]["unfinished"]
         return found
 
     def drains(self) -> bool:
