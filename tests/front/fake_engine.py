@@ -9,6 +9,7 @@ is its script, words in any order. It goes on behind the tokens that are submitt
     fail=CODE   failed at once             hang        stop stepping and report a long step
     mute        no heartbeats from now on  garbage     send bytes that are no message
     stop=T      token T ends the request   kill=N      as die, but from outside (SIGKILL)
+    gate=FILE   no second token before there is that file
     word@E      only in the engine of epoch E
     draft=K     when asked to guess, each step verifies K guesses, of which burst-1 are right
 """
@@ -142,6 +143,9 @@ class FakeEngine:
             return
         time.sleep(float(script.get("delay", 0)))
         start = len(row.sent)
+        if start and "gate" in script and not Path(script["gate"]).exists():
+            time.sleep(0.001)
+            return
         left = params.max_tokens - start
         prompt = submit.prompt_ids
         end = start + min(left, int(script.get("burst", 1)))

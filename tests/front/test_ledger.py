@@ -158,12 +158,12 @@ def test_exactly_one_terminal_event(actions: list[tuple[object, ...]], stops: bo
             case ("cancel", int(index)):
                 desk.generations[names[index]].cancel()
             case _:
-                desk.ledger.fail_all("gone")
+                desk.ledger.fail_all(EngineFailed("gone"))
         for name, generation in desk.generations.items():
             over = (generation.done is not None) + (generation.error is not None)
             assert over == desk.events.ended.count(name) == (name not in desk.ledger)
     assert desk.references["a" * 64] == len(desk.ledger)
-    desk.ledger.fail_all("gone")
+    desk.ledger.fail_all(EngineFailed("gone"))
     assert sorted(desk.events.ended) == names
     assert desk.references["a" * 64] == len(desk.ledger) == desk.observations.snapshot.unfinished
     for name in names:

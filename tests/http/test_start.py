@@ -1,7 +1,9 @@
-"""A registry that cannot be used stops the start with a message and exit code 2, untouched."""
+"""What stops the start with a message and exit code 2: a registry that cannot be used, which stays
+as it is, and a port that is taken."""
 
 from __future__ import annotations
 
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -40,7 +42,24 @@ def test_a_registry_that_cannot_be_used(
     before = path.read_bytes()
     if state == "locked":  # last: a process that closes a file loses its locks on it
         holder.execute("BEGIN IMMEDIATE")
-    command = ["serve", "--model", str(model_dir), "--data-dir", str(tmp_path), "--port", "0"]
+    told = refused(model_dir, tmp_path, "--port", "0")
+    assert message in told and "registry" in told
+    assert path.read_bytes() == before
+    holder.close()
+
+
+@pytest.mark.parametrize("flag", ["--port", "--admin-port"])
+def test_a_port_that_is_taken(flag: str, model_dir: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        told = refused(model_dir, tmp_path / "data", "--port", "0", flag, port)
+    assert f"{flag} {port}" in told and "in use" in told
+    assert not (tmp_path / "data").exists(), "nothing was begun"
+
+
+def refused(model_dir: Path, data_dir: Path, *flags: str) -> str:
+    """What a server says that does not start."""
+    command = ["serve", "--model", str(model_dir), "--data-dir", str(data_dir), *flags]
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *command],
         env={"PYTHONPATH": ":".join(sys.path)},
@@ -48,8 +67,5 @@ def test_a_registry_that_cannot_be_used(
         text=True,
         check=False,
     )
-    assert done.returncode == 2
-    assert message in done.stderr and "registry" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert path.read_bytes() == before
-    holder.close()
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    return done.stderr

@@ -16,7 +16,7 @@ import zmq
 from loramux import wire
 from loramux.config import ServerConfig
 from loramux.engine import blackbox
-from loramux.errors import Conflict, NotFound, Overloaded
+from loramux.errors import Conflict, EngineFailed, NotFound, Overloaded
 from loramux.front.canary import Canary
 from loramux.front.ledger import Entry, Ledger
 from loramux.front.observations import Observations
@@ -94,7 +94,7 @@ class EngineClient:
         if self._expiring is not None:
             self._expiring.cancel()
         self._gone((), blamed=False)
-        self._ledger.fail_all("the server was shut down before the request was done")
+        self._ledger.fail_all(EngineFailed("the server was shut down before the request was done"))
 
     @property
     def given_up(self) -> bool:
@@ -220,7 +220,9 @@ class EngineClient:
         partners = (info.partners[model_id].fingerprint for model_id in sorted(info.partners))
         models = (info.base.fingerprint, *partners)
         if self._models not in (None, models):
-            self._ledger.fail_all("the model's files were changed before the request was done")
+            self._ledger.fail_all(
+                EngineFailed("the model's files were changed before the request was done")
+            )
         self._models = models
         for entry in self._ledger.unfinished():
             self._observations.resumed(entry.spec)
@@ -259,8 +261,10 @@ class EngineClient:
         self._observations.engine_restarted(reason.split()[0].rstrip(":"))
         if self.given_up:
             self._ledger.fail_all(
-                f"the engine process ended ({reason}) before the request was done, and no other"
-                " could be started"
+                EngineFailed(
+                    f"the engine process ended ({reason}) before the request was done, and no other"
+                    " could be started"
+                )
             )
 
     def _gone(self, running: Iterable[str], *, blamed: bool) -> None:

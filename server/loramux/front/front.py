@@ -158,8 +158,7 @@ class Front:
 
     def cut(self, error: LoramuxError) -> None:
         """End every unfinished choice with ``error``."""
-        for request_id in list(self._ledger):
-            self._ledger.fail(request_id, error)
+        self._ledger.fail_all(error)
 
     async def stop(self) -> None:
         """Refuse new requests, let running ones go on for ``config.drain_s``, end everything.

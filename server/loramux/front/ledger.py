@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from msgspec.structs import replace
 
@@ -122,9 +122,6 @@ class Ledger:
 
     def __len__(self) -> int:
         return len(self._entries)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
 
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._entries
@@ -269,10 +266,10 @@ class Ledger:
         entry.generation.end(error)
         self._observations.failed(entry.spec, error)
 
-    def fail_all(self, message: str) -> None:
-        """There will be no engine any more: every unfinished choice ends with EngineFailed."""
+    def fail_all(self, error: LoramuxError) -> None:
+        """Every unfinished choice ends with ``error``."""
         for request_id in list(self._entries):
-            self.fail(request_id, EngineFailed(message))
+            self.fail(request_id, error)
 
     def _end(
         self,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 
 import uvloop
 
 from loramux import __version__
 from loramux.config import ServerConfig
+from loramux.errors import ConfigError
 from loramux.front.front import Front
 from loramux.front.keys import Keys
 from loramux.http import access_log
@@ -42,6 +44,9 @@ async def _serve(config: ServerConfig) -> int:
     check_host(keys, config.host)
     if not keys.guarded:
         log.info("no API key: open to everybody on this machine, and to nobody else")
+    sockets = [_listen(config.host, config.port, "port")]
+    if config.admin_port is not None:
+        sockets.append(_listen(config.host, config.admin_port, "admin_port"))
     front = Front(config)
     servers = [Server(uvicorn_config(build_app(front, config), config, port=config.port))]
     if config.admin_port is not None:
@@ -51,12 +56,27 @@ async def _serve(config: ServerConfig) -> int:
         asyncio.create_task(_announce(front, servers)),
         asyncio.create_task(drain.run(front, servers)),
     ]
-    await asyncio.gather(*(server.serve() for server in servers))
+    await asyncio.gather(
+        *(server.serve([each]) for server, each in zip(servers, sockets, strict=True))
+    )
     for task in beside:
         task.cancel()
     if not all(server.started for server in servers) or front.never_started:
         return EXIT_CANNOT_START
     return drain.exit_code
+
+
+def _listen(host: str, port: int, param: str) -> socket.socket:
+    """Before anything is started: a port that is taken is told at once, and nothing is undone."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        flag = f"--{param.replace('_', '-')}"
+        raise ConfigError(
+            f"{flag} {port} on {host}: {error}. Is another server running? Choose another port.",
+            param=param,
+        ) from error
 
 
 async def _announce(front: Front, servers: list[Server]) -> None:
