@@ -141,3 +141,12 @@ def test_requests_that_come_and_go_do_not_make_it_plan_every_step(
     assert len(plans) == 2, "what is unlike all that is known is planned"
     planner.chains(asks * 4, Load(32, 130, 64), {"scripted": drafter})
     assert len(plans) == 3, "and so is another load"
+
+
+def test_some_steps_are_left_plain_to_compare_the_others_with() -> None:
+    """Where it always pays to guess nobody would notice that plain steps became quicker."""
+    costs = Costs.alike(table(0.01, 0.0))
+    server = served(Scripted(World(22), lambda _: [0.9] * 8), costs, 2)
+    server.run(WARM)
+    server.run(4 * planners.PLAIN_STEPS)
+    assert server.verified[-4 * planners.PLAIN_STEPS :].count(0) == 4
