@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from loramux.speculation.costs import POINTS, REPEATS, Costs, CostTable, Load, measure
+from loramux.speculation.costs import (
+    FORGOTTEN,
+    POINTS,
+    REPEATS,
+    Costs,
+    CostTable,
+    Load,
+    Reality,
+    measure,
+)
 
 
 @dataclass
@@ -88,3 +97,17 @@ def test_a_load_with_prompts_costs_what_guesses_add() -> None:
     costs = Costs(CostTable({1: 1.0, 9: 1.0}, 9), CostTable({1: 2.0, 9: 10.0}, 9))
     assert costs.without_guesses(Load(2, 5, 4)) == 3.0, "no replay beside a prompt"
     assert costs.with_guesses(Load(2, 5, 2)).tolist() == [3.0, 4.0, 5.0]
+
+
+def test_what_was_disturbed_once_is_forgotten() -> None:
+    """While nobody is asked, nothing is seen of steps with guesses."""
+    reality = Reality()
+    reality.took(2, asked=False, ratio=1.0)
+    reality.took(2, asked=True, ratio=3.0)
+    assert reality.factor(2) == 3
+    factors = []
+    for _ in range(4 * FORGOTTEN):
+        reality.took(2, asked=False, ratio=1.0)
+        factors.append(reality.factor(2))
+    assert factors == sorted(factors, reverse=True)
+    assert factors[0] > 2.9 and factors[-1] < 1.1

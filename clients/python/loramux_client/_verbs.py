@@ -84,6 +84,7 @@ class Options(TypedDict, total=False):
     speculation: Literal["auto", "off"] | Speculation | None
     entropy_adaptive: EntropyAdaptive | None
     user: str
+    deadline_s: float | None
 
 
 class CompletionOptions(Options, total=False):
