@@ -90,10 +90,12 @@ async def ask(server: Server, key: int, began: float, max_tokens: int) -> Answer
         }
     ).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+    host = f"127.0.0.1:{server.port}"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(body)}\r\n"
     writer.write(head.encode() + b"content-type: application/json\r\nconnection: close\r\n\r\n")
     writer.write(body)
     answer.status = int((await reader.readline()).split()[1])
+    assert answer.status in (200, 503), f"the server answers {answer.status}"
     async for line in reader:
         if line.startswith(b"data: {"):
             answer.first_s = answer.first_s or time.monotonic() - start
