@@ -21,7 +21,7 @@ import report
 import streams
 import throughput
 
-SEATS, ROOM, TOKENS, KEYS = 8, 8, 16, 20
+SEATS, ROOM, TOKENS, KEYS = 8, 8, 64, 20
 
 
 def rates(per_second: float) -> dict[int, float]:

@@ -165,3 +165,17 @@ def test_large_bodies_that_do_not_end_leave_room_for_small_ones(start: Start) ->
             raw.sendall(request[head + 900 :])
             assert wire.status(wire.read_until(raw, b"usage")) == 200
     assert server.complete("a" * 100, user="u" * 700, max_tokens=1).status_code == 200
+
+
+def test_without_a_place_nothing_of_a_body_is_awaited(start: Start) -> None:
+    """A flood is answered by its first lines; the bodies of these never come."""
+    server = start()
+    server.front.room.places = 0
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 100\r\n\r\n"
+        raw = wire.connect(server)
+        raw.sendall(head.encode())
+        answer = wire.read_until(raw, b"}}")
+        assert wire.status(answer) == 503 and b"retry-after" in answer
+        raw.close()
+    assert server.http.get("/v1/models").status_code == 200

@@ -116,6 +116,11 @@ class Room:
         self._choices: Counter[Hashable] = Counter()
         self._tokens: Counter[Hashable] = Counter()
 
+    @property
+    def full(self) -> bool:
+        """There is no place for another choice."""
+        return self.choices >= self.places
+
     def refuse(self, message: str, num: int = 1, *, code: str = Overloaded.code) -> Overloaded:
         """The refusal of ``num`` choices, counted, with the time after which to ask again."""
         self._rejected(code)

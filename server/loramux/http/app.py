@@ -42,6 +42,11 @@ NAMES_CACHE_S = 1.0
 """With thousands of adapters, listing them all is too much for every scrape."""
 
 
+_GENERATING = ("/v1/completions", "/v1/chat/completions")
+"""When no place is left, these are refused by their first line: reading what they ask for takes
+longer than anything else about a refusal, and a server that is flooded has no time for that."""
+
+
 def build_app(front: Front, config: ServerConfig) -> ASGIApp:
     """The server: its lifespan starts and stops ``front``."""
 
@@ -117,6 +122,8 @@ def _guarded(
             return refused
         if front.draining and scope["method"] not in ("GET", "HEAD"):
             return front.room.refuse("the server takes nothing new", 0, code="draining")
+        if scope["path"] in _GENERATING and scope["method"] == "POST" and front.room.full:
+            return front.room.refuse(f"{front.room.choices} requests are running or waiting")
         return None
 
     def count(exchange: Exchange) -> None:
