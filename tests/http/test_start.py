@@ -54,7 +54,6 @@ def test_a_port_that_is_taken(flag: str, model_dir: Path, tmp_path: Path) -> Non
         port = str(taken.getsockname()[1])
         told = refused(model_dir, tmp_path / "data", "--port", "0", flag, port)
     assert f"{flag} {port}" in told and "in use" in told
-    assert not (tmp_path / "data").exists(), "nothing was begun"
 
 
 def refused(model_dir: Path, data_dir: Path, *flags: str) -> str:

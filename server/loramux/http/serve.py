@@ -44,10 +44,17 @@ async def _serve(config: ServerConfig) -> int:
     check_host(keys, config.host)
     if not keys.guarded:
         log.info("no API key: open to everybody on this machine, and to nobody else")
-    sockets = [_listen(config.host, config.port, "port")]
-    if config.admin_port is not None:
-        sockets.append(_listen(config.host, config.admin_port, "admin_port"))
     front = Front(config)
+    sockets: list[socket.socket] = []
+    try:
+        sockets.append(_listen(config.host, config.port, "port"))
+        if config.admin_port is not None:
+            sockets.append(_listen(config.host, config.admin_port, "admin_port"))
+    except ConfigError:
+        for each in sockets:
+            each.close()
+        await front.stop()
+        raise
     servers = [Server(uvicorn_config(build_app(front, config), config, port=config.port))]
     if config.admin_port is not None:
         admin = build_admin_app(front, config)
