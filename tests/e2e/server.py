@@ -12,6 +12,8 @@ from pathlib import Path
 
 import httpx
 
+from loramux.metrics.prometheus import CACHE_S
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -74,7 +76,8 @@ class Server:
         raise AssertionError(f"no child runs {module}")
 
     def metric(self, name: str) -> float:
-        """The sum over the series of a metric."""
+        """The sum over the series of a metric, as it is now: an answer may be CACHE_S old."""
+        time.sleep(CACHE_S)
         text = self.http.get("/metrics").text
         lines = [li for li in text.splitlines() if li.split("{")[0].split(" ")[0] == name]
         assert lines, f"no metric {name}"
