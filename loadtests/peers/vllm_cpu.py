@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from cases import Job
@@ -34,13 +35,19 @@ class VllmCpu(Server):
         super().start(models)
         self._process.pause()
 
-    def run(self, jobs: Sequence[Job], concurrency: int) -> Run:
-        """Its worker waits for the next step in a loop that never sleeps; so it only runs here."""
+    @contextmanager
+    def awake(self) -> Iterator[str]:
+        """It runs within this only: its worker waits for the next step in a loop that never sleeps.
+        Gives its URL."""
         self._process.resume()
         try:
-            return super().run(jobs, concurrency)
+            yield self._url
         finally:
             self._process.pause()
+
+    def run(self, jobs: Sequence[Job], concurrency: int) -> Run:
+        with self.awake():
+            return super().run(jobs, concurrency)
 
     def stop(self) -> None:
         self._process.resume()

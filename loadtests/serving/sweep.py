@@ -1,6 +1,7 @@
-"""How many adapters, how many requests: open loop, beside divided pools and beside PEFT.
+"""How many adapters, how many requests: open loop, beside divided pools and beside peers.
 
-    python loadtests/serving/sweep.py [--quick] [--folder DIR] [--parts pool,http,rate,peft]
+    python loadtests/serving/sweep.py [--quick] [--folder DIR] [--peers DIR]
+                                      [--parts pool,http,rate,peft,vllm]
 
 The model is a random Llama of 135M parameters in fp32. Adapters have ranks 8, 16, 32 and 64 in turn
 on q, k, v, o in bf16; requests name one of n uniformly and arrive as a Poisson process; prompts
@@ -11,14 +12,19 @@ have 8 to 63 tokens, answers 8 to 39, always as long as asked. Every system gets
     http    ``loramux serve`` with all adapters registered, streamed over HTTP
     rate    the same server and 100 adapters, from a sixth of the rate to twice as much
     peft    transformers ``generate()`` with one adapter name a row, up to 32 of what waits in a
-            batch; nothing is streamed, so its TTFT is that of the whole answer. 1,000 adapters
-            would be 14 GB of PEFT's own fp32, so it goes up to 100
+            batch; nothing is streamed, so its TTFT is that of the whole answer
+    vllm    vLLM's CPU build, streamed over HTTP, with 1 GB for its KV cache (ours: 0.18 GB for KV
+            cache and adapters) and a slot more than adapters; ``loadtests/peers/README.md`` says
+            how to install it below ``--peers``
+
+1,000 adapters would be 14 GB of fp32 to either peer, and 30 GB of vLLM's slots, so both go up to
+100.
 
 The pool holds 240 frames of 16 tokens: about 18 requests of the mean length with an adapter of the
-mean rank each. What has not ended a minute after the last request left is *incomplete* and counts
-as a miss. Rounds run the systems forwards and backwards; a cell is the median with the lowest and
+mean rank each. What has not ended 40 s after the last request left is *incomplete* and counts as a
+miss. Rounds run the systems forwards and backwards; a cell is the median with the lowest and
 the highest. The first run of a folder registers the adapters, which takes minutes and 7 GB; all of
-it takes about 75 minutes on two cores.
+it takes about an hour on two cores.
 """
 
 from __future__ import annotations
@@ -52,10 +58,11 @@ sys.path.insert(1, str(report.ROOT / "loadtests" / "peers"))
 from cases import Job
 from loramux_peer import peft
 from peer import Models
+from vllm_cpu import VllmCpu
 
 MODELS = report.QUICK / "models"
-PARTS = ("pool", "http", "rate", "peft")
-PEFT_MOST, PEFT_BATCH = 100, 32
+PARTS = ("pool", "http", "rate", "peft", "vllm")
+PEERS_MOST, PEERS_BATCH = 100, 32
 
 
 @dataclass(frozen=True)
@@ -76,13 +83,13 @@ class Settings:
 
 FULL = Settings(
     traffic=Traffic(
-        rate=3.0, duration_s=60.0, prompt=(8, 64), output=(8, 40), ranks=(8, 16, 32, 64)
+        rate=3.0, duration_s=40.0, prompt=(8, 64), output=(8, 40), ranks=(8, 16, 32, 64)
     ),
     counts=(1, 10, 100, 1000),
     rates=(1 / 6, 1 / 3, 2 / 3, 1.0, 4 / 3, 2.0),
     rate_adapters=100,
     rounds=2,
-    drain_s=60.0,
+    drain_s=40.0,
     frames=240,
     model="135M",
     bounds=Bounds(lag_s=0.25, stall_s=0.25),
@@ -104,8 +111,8 @@ QUICK = replace(
 class Sweep:
     """Runs cells and keeps what they found."""
 
-    def __init__(self, settings: Settings, home: Population) -> None:
-        self.settings, self.home = settings, home
+    def __init__(self, settings: Settings, home: Population, peers: Path) -> None:
+        self.settings, self.home, self.peers = settings, home, peers
         self.cases: list[dict[str, Any]] = []
         self.late: list[str] = []
 
@@ -180,19 +187,22 @@ class Sweep:
         flags += ["--no-prefix-caching", "--speculation", "off"]
         count = max(*self.settings.counts, self.settings.rate_adapters)
         server = self.home.serve(count, flags)
-        names = [f"a{index}" for index in range(count)]
 
         async def run(part: str, one: Traffic) -> None:
-            target = OpenAi(server.url, "base", names, self.prompt, extra={"ignore_eos": True})
-            try:
-                await self.cell(part, "loramux serve", one, target.ask)
-            finally:
-                await target.close()
+            await self._over_http(part, "loramux serve", server.url, one)
 
         try:
             yield run
         finally:
             server.close()
+
+    async def _over_http(self, part: str, system: str, url: str, one: Traffic) -> None:
+        names = [f"a{index}" for index in range(one.adapters)]
+        target = OpenAi(url, "base", names, self.prompt, extra={"ignore_eos": True})
+        try:
+            await self.cell(part, system, one, target.ask)
+        finally:
+            await target.close()
 
     def _probe(self) -> tuple[str, int]:
         """The base's fingerprint, and how many bytes a frame has."""
@@ -217,14 +227,40 @@ class Sweep:
 
     def peft(self) -> None:
         """PEFT, by the number of adapters; a process of its own for each."""
-        for num in self.settings.counts:
-            if num <= PEFT_MOST:
-                asyncio.run(self._peft(replace(self.settings.traffic, adapters=num)))
+        for one in self._for_peers():
+            asyncio.run(self._peft(one))
+
+    def vllm(self) -> None:
+        """vLLM, by the number of adapters; a server for each."""
+        server = VllmCpu(self.peers / "vllm" / "bin" / "vllm")
+        if missing := server.missing():
+            print(f"vllm is left out: {missing}", flush=True)
+            return
+        for one in self._for_peers():
+            server.start(self._models(one))
+            try:
+                server.run(self._first_jobs(one), PEERS_BATCH)
+                with server.awake() as url:
+                    asyncio.run(self._over_http("vllm", "vLLM CPU", url, one))
+            finally:
+                server.stop()
+
+    def _for_peers(self) -> list[Traffic]:
+        counts = (num for num in self.settings.counts if num <= PEERS_MOST)
+        return [replace(self.settings.traffic, adapters=num) for num in counts]
+
+    def _models(self, one: Traffic) -> Models:
+        paths = [self.home.adapter(index) for index in range(one.adapters)]
+        return Models(self.home.home, self.home.base, paths)
+
+    def _first_jobs(self, one: Traffic) -> list[Job]:
+        """One for each adapter, so that a peer is warm before it is measured."""
+        return [Job(index, self.prompt(index, 32), 8) for index in range(one.adapters)]
 
     async def _peft(self, one: Traffic) -> None:
         worker = peft()
-        paths = [self.home.adapter(index) for index in range(one.adapters)]
-        worker.start(Models(self.home.home, self.home.base, paths))
+        worker.start(self._models(one))
+        worker.run(self._first_jobs(one), PEERS_BATCH)
 
         def generate(batch: list[tuple[int, Record]]) -> list[list[int]]:
             arrivals = [(index, record.arrival) for index, record in batch]
@@ -232,9 +268,9 @@ class Sweep:
                 Job(a.adapter, self.prompt(index, a.prompt_tokens), a.output_tokens)
                 for index, a in arrivals
             ]
-            return worker.run(jobs, PEFT_BATCH).outputs
+            return worker.run(jobs, PEERS_BATCH).outputs
 
-        target = Batches(generate, PEFT_BATCH)
+        target = Batches(generate, PEERS_BATCH)
         try:
             await self.cell("peft", "PEFT", one, target.ask)
         finally:
@@ -250,6 +286,7 @@ def main() -> int:
         type=float,
         help="requests a second (default: 3; the part rate takes a sixth of it to twice as many)",
     )
+    parser.add_argument("--peers", type=Path, default=MODELS, help="where peers are installed")
     parser.add_argument("--parts", default=",".join(PARTS), help="of " + ",".join(PARTS))
     args = parser.parse_args()
     parts = args.parts.split(",")
@@ -263,7 +300,7 @@ def main() -> int:
     count = max(*settings.counts, settings.rate_adapters)
     print(f"{count} adapters are made and registered, unless they are there", flush=True)
     home.serve(count).close()
-    sweep = Sweep(settings, home)
+    sweep = Sweep(settings, home, args.peers)
     for part in parts:
         getattr(sweep, part)()
     found |= {

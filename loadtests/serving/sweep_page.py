@@ -27,7 +27,8 @@ COLUMNS = {
     "incomplete": "incomplete",
     "errors": "errors",
 }
-SYSTEMS = ("shared", "split", "padded", "loramux serve", "PEFT")
+BY_ADAPTERS = ("pool", "http", "peft", "vllm")
+SYSTEMS = ("shared", "split", "padded", "loramux serve", "PEFT", "vLLM CPU")
 
 
 def spread(values: Sequence[float | None]) -> Any:
@@ -78,7 +79,7 @@ def page(found: dict[str, Any]) -> str:
         lines += [f"* {told}" for told in found["late"]] + [""]
     lines += ["![throughput, TTFT, rate and CDF](plots/load-sweep.png)", ""]
     for title, parts, by in (
-        ("By the number of adapters", ("pool", "http", "peft"), "adapters"),
+        ("By the number of adapters", BY_ADAPTERS, "adapters"),
         ("By rate", ("rate",), "rate"),
     ):
         table = rows(found, parts, by)
@@ -99,7 +100,7 @@ def _rated(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def draw(found: dict[str, Any], where: Path) -> None:
     """``plots/load-sweep.png``."""
-    table = rows(found, ("pool", "http", "peft"), "adapters")
+    table = rows(found, BY_ADAPTERS, "adapters")
     with report.plot(where, "load-sweep", panels=4, title="Open loop") as axes:
         for axis, name in ((axes[0], "throughput_rps"), (axes[1], "ttft_p99_s")):
             for system in SYSTEMS:
