@@ -348,7 +348,8 @@ class StepLoop:
     def _report_failures(self, report: Report) -> None:
         counts, self._scheduler.counts = self._scheduler.counts, Counts()
         for request, error in counts.failed:
-            self._fail(request, error.code, error.message, report)
+            if request.status is not Status.DONE:  # one is told of as often as it was tried
+                self._fail(request, error.code, error.message, report)
         report.stats.preemptions = counts.preemptions
         report.stats.prefix_queries = counts.prefix_queries
         report.stats.prefix_hits = counts.prefix_hits
