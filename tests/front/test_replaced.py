@@ -400,3 +400,53 @@ def test_a_canary_that_sings_otherwise_is_noticed(scripted: Callable[[], Scripte
         await it.client.stop()
 
     asyncio.run(main())
+
+
+def test_nobody_is_alone_beside_one_that_has_left(scripted: Callable[[], Scripted]) -> None:
+    """The client of what hangs engines does not wait until the watchdog ends them."""
+
+    async def main() -> None:
+        it = scripted()
+        it.birth()
+        it.hear()
+        it.submit("good", seed=0, max_tokens=30)
+        for name in ("bad", "bad again"):
+            it.submit(name, seed=1, max_tokens=9)
+            it.take()
+            it.box.note(["good", name])
+            it.generations[name].cancel()
+            it.die("step_timeout")
+            for _ in range(4):
+                if not it.alive:
+                    it.birth()
+                it.hear()
+                await it.settle()
+                it.take()
+                it.step()
+            it.hear()
+            assert it.open
+        await it.finish()
+        assert it.generations["good"].done is not None, it.generations["good"].error
+
+    asyncio.run(main())
+
+
+def test_poison_that_has_left_is_nobody_s_any_more(scripted: Callable[[], Scripted]) -> None:
+    async def main() -> None:
+        it = scripted()
+        it.birth()
+        it.hear()
+        for name in ("good", "bad"):
+            it.submit(name, seed=1, max_tokens=9)
+        await _apart(it, ["bad"])
+        it.box.note(["bad"])
+        it.generations["bad"].cancel()
+        it.die("step_timeout")
+        it.birth()
+        it.hear()
+        await it.settle()
+        it.take()
+        assert it.open and set(it.rows) == {"good"}
+        await it.finish()
+
+    asyncio.run(main())

@@ -71,12 +71,11 @@ class Recovery:
         before, self._waiting = self._waiting, set(unfinished)
         if not blamed:
             return
-        named = [request_id for request_id in running if request_id in self._ledger]
-        if not running:
-            named = [request_id for request_id in unfinished if request_id not in before]
+        # Those that have left since were there all the same: nobody was alone beside them.
+        named = list(running) or [each for each in unfinished if each not in before]
         poison = self._suspects.died(named)
         log.warning("%d requests may be what the engine died of", len(named))
-        if poison is not None:
+        if poison is not None and poison in self._ledger:
             log.error("%s ends engines and is given up", poison)
             self._ledger.fail(
                 poison,
