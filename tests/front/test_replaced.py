@@ -18,7 +18,7 @@ from tests.front.scripted import IDS, Scripted, read, text_of
 
 from loramux import wire
 from loramux.config import ServerConfig
-from loramux.errors import DeadlineExceeded, EngineFailed, PoisonRequest
+from loramux.errors import DeadlineExceeded, EngineFailed, Overloaded, PoisonRequest
 
 
 @pytest.fixture(scope="module")
@@ -447,6 +447,56 @@ def test_poison_that_has_left_is_nobody_s_any_more(scripted: Callable[[], Script
         await it.settle()
         it.take()
         assert it.open and set(it.rows) == {"good"}
+        await it.finish()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("code", "misses"), [("overloaded", 0), ("numerical_error", 1)])
+def test_a_canary_that_there_was_no_room_for_has_not_sung_otherwise(
+    scripted: Callable[[], Scripted], code: str, misses: int
+) -> None:
+    async def main() -> None:
+        it = scripted()
+        it.birth()
+        it.hear()
+        asked = asyncio.create_task(it.client.canary())
+        await it.settle()
+        it.take()
+        (name,) = it.rows
+        failed = [wire.Failed(name, code, "its first token would come too late")]
+        it.client.received(wire.encode(wire.StepDone(engine_epoch=1, step=0, failed=failed)))
+        if code == "overloaded":
+            with pytest.raises(Overloaded, match="too late"):
+                await asked
+        else:
+            assert not await asked
+        assert it.observations.snapshot.canary_misses == misses
+        await it.client.stop()
+
+    asyncio.run(main())
+
+
+def test_a_probe_that_is_refused_holds_nobody_up(scripted: Callable[[], Scripted]) -> None:
+    async def main() -> None:
+        it = scripted()
+        it.birth()
+        it.hear()
+        for index in range(2):
+            it.submit(f"r{index}", seed=index, max_tokens=9)
+        it.box.note(["r0"])
+        it.die("exit -11")
+        it.birth()
+        it.hear()
+        await it.settle()
+        it.take()
+        (name,) = it.rows
+        it.rows.clear()
+        failed = [wire.Failed(name, "overloaded", "its first token would come too late")]
+        it.client.received(wire.encode(wire.StepDone(engine_epoch=2, step=0, failed=failed)))
+        await it.settle()
+        it.take()
+        assert set(it.rows) == {"r0"} and not it.open
         await it.finish()
 
     asyncio.run(main())

@@ -4,6 +4,7 @@ death first, each set of them apart."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -19,7 +20,7 @@ class Recovery:
 
     ``give`` hands a choice to the engine. ``take_back`` returns when the engine has forgotten
     choices, and all it had made of them is in the ledger. ``probe`` returns when the engine has
-    made a token that is no client's: then the next death is not the engine's own fault.
+    made a token that is no client's, or has refused to: then the next death is not its own fault.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class Recovery:
 
     async def _run(self) -> None:
         try:
-            await self._probe()
+            with contextlib.suppress(Overloaded):  # with no room for it the engine is there as well
+                await self._probe()
             while apart := self._suspects.next(self._ledger):
                 await self._run_apart(apart)
                 self._suspects.passed()
