@@ -267,6 +267,22 @@ def test_a_suspect_that_leaves_holds_nobody_up(scripted: Callable[[], Scripted])
     asyncio.run(main())
 
 
+def test_a_canary_beside_suspects_keeps_nobody_together(
+    scripted: Callable[[], Scripted],
+) -> None:
+    async def main() -> None:
+        it = scripted()
+        it.birth()
+        it.hear()
+        for index in range(3):
+            it.submit(f"r{index}", seed=index, max_tokens=9)
+        await _apart(it, ["r0", "r1"], ["r0", "r1", "canary-7"])
+        assert set(it.rows) == {"r0"}
+        await it.finish()
+
+    asyncio.run(main())
+
+
 def test_an_engine_that_does_not_say_what_of_may_have_died_of_anything(
     scripted: Callable[[], Scripted],
 ) -> None:

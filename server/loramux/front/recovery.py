@@ -72,11 +72,12 @@ class Recovery:
         before, self._waiting = self._waiting, set(unfinished)
         if not blamed:
             return
-        # Those that have left since were there all the same: nobody was alone beside them.
-        named = list(running) or [each for each in unfinished if each not in before]
-        poison = self._suspects.died(named)
+        named = [request_id for request_id in running if request_id in self._ledger]
+        if not running:
+            named = [request_id for request_id in unfinished if request_id not in before]
+        poison = self._suspects.died(named, beside=len(running) > len(named))
         log.warning("%d requests may be what the engine died of", len(named))
-        if poison is not None and poison in self._ledger:
+        if poison is not None:
             log.error("%s ends engines and is given up", poison)
             self._ledger.fail(
                 poison,

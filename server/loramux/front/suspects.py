@@ -31,14 +31,14 @@ class Suspects:
     def __bool__(self) -> bool:
         return bool(self._sets)
 
-    def died(self, running: Sequence[str]) -> str | None:
-        """An engine died of a step in which ``running`` were computed. The request that is poison,
-        if that is now known."""
+    def died(self, running: Sequence[str], *, beside: bool = False) -> str | None:
+        """An engine died of a step in which ``running`` were computed, and ``beside`` them others:
+        a canary, or who has left since. The request that is poison, if that is now known."""
         if not running:
             return None
         blamed = set(running)
         self._deaths.update(blamed)
-        if len(blamed) == 1:
+        if len(blamed) == 1 and not beside:
             self._alone[running[0]] += 1
             if self._alone[running[0]] >= DEATHS_ALONE:
                 self._withdraw(blamed)
