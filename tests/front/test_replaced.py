@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from tests.front.fake_engine import ready
 from tests.front.house import configure
-from tests.front.scripted import IDS, Scripted, read, text_of
+from tests.front.scripted import IDS, MAX_SEQS, Scripted, read, text_of
 
 from loramux import wire
 from loramux.config import ServerConfig
@@ -164,6 +164,36 @@ def test_the_poison_is_failed_alone(
                 assert len(delta.token_ids) == it.kills[name]
             else:
                 assert len(delta.token_ids) == 6 and generation.done is not None
+
+    asyncio.run(main())
+
+
+def test_one_poison_after_the_other_closes_the_server_no_longer_than_the_first(
+    scripted: Callable[[], Scripted],
+) -> None:
+    """Whoever was beside all of them has not to prove more every time."""
+
+    async def main() -> None:
+        it = scripted()
+        it.birth()
+        it.hear()
+        for index in range(MAX_SEQS - 1):
+            it.submit(f"r{index}", seed=index, max_tokens=300)
+        closed = [0, 0, 0]
+        for number in range(len(closed)):
+            it.submit(f"poison {number}", seed=0, max_tokens=9)
+            it.kills[f"poison {number}"] = 0
+            while f"poison {number}" in it.ledger or not it.open:
+                if not it.alive:
+                    it.birth()
+                it.hear()
+                await it.settle()
+                it.take()
+                closed[number] += not it.open
+                if it.rows:
+                    it.step()
+        assert len(set(closed)) == 1, closed
+        await it.finish()
 
     asyncio.run(main())
 
