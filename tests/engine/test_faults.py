@@ -217,6 +217,14 @@ def test_the_black_box_names_all_or_nobody(tmp_path: Path) -> None:
     assert read(path) == [], "what does not fit is not said by halves"
 
 
+def test_what_a_wild_write_left_in_the_black_box_is_read_as_it_is(tmp_path: Path) -> None:
+    """Whoever reads it starts the next engine, and must get by it."""
+    box = tmp_path / "box"
+    for rest in (b"\xff" * 100, b"\x03\0\0\0a\xffb", b"\x03"):
+        box.write_bytes(b"\1" + rest)
+        assert "a" not in read(box)
+
+
 def test_a_step_tells_the_box_whom_it_is_for(model: Path) -> None:
     harness = Harness(model)
     told: list[list[str]] = []
