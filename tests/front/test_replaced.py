@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,23 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from tests.front.fake_engine import ready
-from tests.front.house import configure
 from tests.front.scripted import IDS, MAX_SEQS, Scripted, read, text_of
 
 from loramux import wire
 from loramux.config import ServerConfig
-from loramux.errors import DeadlineExceeded, EngineFailed, Overloaded, PoisonRequest
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> ServerConfig:
-    return configure(tmp_path_factory.mktemp("front"), max_num_seqs=8)
-
-
-@pytest.fixture
-def scripted(config: ServerConfig, tmp_path: Path) -> Callable[[], Scripted]:
-    return lambda: Scripted(config, tmp_path)
-
+from loramux.errors import DeadlineExceeded, EngineFailed, PoisonRequest
 
 REQUEST = st.fixed_dictionaries(
     {
@@ -420,34 +407,6 @@ def test_other_weights_do_not_go_on(scripted: Callable[[], Scripted]) -> None:
     asyncio.run(main())
 
 
-def test_a_canary_that_sings_otherwise_is_noticed(scripted: Callable[[], Scripted]) -> None:
-    async def main() -> None:
-        it = scripted()
-        it.birth()
-        it.hear()
-        answers = []
-        for token in (5, 5, 6):
-            asked = asyncio.create_task(it.client.canary())
-            await it.settle()
-            it.take()
-            (name,) = it.rows
-            output = wire.Output(name, 0, [token])
-            done = wire.StepDone(
-                engine_epoch=1,
-                step=0,
-                outputs=[output],
-                finished=[wire.Finished(name, "length")],
-            )
-            it.client.received(wire.encode(done))
-            it.rows.clear()
-            answers.append(await asked)
-        assert answers == [True, True, False]
-        assert it.observations.snapshot.canary_misses == 1
-        await it.client.stop()
-
-    asyncio.run(main())
-
-
 def test_nobody_is_alone_beside_one_that_has_left(scripted: Callable[[], Scripted]) -> None:
     """The client of what hangs engines does not wait until the watchdog ends them."""
 
@@ -493,56 +452,6 @@ def test_poison_that_has_left_is_nobody_s_any_more(scripted: Callable[[], Script
         await it.settle()
         it.take()
         assert it.open and set(it.rows) == {"good"}
-        await it.finish()
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize(("code", "misses"), [("overloaded", 0), ("numerical_error", 1)])
-def test_a_canary_that_there_was_no_room_for_has_not_sung_otherwise(
-    scripted: Callable[[], Scripted], code: str, misses: int
-) -> None:
-    async def main() -> None:
-        it = scripted()
-        it.birth()
-        it.hear()
-        asked = asyncio.create_task(it.client.canary())
-        await it.settle()
-        it.take()
-        (name,) = it.rows
-        failed = [wire.Failed(name, code, "its first token would come too late")]
-        it.client.received(wire.encode(wire.StepDone(engine_epoch=1, step=0, failed=failed)))
-        if code == "overloaded":
-            with pytest.raises(Overloaded, match="too late"):
-                await asked
-        else:
-            assert not await asked
-        assert it.observations.snapshot.canary_misses == misses
-        await it.client.stop()
-
-    asyncio.run(main())
-
-
-def test_a_probe_that_is_refused_holds_nobody_up(scripted: Callable[[], Scripted]) -> None:
-    async def main() -> None:
-        it = scripted()
-        it.birth()
-        it.hear()
-        for index in range(2):
-            it.submit(f"r{index}", seed=index, max_tokens=9)
-        it.box.note(["r0"])
-        it.die("exit -11")
-        it.birth()
-        it.hear()
-        await it.settle()
-        it.take()
-        (name,) = it.rows
-        it.rows.clear()
-        failed = [wire.Failed(name, "overloaded", "its first token would come too late")]
-        it.client.received(wire.encode(wire.StepDone(engine_epoch=2, step=0, failed=failed)))
-        await it.settle()
-        it.take()
-        assert set(it.rows) == {"r0"} and not it.open
         await it.finish()
 
     asyncio.run(main())
