@@ -221,7 +221,7 @@ class StepLoop:
             timer.done("commit")
         if flights:
             took = time.perf_counter() - flights[0].began
-            self._scheduler.step_s += (took - self._scheduler.step_s) / 8
+            self._scheduler.deadlines.took(took)
             self._drafting.stepped(alone=len(flights) == 1)
 
     def _commit(self, flight: Flight, result: SampleResult, report: Report) -> None:
@@ -339,9 +339,9 @@ class StepLoop:
         return freed
 
     def _expire(self, report: Report) -> None:
-        for request in self._scheduler.expired(self._clock()):
+        for request in self._scheduler.deadlines.expired(self._clock()):
             self._fail(request, "deadline_exceeded", "the request's deadline passed", report)
-        for request in self._scheduler.late(self._clock()):
+        for request in self._scheduler.deadlines.late(self._clock()):
             if request.status is not Status.DONE:
                 self._fail(request, "overloaded", "its first token would come too late", report)
 
