@@ -139,3 +139,17 @@ def test_what_is_cached_is_waited_for_no_longer_than_its_last_step_allows(model:
     timed.run()
     assert busy in timed.finished
     timed.close()
+
+
+def test_what_was_computed_before_a_deadline_stays_in_the_cache(model: Path) -> None:
+    """Whoever asks again with more time finds it, as after an abort."""
+    timed = Timed(model, prefix_caching=True)
+    late = timed.submit(PROMPT, max_tokens=50, deadline_s=10)
+    for _ in range(5):
+        timed.step()
+    timed.now += 11
+    timed.step()
+    again = timed.submit(PROMPT)
+    timed.run()
+    assert late in timed.failed and timed.finished[again].cached_tokens == 32
+    timed.close()

@@ -332,15 +332,18 @@ class StepLoop:
         )
         self._runner.wipe(freed)
 
-    def _fail(self, request: Request, code: str, message: str, report: Report) -> list[int]:
-        freed = self._scheduler.finish(request, keep=False)
+    def _fail(
+        self, request: Request, code: str, message: str, report: Report, *, keep: bool = False
+    ) -> list[int]:
+        freed = self._scheduler.finish(request, keep=keep)
         report.ended.append(request)
         report.failed.append(Failed(request.id, code, message))
         return freed
 
     def _expire(self, report: Report) -> None:
         for request in self._scheduler.deadlines.expired(self._clock()):
-            self._fail(request, "deadline_exceeded", "the request's deadline passed", report)
+            message = "the request's deadline passed"
+            self._fail(request, "deadline_exceeded", message, report, keep=True)
         for request in self._scheduler.deadlines.late(self._clock()):
             if request.status is not Status.DONE:
                 self._fail(request, "overloaded", "its first token would come too late", report)
