@@ -21,7 +21,7 @@ from loramux.adapters.pack import packed_path
 from loramux.engine.blackbox import BlackBox, read
 from loramux.engine.pace import UNKNOWN_S, StepPace
 from loramux.model.runner import Plan, Scored
-from loramux.request import Speculation
+from loramux.request import EntropyAdaptive, Speculation
 from loramux.speculation.costs import Costs, CostTable
 
 ROOT = Path(__file__).parents[2]
@@ -278,4 +278,12 @@ def test_an_adapter_that_is_lost_while_every_seat_is_taken_fails_its_request_onc
     harness.run()
     assert list(harness.failed) == [lost] and harness.failed[lost].code == "adapter_load_failed"
     assert len(harness.outputs[busy]) == 30
+    harness.close()
+
+
+def test_a_refusal_names_the_parameter(model: Path) -> None:
+    harness = Harness(model)
+    name = harness.submit(GOOD[0], entropy=EntropyAdaptive(threshold=1.0))
+    harness.run()
+    assert harness.failed[name].param == "entropy_adaptive"
     harness.close()
