@@ -185,11 +185,13 @@ class Finished(msgspec.Struct, array_like=True):
 
 
 class Failed(msgspec.Struct, array_like=True):
-    """The terminal event of a request that could not be finished; ``code`` is an errors.py code."""
+    """The terminal event of a request that could not be finished; ``code`` is an errors.py code,
+    ``param`` the field of the request that is at fault."""
 
     request_id: str
     code: str
     message: str
+    param: str | None = None
 
 
 class Ready(msgspec.Struct, tag=True, kw_only=True):

@@ -17,10 +17,11 @@ import torch
 from tests import tiny
 from tests.harness import Harness
 
+from loramux.adapters.pack import packed_path
 from loramux.engine.blackbox import BlackBox, read
 from loramux.engine.pace import UNKNOWN_S, StepPace
 from loramux.model.runner import Plan, Scored
-from loramux.request import Speculation
+from loramux.request import EntropyAdaptive, Speculation
 from loramux.speculation.costs import Costs, CostTable
 
 ROOT = Path(__file__).parents[2]
@@ -216,6 +217,14 @@ def test_the_black_box_names_all_or_nobody(tmp_path: Path) -> None:
     assert read(path) == [], "what does not fit is not said by halves"
 
 
+def test_what_a_wild_write_left_in_the_black_box_is_read_as_it_is(tmp_path: Path) -> None:
+    """Whoever reads it starts the next engine, and must get by it."""
+    box = tmp_path / "box"
+    for rest in (b"\xff" * 100, b"\x03\0\0\0a\xffb", b"\x03"):
+        box.write_bytes(b"\1" + rest)
+        assert "a" not in read(box)
+
+
 def test_a_step_tells_the_box_whom_it_is_for(model: Path) -> None:
     harness = Harness(model)
     told: list[list[str]] = []
@@ -252,3 +261,29 @@ def test_a_step_is_predicted_from_what_was_measured_and_seen() -> None:
     measured.took(3, 0.001)
     assert measured.predict(3) == table.seconds[3]
     assert np.all(np.diff(table.seconds) >= 0)
+
+
+def test_an_adapter_that_is_lost_while_every_seat_is_taken_fails_its_request_once(
+    model: Path, tmp_path: Path
+) -> None:
+    """Whoever has had far more than it is to make room, and its adapter is fetched ahead too: both
+    find that it cannot be read."""
+    adapter = tiny.write_adapter(tmp_path / "adapter", model)
+    harness = Harness(model, max_num_seqs=1, fairness_debt_tokens=0)
+    busy = harness.submit(GOOD[0], tenant="busy", max_tokens=30)
+    for _ in range(3):
+        harness.step()
+    lost = harness.submit(GOOD[1], adapter, tenant="other")
+    packed_path(harness.data_dir, harness.install(adapter), harness.ready.base.fingerprint).unlink()
+    harness.run()
+    assert list(harness.failed) == [lost] and harness.failed[lost].code == "adapter_load_failed"
+    assert len(harness.outputs[busy]) == 30
+    harness.close()
+
+
+def test_a_refusal_names_the_parameter(model: Path) -> None:
+    harness = Harness(model)
+    name = harness.submit(GOOD[0], entropy=EntropyAdaptive(threshold=1.0))
+    harness.run()
+    assert harness.failed[name].param == "entropy_adaptive"
+    harness.close()

@@ -15,6 +15,7 @@ from loramux.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     EngineFailed,
+    InvalidRequest,
     LoramuxError,
 )
 from loramux.front.detokenizer import TextStream, TokenBytes
@@ -263,6 +264,15 @@ def test_the_engine_s_codes_become_errors(code: str, kind: type[LoramuxError]) -
     desk.ledger.apply(StepDone(engine_epoch=1, step=0, failed=[Failed("r", code, "why")]))
     _, error = read(generation)
     assert type(error) is kind and error.code == code and error.message == "why"
+
+
+def test_the_engine_s_refusals_name_the_parameter() -> None:
+    desk = Desk()
+    generation = desk.add("r")
+    failed = Failed("r", "invalid_request", "too long for the small model", "entropy_adaptive")
+    desk.ledger.apply(StepDone(engine_epoch=1, step=0, failed=[failed]))
+    _, error = read(generation)
+    assert type(error) is InvalidRequest and error.param == "entropy_adaptive"
 
 
 def test_prompt_logprobs_come_even_without_a_token() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,23 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from tests.front.fake_engine import ready
-from tests.front.house import configure
-from tests.front.scripted import IDS, Scripted, read, text_of
+from tests.front.scripted import IDS, MAX_SEQS, Scripted, read, text_of
 
 from loramux import wire
 from loramux.config import ServerConfig
 from loramux.errors import DeadlineExceeded, EngineFailed, PoisonRequest
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> ServerConfig:
-    return configure(tmp_path_factory.mktemp("front"), max_num_seqs=8)
-
-
-@pytest.fixture
-def scripted(config: ServerConfig, tmp_path: Path) -> Callable[[], Scripted]:
-    return lambda: Scripted(config, tmp_path)
-
 
 REQUEST = st.fixed_dictionaries(
     {
@@ -168,6 +155,36 @@ def test_the_poison_is_failed_alone(
     asyncio.run(main())
 
 
+def test_one_poison_after_the_other_closes_the_server_no_longer_than_the_first(
+    scripted: Callable[[], Scripted],
+) -> None:
+    """Whoever was beside all of them has not to prove more every time."""
+
+    async def main() -> None:
+        it = scripted()
+        it.birth()
+        it.hear()
+        for index in range(MAX_SEQS - 1):
+            it.submit(f"r{index}", seed=index, max_tokens=300)
+        closed = [0, 0, 0]
+        for number in range(len(closed)):
+            it.submit(f"poison {number}", seed=0, max_tokens=9)
+            it.kills[f"poison {number}"] = 0
+            while f"poison {number}" in it.ledger or not it.open:
+                if not it.alive:
+                    it.birth()
+                it.hear()
+                await it.settle()
+                it.take()
+                closed[number] += not it.open
+                if it.rows:
+                    it.step()
+        assert len(set(closed)) == 1, closed
+        await it.finish()
+
+    asyncio.run(main())
+
+
 def test_suspects_run_apart_and_nobody_new_is_let_in(scripted: Callable[[], Scripted]) -> None:
     async def main() -> None:
         it = scripted()
@@ -262,6 +279,22 @@ def test_a_suspect_that_leaves_holds_nobody_up(scripted: Callable[[], Scripted])
         await it.settle()
         it.take()
         assert set(it.rows) == {"r1"} and it.open
+        await it.finish()
+
+    asyncio.run(main())
+
+
+def test_a_canary_beside_suspects_keeps_nobody_together(
+    scripted: Callable[[], Scripted],
+) -> None:
+    async def main() -> None:
+        it = scripted()
+        it.birth()
+        it.hear()
+        for index in range(3):
+            it.submit(f"r{index}", seed=index, max_tokens=9)
+        await _apart(it, ["r0", "r1"], ["r0", "r1", "canary-7"])
+        assert set(it.rows) == {"r0"}
         await it.finish()
 
     asyncio.run(main())
@@ -374,29 +407,51 @@ def test_other_weights_do_not_go_on(scripted: Callable[[], Scripted]) -> None:
     asyncio.run(main())
 
 
-def test_a_canary_that_sings_otherwise_is_noticed(scripted: Callable[[], Scripted]) -> None:
+def test_nobody_is_alone_beside_one_that_has_left(scripted: Callable[[], Scripted]) -> None:
+    """The client of what hangs engines does not wait until the watchdog ends them."""
+
     async def main() -> None:
         it = scripted()
         it.birth()
         it.hear()
-        answers = []
-        for token in (5, 5, 6):
-            asked = asyncio.create_task(it.client.canary())
-            await it.settle()
+        it.submit("good", seed=0, max_tokens=30)
+        for name in ("bad", "bad again"):
+            it.submit(name, seed=1, max_tokens=9)
             it.take()
-            (name,) = it.rows
-            output = wire.Output(name, 0, [token])
-            done = wire.StepDone(
-                engine_epoch=1,
-                step=0,
-                outputs=[output],
-                finished=[wire.Finished(name, "length")],
-            )
-            it.client.received(wire.encode(done))
-            it.rows.clear()
-            answers.append(await asked)
-        assert answers == [True, True, False]
-        assert it.observations.snapshot.canary_misses == 1
-        await it.client.stop()
+            it.box.note(["good", name])
+            it.generations[name].cancel()
+            it.die("step_timeout")
+            for _ in range(4):
+                if not it.alive:
+                    it.birth()
+                it.hear()
+                await it.settle()
+                it.take()
+                it.step()
+            it.hear()
+            assert it.open
+        await it.finish()
+        assert it.generations["good"].done is not None, it.generations["good"].error
+
+    asyncio.run(main())
+
+
+def test_poison_that_has_left_is_nobody_s_any_more(scripted: Callable[[], Scripted]) -> None:
+    async def main() -> None:
+        it = scripted()
+        it.birth()
+        it.hear()
+        for name in ("good", "bad"):
+            it.submit(name, seed=1, max_tokens=9)
+        await _apart(it, ["bad"])
+        it.box.note(["bad"])
+        it.generations["bad"].cancel()
+        it.die("step_timeout")
+        it.birth()
+        it.hear()
+        await it.settle()
+        it.take()
+        assert it.open and set(it.rows) == {"good"}
+        await it.finish()
 
     asyncio.run(main())

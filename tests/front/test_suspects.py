@@ -109,3 +109,10 @@ def test_sets_are_no_larger_than_a_batch() -> None:
         seen.append(each)
         suspects.passed()
     assert seen == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_a_death_beside_one_that_has_left_proves_nothing() -> None:
+    suspects = Suspects(64)
+    for _ in range(5):
+        assert suspects.died(["a"], beside=True) is None
+        assert suspects.next(["a"]) == ["a"] and suspects.patience("a") == 1

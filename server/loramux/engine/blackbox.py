@@ -50,7 +50,7 @@ def read(path: Path) -> list[str]:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
-    if not data or not data[0]:
+    if len(data) < _BODY or not data[0]:
         return []
     (length,) = _LENGTH.unpack_from(data, 1)
-    return data[_BODY : _BODY + length].decode().split("\n")
+    return data[_BODY : _BODY + length].decode(errors="replace").split("\n")

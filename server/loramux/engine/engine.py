@@ -110,7 +110,8 @@ class Engine:
         try:
             self._add(message)
         except LoramuxError as error:
-            self._refused.append(Failed(message.request_id, error.code, error.message))
+            failed = Failed(message.request_id, error.code, error.message, error.param)
+            self._refused.append(failed)
         except Exception:
             log.exception("%s could not be queued", message.request_id)
             why = "the engine met an internal error when it was to begin with the request"

@@ -8,6 +8,7 @@ needs no locks.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -129,25 +130,41 @@ class Courier(threading.Thread):
         self._epoch = epoch
         self._every_s = every_s
         self._parent = parent
+        self._held: dict[zmq.Socket[bytes], bytes] = {}
         self._inner.bind("inproc://engine")
 
     def run(self) -> None:
         self._outer.connect(self._address)
         poller = zmq.Poller()
-        poller.register(self._outer, zmq.POLLIN)
-        poller.register(self._inner, zmq.POLLIN)
+        ways = ((self._outer, self._inner), (self._inner, self._outer))
         due = 0.0
         while True:
+            wanted = dict.fromkeys(ways[0], 0)
+            for source, target in ways:
+                full = target in self._held
+                wanted[target if full else source] |= zmq.POLLOUT if full else zmq.POLLIN
+            for socket, events in wanted.items():
+                poller.register(socket, events)
             ready = dict(poller.poll(max(0, int((due - time.monotonic()) * 1000))))
-            if self._outer in ready:
-                self._inner.send(self._outer.recv())
-            if self._inner in ready:
-                self._outer.send(self._inner.recv())
+            for source, target in ways:
+                if ready.get(target, 0) & zmq.POLLOUT:
+                    self._pass_on(self._held.pop(target), target)
+                elif ready.get(source, 0) & zmq.POLLIN:
+                    self._pass_on(source.recv(), target)
             if time.monotonic() >= due:
                 due = time.monotonic() + self._every_s
                 if os.getppid() != self._parent:
                     os._exit(0)  # the front is gone, and with it whoever wanted the answers
-                self._outer.send(encode(self._heartbeat()))
+                with contextlib.suppress(zmq.Again):  # the front has not read earlier ones
+                    self._outer.send(encode(self._heartbeat()), zmq.NOBLOCK)
+
+    def _pass_on(self, frame: bytes, target: zmq.Socket[bytes]) -> None:
+        """Waiting for room would silence the process: until there is some the frame is held, and
+        none after it is read."""
+        try:
+            target.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            self._held[target] = frame
 
     def _heartbeat(self) -> Heartbeat:
         began = self.process.step_began if self.process else None

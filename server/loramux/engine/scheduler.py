@@ -8,9 +8,8 @@ recomputes), else the row waits.
 
 from __future__ import annotations
 
-import heapq
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from enum import Enum
@@ -18,6 +17,7 @@ from itertools import islice
 from typing import Protocol
 
 from loramux.batch import Batch, Row
+from loramux.engine.deadlines import Deadlines
 from loramux.engine.policy import FairOrder
 from loramux.errors import LoramuxError, RequestTooLarge
 from loramux.memory.formats import KvFormat
@@ -104,17 +104,13 @@ class Scheduler:
         self.waiting = FairOrder()
         self.running: list[Request] = []
         self.counts = Counts()
+        self.deadlines = Deadlines(limits.first_token_slo_s, self._steps_left)
         self._pool = pool
         self._models = {BASE_MODEL_ID: Served(kv, adapters, fingerprint), **(partners or {})}
         self._limits = limits
         self._clock = clock
         self._passed_over: dict[str, int] = {}
         self._outcomes: dict[str, Wait] = {}
-        self._timed: set[Request] = set()
-        self._tolerant: list[tuple[float, int, Request]] = []  # until when they may still wait
-        self._serial = 0
-        self.step_s = 0.0
-        """About how long a step takes now: the loop keeps it."""
 
     def check_fits(self, request: Request) -> None:
         """Raises LoramuxError if ``request`` could never run: too large, or its adapter is bad. One
@@ -135,14 +131,7 @@ class Scheduler:
         for kv in request.kvs:
             kv.reserve(self._models[kv.model_id].kv.num_pages(request.max_ids))
         self.waiting.push(request)
-        if request.deadline is not None:
-            self._timed.add(request)
-        slo_s = self._limits.first_token_slo_s
-        if slo_s is not None and request.num_outputs == 0:
-            steps = -(-request.num_pending // self._limits.max_batch_tokens)
-            self._serial += 1
-            until = request.arrival + slo_s - steps * self.step_s
-            heapq.heappush(self._tolerant, (until, self._serial, request))
+        self.deadlines.add(request)
 
     def schedule(self) -> list[Batch]:
         """The next step's batches, one a model that has rows; none when no request can run now."""
@@ -339,15 +328,25 @@ class Scheduler:
         At least the last id is always computed: its logits are wanted. A request that asks for
         its prompt's log-probabilities computes everything.
         """
-        if not self._limits.prefix_caching or request.wants_prompt_logprobs:
-            return 0
         kv = request.kv
-        page_tokens = self._models[kv.model_id].kv.page_tokens
-        hits = self._pool.prefix.match(self._keys(request, (request.num_ids - 1) // page_tokens))
+        hits = self._pool.prefix.match(self._reusable(request))
         kv.add_frames(hits)
         kv.num_shared = len(hits)
-        kv.num_computed = len(hits) * page_tokens
+        kv.num_computed = len(hits) * self._models[kv.model_id].kv.page_tokens
         return kv.num_computed
+
+    def _reusable(self, request: Request) -> list[bytes]:
+        """Keys of the pages that ``request`` takes if they are cached."""
+        if not self._limits.prefix_caching or request.wants_prompt_logprobs:
+            return []
+        page_tokens = self._models[request.kv.model_id].kv.page_tokens
+        return self._keys(request, (request.num_ids - 1) // page_tokens)
+
+    def _steps_left(self, request: Request) -> int:
+        """To its first token, from what is cached now."""
+        num_pages = self._pool.prefix.num_cached(self._reusable(request))
+        num_hit = num_pages * self._models[request.kv.model_id].kv.page_tokens
+        return -(-(request.num_pending - num_hit) // self._limits.max_batch_tokens)
 
     def _keys(self, request: Request, num_pages: int) -> list[bytes]:
         """Content keys of the first ``num_pages`` pages, all of them full."""
@@ -477,19 +476,5 @@ class Scheduler:
             self._passed_over.pop(request.id, None)
         request.status = Status.DONE
         self.waiting.done(request)
-        self._timed.discard(request)
+        self.deadlines.done(request)
         return freed
-
-    def expired(self, now: float) -> Iterable[Request]:
-        """Requests whose deadline has passed."""
-        return [r for r in self._timed if r.deadline is not None and r.deadline < now]
-
-    def late(self, now: float) -> Iterable[Request]:
-        """Waiting requests whose first token would come too late if they began now. Whoever has
-        begun may end."""
-        found = []
-        while self._tolerant and self._tolerant[0][0] < now:
-            request = heapq.heappop(self._tolerant)[2]
-            if request.status is Status.WAITING and request.first_scheduled is None:
-                found.append(request)
-        return found

@@ -221,7 +221,7 @@ class StepLoop:
             timer.done("commit")
         if flights:
             took = time.perf_counter() - flights[0].began
-            self._scheduler.step_s += (took - self._scheduler.step_s) / 8
+            self._scheduler.deadlines.took(took)
             self._drafting.stepped(alone=len(flights) == 1)
 
     def _commit(self, flight: Flight, result: SampleResult, report: Report) -> None:
@@ -332,23 +332,27 @@ class StepLoop:
         )
         self._runner.wipe(freed)
 
-    def _fail(self, request: Request, code: str, message: str, report: Report) -> list[int]:
-        freed = self._scheduler.finish(request, keep=False)
+    def _fail(
+        self, request: Request, code: str, message: str, report: Report, *, keep: bool = False
+    ) -> list[int]:
+        freed = self._scheduler.finish(request, keep=keep)
         report.ended.append(request)
         report.failed.append(Failed(request.id, code, message))
         return freed
 
     def _expire(self, report: Report) -> None:
-        for request in self._scheduler.expired(self._clock()):
-            self._fail(request, "deadline_exceeded", "the request's deadline passed", report)
-        for request in self._scheduler.late(self._clock()):
+        for request in self._scheduler.deadlines.expired(self._clock()):
+            message = "the request's deadline passed"
+            self._fail(request, "deadline_exceeded", message, report, keep=True)
+        for request in self._scheduler.deadlines.late(self._clock()):
             if request.status is not Status.DONE:
                 self._fail(request, "overloaded", "its first token would come too late", report)
 
     def _report_failures(self, report: Report) -> None:
         counts, self._scheduler.counts = self._scheduler.counts, Counts()
         for request, error in counts.failed:
-            self._fail(request, error.code, error.message, report)
+            if request.status is not Status.DONE:  # one is told of as often as it was tried
+                self._fail(request, error.code, error.message, report)
         report.stats.preemptions = counts.preemptions
         report.stats.prefix_queries = counts.prefix_queries
         report.stats.prefix_hits = counts.prefix_hits

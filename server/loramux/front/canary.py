@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from loramux.errors import LoramuxError
+from loramux.errors import LoramuxError, Overloaded
 from loramux.request import BASE_MODEL_ID, SamplingParams
 from loramux.wire import Failed, Ready, StepDone, Submit
 
@@ -60,6 +60,8 @@ class Canary:
         fingerprint, answer = self._waiting.pop(request_id)
         if answer.done():  # whoever asked has left
             return
+        if isinstance(outcome, Failed) and outcome.code == Overloaded.code:
+            outcome = Overloaded(outcome.message)  # which says nothing of what it computes
         if isinstance(outcome, LoramuxError):
             answer.set_exception(outcome)
             return

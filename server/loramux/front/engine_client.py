@@ -123,7 +123,7 @@ class EngineClient:
 
     async def canary(self) -> bool:
         """One token of a fixed prompt through the real engine; whether it is the one that the first
-        of its kind was. Raises Overloaded without an engine, or when it dies of it."""
+        of its kind was. Raises Overloaded without an engine, when it dies of it, or has no room."""
         if self.info is None:
             raise Overloaded("the engine is not running", code="engine_starting")
         message, answer = self._canary.ask(self.info)

@@ -254,7 +254,7 @@ class Front:
 
     async def canary(self) -> bool:
         """Whether the engine makes the token of a fixed prompt that it made when first asked.
-        Raises Overloaded without one."""
+        Raises Overloaded without one, or when it has no room."""
         return await self._engine.canary()
 
     async def command(self, kind: CommandKind, digest: str | None = None) -> dict[str, Any]:

@@ -311,4 +311,6 @@ def _error_of(failure: Failed) -> LoramuxError:
     kind = _ERRORS.get(failure.code)
     if kind is None:
         return EngineFailed(failure.message, code=failure.code)
-    return kind(failure.message)
+    error = kind(failure.message)
+    error.param = failure.param
+    return error

@@ -4,6 +4,7 @@ death first, each set of them apart."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -19,7 +20,7 @@ class Recovery:
 
     ``give`` hands a choice to the engine. ``take_back`` returns when the engine has forgotten
     choices, and all it had made of them is in the ledger. ``probe`` returns when the engine has
-    made a token that is no client's: then the next death is not the engine's own fault.
+    made a token that is no client's, or has refused to: then the next death is not its own fault.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Recovery:
         named = [request_id for request_id in running if request_id in self._ledger]
         if not running:
             named = [request_id for request_id in unfinished if request_id not in before]
-        poison = self._suspects.died(named)
+        poison = self._suspects.died(named, beside=len(running) > len(named))
         log.warning("%d requests may be what the engine died of", len(named))
         if poison is not None:
             log.error("%s ends engines and is given up", poison)
@@ -85,7 +86,8 @@ class Recovery:
 
     async def _run(self) -> None:
         try:
-            await self._probe()
+            with contextlib.suppress(Overloaded):  # with no room for it the engine is there as well
+                await self._probe()
             while apart := self._suspects.next(self._ledger):
                 await self._run_apart(apart)
                 self._suspects.passed()

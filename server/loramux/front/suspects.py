@@ -31,16 +31,18 @@ class Suspects:
     def __bool__(self) -> bool:
         return bool(self._sets)
 
-    def died(self, running: Sequence[str]) -> str | None:
-        """An engine died of a step in which ``running`` were computed. The request that is poison,
-        if that is now known."""
+    def died(self, running: Sequence[str], *, beside: bool = False) -> str | None:
+        """An engine died of a step in which ``running`` were computed, and ``beside`` them others:
+        a canary, or who has left since. The request that is poison, if that is now known."""
         if not running:
             return None
         blamed = set(running)
-        self._deaths.update(blamed)
-        if len(blamed) == 1:
+        if not beside:
+            self._deaths.update(blamed)
+        if len(blamed) == 1 and not beside:
             self._alone[running[0]] += 1
             if self._alone[running[0]] >= DEATHS_ALONE:
+                self._deaths.clear()  # it explains those of its neighbours too
                 self._withdraw(blamed)
                 return running[0]
         apart = bool(self._sets) and blamed <= set(self._sets[0])
@@ -65,9 +67,9 @@ class Suspects:
 
     def patience(self, request_id: str) -> int:
         """How many tokens the request has to make in its set to be let go: one at first, twice as
-        many after every further death, so that what kills later, or only in company, is apart for
-        good in the end."""
-        return int(2 ** (self._deaths[request_id] - 1))
+        many after every further death that no poison and nobody who has left explains, so that what
+        kills later, or only in company, is apart for good in the end."""
+        return int(2 ** max(0, self._deaths[request_id] - 1))
 
     def _withdraw(self, request_ids: set[str]) -> None:
         rest = ([r for r in each if r not in request_ids] for each in self._sets)

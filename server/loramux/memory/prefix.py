@@ -65,6 +65,10 @@ class PrefixIndex:
         """Frames of pages that nobody runs on."""
         return [frame for frame, users in self._users.items() if users == 0]
 
+    def num_cached(self, keys: Sequence[bytes]) -> int:
+        """How many frames ``match`` would find now."""
+        return next((at for at, key in enumerate(keys) if key not in self._frame_of), len(keys))
+
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """Frames of the longest cached beginning of ``keys``, each held for the caller."""
         frames: list[int] = []

@@ -1,0 +1,63 @@
+"""Whose time is over, and whose first token would come too late."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterable
+
+from loramux.request import Request, Status
+
+NEWEST = 0.125
+"""The weight of the newest step in how long one takes."""
+
+
+class Deadlines:
+    """Of the requests of one engine. With ``slo_s`` first tokens have so long to come;
+    ``steps_left`` says in how many steps one that begins now would have its own."""
+
+    def __init__(self, slo_s: float | None, steps_left: Callable[[Request], int]) -> None:
+        self.step_s = 0.0
+        """About how long a step takes now."""
+        self._slo_s = slo_s
+        self._steps_left = steps_left
+        self._timed: set[Request] = set()
+        self._tolerant: list[tuple[float, int, Request]] = []  # when to look at it again
+        self._serial = 0
+
+    def add(self, request: Request) -> None:
+        """A new one waits."""
+        if request.deadline is not None:
+            self._timed.add(request)
+        if self._slo_s is not None and request.num_outputs == 0:
+            self._look_again(request, -math.inf)
+
+    def done(self, request: Request) -> None:
+        """It is over."""
+        self._timed.discard(request)
+
+    def took(self, seconds: float) -> None:
+        """A step is done."""
+        self.step_s += NEWEST * (seconds - self.step_s)
+
+    def expired(self, now: float) -> Iterable[Request]:
+        """Requests whose deadline has passed."""
+        return [r for r in self._timed if r.deadline is not None and r.deadline < now]
+
+    def late(self, now: float) -> Iterable[Request]:
+        """Waiting requests whose first token would come too late if they began now. Whoever has
+        begun may end."""
+        found = []
+        while self._slo_s is not None and self._tolerant and self._tolerant[0][0] < now:
+            request = heapq.heappop(self._tolerant)[2]
+            if request.status is Status.WAITING and request.first_scheduled is None:
+                until = request.arrival + self._slo_s - self._steps_left(request) * self.step_s
+                if until < now:
+                    found.append(request)
+                else:
+                    self._look_again(request, until)
+        return found
+
+    def _look_again(self, request: Request, at: float) -> None:
+        self._serial += 1
+        heapq.heappush(self._tolerant, (at, self._serial, request))
