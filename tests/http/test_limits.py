@@ -182,7 +182,11 @@ def test_an_offered_protocol_is_ignored(shared: Running, offer: str, cut: str) -
     raw = wire.connect(shared)
     inner = wire.request("/v1/models", b"", method="GET")
     body = json.dumps({"model": "base", "prompt": "a", "user": inner.decode()}).encode()
-    offers = ["connection: Upgrade, HTTP2-Settings", f"upgrade: {offer}", "http2-settings: AAMAAABk"]
+    offers = [
+        "connection: Upgrade, HTTP2-Settings",
+        f"upgrade: {offer}",
+        "http2-settings: AAMAAABk",
+    ]
     whole = wire.request("/v1/completions", body, JSON, *offers)
     at = whole.index(body)
     pieces = {
