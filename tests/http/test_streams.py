@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -144,6 +145,28 @@ def test_leaving_while_nothing_comes(shared: Running) -> None:
         raw.shutdown(socket.SHUT_RDWR)
         raw.close()
     assert eventually(lambda: len(shared.front.aborted) == before + 2)
+
+
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_leaving_with_more_requests_sent_ahead(
+    more: int, shared: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is the one that is being answered that ends, without a word of bugs; the others never
+    begin."""
+    front = shared.front
+    front.script, before, aborted = drips, len(front.specs), len(front.aborted)
+    body = json.dumps({**COMPLETE, "stream": True, "max_tokens": 100}).encode()
+    raw = wire.connect(shared)
+    raw.sendall(
+        (1 + more) * wire.request("/v1/completions", body, "content-type: application/json")
+    )
+    wire.read_until(raw, b"data: ")
+    raw.close()
+    assert eventually(lambda: len(front.aborted) == aborted + 1)
+    assert eventually(lambda: not len(front.ledger)) and front.reserved == 0
+    assert shared.http.get("/health/live").status_code == 200
+    assert len(front.specs) == before + 1
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_a_finished_request_is_not_aborted(shared: Running) -> None:

@@ -12,6 +12,7 @@ import functools
 import math
 import resource
 import sys
+from typing import Any
 
 import httptools
 import uvicorn
@@ -63,6 +64,7 @@ class BoundedConnection(HttpToolsProtocol):
     _refusal: LoramuxError | None = None
     _made_at = 0.0
     _received = b""
+    _answered: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -88,6 +90,15 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
+        # uvicorn tells the newest request only, which is not the one that is being answered when
+        # the client sent several without waiting.
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
         if self.is_idle and self._head_timer is None:
