@@ -19,6 +19,7 @@ from tests.http.fake_front import INFO, eventually, fails_after, speak, tokens
 
 from loramux.errors import EngineFailed, Overloaded
 from loramux.front.generation import GenerationSpec
+from loramux.http.choices import Choices
 
 COMPLETE: dict[str, Any] = {"model": "base", "prompt": "a", "max_tokens": 5}
 
@@ -215,15 +216,24 @@ def test_failure_inside_a_stream_is_an_event_and_no_done(shared: Running, prompt
     assert not len(shared.front.ledger), "its twin does not run on"
 
 
-def test_a_bug_inside_a_stream_says_nothing_of_itself(shared: Running) -> None:
-    shared.front.script = fails_after("hello", RuntimeError("hunter2"))
-    raw = wire.post(shared, "/v1/completions", stream=True, **COMPLETE | {"max_tokens": 90})
+def test_a_bug_says_nothing_of_itself_and_is_counted(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(choices: Choices, index: int) -> None:
+        raise RuntimeError("hunter2")
+
+    monkeypatch.setattr(Choices, "stop_reason", bug)
+    server = start()
+    raw = wire.post(server, "/v1/completions", stream=True, **COMPLETE | {"max_tokens": 90})
     answer = wire.read_until(raw, b"0\r\n\r\n")
     found = wire.events(answer)
     assert found[-1]["error"]["code"] == "internal_error" and None not in found
     assert b"hunter2" not in answer
-    answer = shared.complete(max_tokens=90)
-    assert answer.status_code == 500 and "hunter2" not in answer.text
+    refused = server.complete(max_tokens=90)
+    assert refused.status_code == 500 and "hunter2" not in refused.text
+    for stage in ("answer", "stream"):
+        counted = f'loramux_errors_total{{stage="{stage}",type="server_error"}}'
+        assert eventually(lambda name=counted: server.metric(name) == 1)
 
 
 def test_failure_of_a_whole_answer_keeps_its_status(shared: Running) -> None:
