@@ -16,6 +16,7 @@ from loramux.config import ServerConfig
 from loramux.errors import (
     AdapterInvalid,
     Conflict,
+    LoramuxError,
     NotFound,
     PayloadTooLarge,
 )
@@ -271,7 +272,7 @@ class FakeFront:
         self.room.start(spec)
         self.observations.submitted(spec)
         self.specs.append(spec)
-        task = asyncio.get_running_loop().create_task(self._run(spec, generation))
+        task = asyncio.get_running_loop().create_task(self._run(spec))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return generation
@@ -289,12 +290,12 @@ class FakeFront:
         if self.ledger.cancel(request_id):
             self.aborted.append(request_id)
 
-    async def _run(self, spec: GenerationSpec, generation: Generation) -> None:
+    async def _run(self, spec: GenerationSpec) -> None:
         sampling, index = spec.sampling, 0
         x = self.tokenizer._encode("x", False)
         async for piece in self._pieces(spec, x):
             if isinstance(piece, Exception):
-                self._fail(spec, generation, piece)
+                self._fail(spec, piece)
                 return
             piece = piece[: sampling.max_tokens - index]
             stop = next((i for i, t in enumerate(piece) if t in sampling.stop_token_ids), None)
@@ -322,14 +323,10 @@ class FakeFront:
         while True:
             yield x
 
-    def _fail(self, spec: GenerationSpec, generation: Generation, error: Exception) -> None:
-        code = getattr(error, "code", "")
-        if code:
-            failed = [Failed(spec.request_id, code, str(error))]
-            self.ledger.apply(StepDone(engine_epoch=1, step=0, failed=failed))
-        else:  # a bug of the front itself, which no engine can cause
-            self.ledger._remove(spec.request_id)
-            generation.end(error)  # type: ignore[arg-type]
+    def _fail(self, spec: GenerationSpec, error: Exception) -> None:
+        assert isinstance(error, LoramuxError), "an engine ends with no others"
+        failed = [Failed(spec.request_id, error.code, str(error))]
+        self.ledger.apply(StepDone(engine_epoch=1, step=0, failed=failed))
 
     def _output(self, spec: GenerationSpec, index: int, ids: list[int]) -> Output:
         sampling = spec.sampling

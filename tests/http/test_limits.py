@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import subprocess
 import sys
@@ -171,6 +172,41 @@ def test_what_is_not_http(shared: Running, junk: bytes) -> None:
     raw.sendall(junk)
     answer = wire.read_all(raw)
     assert wire.status(answer) == 400 and wire.error(answer)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("cut", ["at the body", "nowhere", "everywhere"])
+@pytest.mark.parametrize("offer", ["h2c", "websocket"])
+def test_an_offered_protocol_is_ignored(shared: Running, offer: str, cut: str) -> None:
+    """Java's client offers HTTP/2 with every request. Neither is its body lost, nor is the body of
+    one request read as the next."""
+    raw = wire.connect(shared)
+    inner = wire.request("/v1/models", b"", method="GET")
+    body = json.dumps({"model": "base", "prompt": "a", "user": inner.decode()}).encode()
+    offers = [
+        "connection: Upgrade, HTTP2-Settings",
+        f"upgrade: {offer}",
+        "http2-settings: AAMAAABk",
+    ]
+    whole = wire.request("/v1/completions", body, JSON, *offers)
+    at = whole.index(body)
+    pieces = {
+        "nowhere": [whole],
+        "at the body": [whole[:at], whole[at:]],
+        "everywhere": [whole[i : i + 1] for i in range(len(whole))],
+    }[cut]
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for piece in pieces:
+        raw.sendall(piece)
+    assert b'"text_completion"' in wire.read_until(raw, b"}}")
+    raw.sendall(wire.request("/version", b"", method="GET"))
+    answer = wire.read_until(raw, b"}")
+    assert wire.status(answer[answer.index(b"HTTP/") :]) == 200 and b'"version"' in answer
+
+
+def test_a_tunnel_is_refused(shared: Running) -> None:
+    raw = wire.connect(shared)
+    raw.sendall(b"CONNECT localhost:80 HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    assert wire.status(wire.read_all(raw)) == 400
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/completions HT", b"GET / HTTP/1.1\r\nx: y\r\n"])

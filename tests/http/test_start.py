@@ -1,5 +1,5 @@
 """What stops the start with a message and exit code 2: a registry that cannot be used, which stays
-as it is, and a port that is taken."""
+as it is, a port that is taken, and no place for sockets."""
 
 from __future__ import annotations
 
@@ -56,12 +56,22 @@ def test_a_port_that_is_taken(flag: str, model_dir: Path, tmp_path: Path) -> Non
     assert f"{flag} {port}" in told and "in use" in told
 
 
-def refused(model_dir: Path, data_dir: Path, *flags: str) -> str:
+@pytest.mark.parametrize("admin", [(), ("--admin-port", "0")])
+def test_temporary_files_are_too_deep_down(
+    admin: tuple[str, ...], model_dir: Path, tmp_path: Path
+) -> None:
+    deep = tmp_path / ("d" * 90)
+    deep.mkdir()
+    told = refused(model_dir, tmp_path / "data", "--port", "0", *admin, TMPDIR=str(deep))
+    assert "TMPDIR" in told and list(deep.iterdir()) == []
+
+
+def refused(model_dir: Path, data_dir: Path, *flags: str, **environment: str) -> str:
     """What a server says that does not start."""
     command = ["serve", "--model", str(model_dir), "--data-dir", str(data_dir), *flags]
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *command],
-        env={"PYTHONPATH": ":".join(sys.path)},
+        env={"PYTHONPATH": ":".join(sys.path), **environment},
         capture_output=True,
         text=True,
         check=False,

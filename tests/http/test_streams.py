@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from tests.http.fake_front import INFO, eventually, fails_after, speak, tokens
 
 from loramux.errors import EngineFailed, Overloaded
 from loramux.front.generation import GenerationSpec
+from loramux.http.choices import Choices
 
 COMPLETE: dict[str, Any] = {"model": "base", "prompt": "a", "max_tokens": 5}
 
@@ -146,6 +148,28 @@ def test_leaving_while_nothing_comes(shared: Running) -> None:
     assert eventually(lambda: len(shared.front.aborted) == before + 2)
 
 
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_leaving_with_more_requests_sent_ahead(
+    more: int, shared: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is the one that is being answered that ends, without a word of bugs; the others never
+    begin."""
+    front = shared.front
+    front.script, before, aborted = drips, len(front.specs), len(front.aborted)
+    body = json.dumps({**COMPLETE, "stream": True, "max_tokens": 100}).encode()
+    raw = wire.connect(shared)
+    raw.sendall(
+        (1 + more) * wire.request("/v1/completions", body, "content-type: application/json")
+    )
+    wire.read_until(raw, b"data: ")
+    raw.close()
+    assert eventually(lambda: len(front.aborted) == aborted + 1)
+    assert eventually(lambda: not len(front.ledger)) and front.reserved == 0
+    assert shared.http.get("/health/live").status_code == 200
+    assert len(front.specs) == before + 1
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_a_finished_request_is_not_aborted(shared: Running) -> None:
     shared.front.script, before = speak("hello"), list(shared.front.aborted)
     assert shared.complete(max_tokens=3).status_code == 200
@@ -192,15 +216,24 @@ def test_failure_inside_a_stream_is_an_event_and_no_done(shared: Running, prompt
     assert not len(shared.front.ledger), "its twin does not run on"
 
 
-def test_a_bug_inside_a_stream_says_nothing_of_itself(shared: Running) -> None:
-    shared.front.script = fails_after("hello", RuntimeError("hunter2"))
-    raw = wire.post(shared, "/v1/completions", stream=True, **COMPLETE | {"max_tokens": 90})
+def test_a_bug_says_nothing_of_itself_and_is_counted(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(choices: Choices, index: int) -> None:
+        raise RuntimeError("hunter2")
+
+    monkeypatch.setattr(Choices, "stop_reason", bug)
+    server = start()
+    raw = wire.post(server, "/v1/completions", stream=True, **COMPLETE | {"max_tokens": 90})
     answer = wire.read_until(raw, b"0\r\n\r\n")
     found = wire.events(answer)
     assert found[-1]["error"]["code"] == "internal_error" and None not in found
     assert b"hunter2" not in answer
-    answer = shared.complete(max_tokens=90)
-    assert answer.status_code == 500 and "hunter2" not in answer.text
+    refused = server.complete(max_tokens=90)
+    assert refused.status_code == 500 and "hunter2" not in refused.text
+    for stage in ("answer", "stream"):
+        counted = f'loramux_errors_total{{stage="{stage}",type="server_error"}}'
+        assert eventually(lambda name=counted: server.metric(name) == 1)
 
 
 def test_failure_of_a_whole_answer_keeps_its_status(shared: Running) -> None:

@@ -148,6 +148,38 @@ def test_an_upload_that_is_good(server: Running, visit: Open, files: Path) -> No
     expect(page.get_by_role("checkbox", name="cow")).to_be_visible()
 
 
+def test_a_proxy_that_refuses_an_upload(server: Running, visit: Open, files: Path) -> None:
+    """nginx answers in HTML, and takes no body over a megabyte unless told to."""
+    page = visit(server.url)
+    page.route("**/v1/adapters?*", lambda route: route.fulfill(status=413, body="<html>large"))
+    upload(page, files, "cow", "good")
+    expect(page.locator("#verdict")).to_contain_text("The answer was 413")
+    expect(page.get_by_role("button", name="Upload")).to_be_enabled()
+    page.route("**/v1/completions", lambda route: route.fulfill(status=502, body="<html>bad"))
+    choose(page, "base")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(card(page, "base")).to_contain_text("The answer was 502")
+
+
+def test_a_server_that_goes_while_it_checks(server: Running, visit: Open, files: Path) -> None:
+    page = visit(server.url)
+    checking = {"name": "cow", "status": "validating"}
+    page.route("**/v1/adapters?*", lambda route: route.fulfill(status=202, json=checking))
+    page.route("**/v1/adapters/cow", lambda route: route.abort())
+    upload(page, files, "cow", "good")
+    expect(page.locator("#verdict")).to_contain_text("The connection broke")
+    expect(page.get_by_role("button", name="Upload")).to_be_enabled()
+
+
+def test_an_answer_without_text(server: Running, visit: Open) -> None:
+    server.front.script = speak("</s>")
+    page = visit(server.url)
+    choose(page, "base")
+    page.get_by_label("Tokens").fill("1")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(card(page, "base").locator(".foot")).to_have_text(re.compile("^1 token$"))
+
+
 def test_the_next_generation_of_a_name(server: Running, visit: Open, files: Path) -> None:
     page = visit(server.url)
     page.get_by_label("if the name is taken, make the next generation").check()

@@ -51,8 +51,9 @@ _MAX_SOCKET_PATH = 80
 class Front:
     """One per process; every method runs on the event loop that ran ``start``.
 
-    Raises ConfigError when the model directory has no usable tokenizer or the data directory cannot
-    be used. ``engine`` and ``ingest`` are the command lines of the two processes.
+    Raises ConfigError when the model directory has no usable tokenizer, or the data directory or
+    the one for temporary files cannot be used. ``engine`` and ``ingest`` are the command lines of
+    the two processes.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Front:
         )
         self._draining = False
         self._ever_ready = False
-        self._directory: Path | None = None
+        self._directory = make_socket_dir()
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
 
     @property
@@ -122,13 +123,9 @@ class Front:
 
     async def start(self) -> None:
         """Start the engine and ingest processes; returns before they are ready."""
-        directory = Path(tempfile.mkdtemp(prefix="loramux-"))  # 0700: nobody else can connect
-        self._directory = directory
-        if len(str(directory)) > _MAX_SOCKET_PATH:
-            raise ConfigError(f"{directory} is too long for a socket; set TMPDIR to a shorter path")
         self._context = zmq.Context()
-        self._engine.start(directory, self._context)
-        self._ingest.start(directory, self._context)
+        self._engine.start(self._directory, self._context)
+        self._ingest.start(self._directory, self._context)
 
     def _ended(self, spec: GenerationSpec, num_outputs: int) -> None:
         self.quotas.end(spec, num_outputs)
@@ -180,8 +177,7 @@ class Front:
             self.tokenizer.close()
             context.destroy(linger=0)
         self._lock.close()
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def not_ready(self) -> list[str]:
         """Why this server should get no requests now; empty when it should."""
@@ -263,6 +259,18 @@ class Front:
         An error in the Reply is raised as NotFound or Conflict with the engine's code and message.
         """
         return await self._engine.ask(kind, digest)
+
+
+def make_socket_dir() -> Path:
+    """A directory for this process's sockets that nobody else may enter. Raises ConfigError."""
+    try:
+        directory = Path(tempfile.mkdtemp(prefix="loramux-"))
+    except OSError as error:
+        raise ConfigError(f"no place for sockets; set TMPDIR: {error.strerror}") from error
+    if len(str(directory)) > _MAX_SOCKET_PATH:
+        directory.rmdir()
+        raise ConfigError(f"{directory} is too long for a socket; set TMPDIR to a shorter path")
+    return directory
 
 
 def lock_data_dir(data_dir: Path) -> IO[bytes]:

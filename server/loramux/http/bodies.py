@@ -15,10 +15,22 @@ WHOLE_BODIES = 8
 """Unparsed bodies may be as many bytes as this many of the largest."""
 
 
+def is_upload(scope: Scope) -> bool:
+    """Whether the body is a file, or a form with files, that is written as it comes. All others
+    are kept until they are whole."""
+    path: str = scope["path"]
+    if path == "/v1/adapters":
+        return not any(
+            name == b"content-type" and value.strip().lower().startswith(b"application/json")
+            for name, value in scope["headers"]
+        )
+    part = scope["method"] == "PATCH" and path.startswith("/v1/uploads/")
+    return part or path.startswith("/v1/blobs/")
+
+
 class Bodies:
     """Pure ASGI: a body that is kept until it is whole may grow to twice of what is still free, so
-    that large ones are refused with 503 and small ones pass. Uploads are written as they come and
-    do not count.
+    that large ones are refused with 503 and small ones pass. Uploads do not count.
     """
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
@@ -27,8 +39,7 @@ class Bodies:
         self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
-        if scope["type"] != "http" or path.startswith(("/v1/adapters", "/v1/blobs", "/v1/uploads")):
+        if scope["type"] != "http" or is_upload(scope):
             await self.app(scope, receive, send)
             return
         held = 0

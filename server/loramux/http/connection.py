@@ -11,7 +11,10 @@ import asyncio
 import functools
 import math
 import resource
+import sys
+from typing import Any
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import (
@@ -48,6 +51,7 @@ class BoundedConnection(HttpToolsProtocol):
     A head that is late is answered by closing the connection: there is nothing to answer yet. What
     follows a body in chunks (trailers) is not looked at, and may not be larger than a head either.
     Of more than ``most`` connections the oldest that has no request gives way; if all have, 503.
+    A client that offers another protocol (Java's and curl's offer HTTP/2) goes on with this one.
     """
 
     head_timeout_s = 10.0
@@ -59,6 +63,8 @@ class BoundedConnection(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _refusal: LoramuxError | None = None
     _made_at = 0.0
+    _received = b""
+    _answered: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -84,12 +90,23 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
+        # uvicorn tells the newest request only, which is not the one that is being answered when
+        # the client sent several without waiting.
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
         if self.is_idle and self._head_timer is None:
             self._wait_for_head()  # uvicorn's keep-alive clock stops at any byte, a stray one too
         self._bytes_beside_body += len(data)
+        self._received = data
         super().data_received(data)
+        self._received = b""
         if self._in_head and not self.transport.is_closing():
             # httptools hands over a header only once it is whole, so bytes are counted here.
             self._head_bytes += len(data)
@@ -127,6 +144,23 @@ class BoundedConnection(HttpToolsProtocol):
         extensions = self.scope["extensions"] = {ABORT: {"call": self.transport.abort}}
         super().on_headers_complete()
         extensions[WRITE] = {"call": functools.partial(_write, self.cycle)}
+
+    def _should_upgrade(self) -> bool:
+        return True  # then uvicorn leaves the request to the method below
+
+    def handle_websocket_upgrade(self) -> None:
+        """The request once more, without its offer: to the parser an offer ends the request with
+        its head, and would make the body the next one."""
+        ended = sys.exception()
+        assert isinstance(ended, httptools.HttpParserUpgrade)
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        if method == b"CONNECT":
+            self.send_400_response("")
+            return
+        kept = [header for header in self.headers if header[0] != b"upgrade"]
+        head = [b"%b %b HTTP/%b\r\n" % (method, self.url, version)]
+        head += [b"%b: %b\r\n" % header for header in kept]
+        super().data_received(b"".join([*head, b"\r\n", self._received[ended.args[0] :]]))
 
     def send_400_response(self, msg: str) -> None:
         """What uvicorn calls when a request cannot be parsed; ours speaks OpenAI's error shape."""

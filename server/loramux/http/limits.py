@@ -25,6 +25,7 @@ from loramux.errors import (
     RequestError,
     UnsupportedMediaType,
 )
+from loramux.http.bodies import is_upload
 from loramux.http.connection import ABORT
 from loramux.http.failures import failure
 
@@ -87,7 +88,6 @@ class Limits:
             if refusal is None and exchange.declared > exchange.limit:
                 refusal = exchange.too_large()
             if refusal is not None:
-                scope["state"]["error"] = refusal.code
                 await failure(refusal)(scope, exchange.receive, exchange.send)
             else:
                 await self.app(scope, exchange.receive, exchange.send)
@@ -104,15 +104,9 @@ class Limits:
                 raise
 
     def _limit(self, scope: Scope) -> int:
-        path: str = scope["path"]
-        if path == "/v1/adapters":
-            json_body = any(
-                name == b"content-type" and value.strip().lower().startswith(b"application/json")
-                for name, value in scope["headers"]
-            )
-            return self.json_limit if json_body else self.upload_limit
-        part = scope["method"] == "PATCH" and path.startswith("/v1/uploads/")
-        return self.file_limit if part or path.startswith("/v1/blobs/") else self.json_limit
+        if not is_upload(scope):
+            return self.json_limit
+        return self.upload_limit if scope["path"] == "/v1/adapters" else self.file_limit
 
 
 class _Exchange:

@@ -30,6 +30,17 @@ export function headers(more = {}) {
   return key() ? { ...more, authorization: `Bearer ${key()}` } : more;
 }
 
+/** The error of an answer that is none of a success; a proxy may have said it, in HTML. */
+export function refusal(status, text) {
+  try {
+    const { error } = JSON.parse(text);
+    if (error) return error;
+  } catch {
+    // not ours
+  }
+  return { message: `The answer was ${status}, and not from loramux: something in between refused.` };
+}
+
 /** Calls `on.state(state)`, `on.refused(status, message)` and `on.away(seconds)`. */
 export class Feed {
   constructor(on) {

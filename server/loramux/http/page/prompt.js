@@ -1,7 +1,7 @@
 // One prompt to several models at once, their answers side by side as they come.
 
-import { $, count, el, say, seconds } from "./dom.js";
-import { headers } from "./feed.js";
+import { $, count, el, plural, say, seconds } from "./dom.js";
+import { headers, refusal } from "./feed.js";
 
 const MOST = 5;
 const MOST_SHOWN = 24;
@@ -127,7 +127,7 @@ class Card {
         body: JSON.stringify(body),
         signal,
       });
-      if (!answer.ok) throw new Error((await answer.json()).error.message);
+      if (!answer.ok) throw new Error(refusal(answer.status, await answer.text()).message);
       for await (const event of events(answer.body)) {
         if (event.error) throw new Error(event.error.message);
         const choice = event.choices?.[0];
@@ -148,8 +148,9 @@ class Card {
 
   usage(usage, wait, wrote) {
     const num = usage.completion_tokens;
-    const parts = [`${count(num)} tokens`, `first after ${seconds(wait)}`];
-    if (num > 1 && wrote > 0) parts.push(`${count((num - 1) / wrote)} a second`);
+    const parts = [plural(num, "token")];
+    if (wait > 0) parts.push(`first after ${seconds(wait)}`); // an answer may have no text
+    if (wait > 0 && num > 1 && wrote > 0) parts.push(`${count((num - 1) / wrote)} a second`);
     const guessed = usage.details?.speculation;
     if (guessed?.drafted) parts.push(`${guessed.accepted} of ${guessed.drafted} guesses right`);
     say(this.foot, parts.join(" · "));

@@ -1,7 +1,7 @@
 // An adapter's way in, and what the import had to say about it.
 
 import { $, bytes, count, el, plural } from "./dom.js";
-import { headers } from "./feed.js";
+import { headers, refusal } from "./feed.js";
 
 const WAIT_S = 60;
 const LOOK_AGAIN_MS = 1000;
@@ -29,15 +29,16 @@ export class Uploading {
     $("upload-progress").hidden = false;
     $("verdict").replaceChildren(el("p", { class: "none" }, "On its way."));
     try {
-      const { status, body } = await send(`v1/adapters?${query}`, form);
-      if (status >= 400) this.refused(body.error);
-      else await this.settled(body, dry);
+      const { status, text } = await send(`v1/adapters?${query}`, form);
+      if (status >= 400) this.refused(refusal(status, text));
+      else await this.settled(JSON.parse(text), dry);
     } catch (error) {
       if (error.name !== "Error") throw error;
       this.refused({ message: error.message });
+    } finally {
+      $("upload-go").disabled = false;
+      $("upload-progress").hidden = true;
     }
-    $("upload-go").disabled = false;
-    $("upload-progress").hidden = true;
   }
 
   /** Validation may take longer than the upload waited. */
@@ -45,10 +46,10 @@ export class Uploading {
     while (view.status === "validating" && !dry) {
       $("verdict").replaceChildren(el("p", { class: "none" }, "Received, and being checked."));
       await new Promise((done) => setTimeout(done, LOOK_AGAIN_MS));
-      const answer = await fetch(`v1/adapters/${encodeURIComponent(view.name)}`, { headers: headers() });
-      const body = await answer.json();
-      if (!answer.ok) return this.refused(body.error);
-      view = body;
+      const answer = await show(view.name);
+      if (!answer) throw broken();
+      if (!answer.ok) return this.refused(refusal(answer.status, await answer.text()));
+      view = await answer.json();
     }
     if (view.error) return this.refused(view.error);
     this.accepted(view, dry);
@@ -87,6 +88,11 @@ export class Uploading {
   }
 }
 
+const broken = () => new Error("The connection broke before there was an answer.");
+
+/** What the server has under a name; null when it does not answer. */
+const show = (name) => fetch(`v1/adapters/${encodeURIComponent(name)}`, { headers: headers() }).catch(() => null);
+
 /** With progress, which fetch does not tell. */
 function send(path, form) {
   return new Promise((done, failed) => {
@@ -96,15 +102,15 @@ function send(path, form) {
     request.upload.addEventListener("progress", (event) => {
       $("upload-progress").value = event.total ? event.loaded / event.total : 0;
     });
-    request.addEventListener("load", () => done({ status: request.status, body: JSON.parse(request.responseText) }));
-    request.addEventListener("error", () => failed(new Error("The connection broke before there was an answer.")));
+    request.addEventListener("load", () => done({ status: request.status, text: request.responseText }));
+    request.addEventListener("error", () => failed(broken()));
     request.send(form);
   });
 }
 
 /** The generation that a name means now; 0 when it means nothing. */
 async function generation(name) {
-  const answer = await fetch(`v1/adapters/${encodeURIComponent(name)}`, { headers: headers() }).catch(() => null);
+  const answer = await show(name);
   return answer?.ok ? (await answer.json()).generation : 0;
 }
 
