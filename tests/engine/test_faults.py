@@ -78,6 +78,14 @@ def test_a_row_that_is_not_finite_ends_its_request_alone(
     alone = [harness.submit(prompt, tenant="alone", **knobs) for prompt in GOOD]
     harness.run()
     breaking = Breaking(harness, at, monkeypatch)
+    prefix = harness.engine.pool.prefix
+    insert = prefix.insert
+
+    def offered(key: bytes, frame: int) -> None:
+        assert not (breaking.data(frame) == 0xFF).all(), "offered to others, though it is broken"
+        insert(key, frame)
+
+    monkeypatch.setattr(prefix, "insert", offered)
     good = [harness.submit(prompt, tenant="together", **knobs) for prompt in GOOD]
     bad = harness.submit(BAD, **knobs)
     harness.run()

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from loramux.errors import LoramuxError
 from loramux.front.drafts import DraftTotals
+from loramux.front.faults import AdapterFaults
 from loramux.front.generation import Done, GenerationSpec
 from loramux.metrics.stats import StepStats
 
@@ -95,6 +96,7 @@ class Snapshot:
     adapter_tokens: dict[str, list[int]] = field(default_factory=dict)
     drafts: DraftTotals = field(default_factory=DraftTotals)
     model_tokens: dict[str, int] = field(default_factory=dict)
+    adapter_faults: AdapterFaults = field(default_factory=AdapterFaults)
 
 
 _MOST_DIGESTS = 1000
@@ -167,6 +169,7 @@ class Observations:
         """See Observer."""
         self.snapshot.unfinished -= 1
         _count(self.snapshot.failed, error.code)
+        self.snapshot.adapter_faults.failed(spec, error)
         if self.observer:
             self.observer.failed(spec, error)
 

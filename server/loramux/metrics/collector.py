@@ -46,6 +46,13 @@ SEEDED = {
 """Shown from the start, at 0: PromQL's increase() does not see a series that begins at 1."""
 
 
+class Faults(Protocol):
+    """Which adapters broke requests (``front.faults.AdapterFaults``)."""
+
+    def flagged(self) -> Iterable[tuple[str, int]]:
+        """Digests, and how many requests each has broken."""
+
+
 class Snapshot(Protocol):
     """The totals and newest values the front keeps (``front.observations.Snapshot``)."""
 
@@ -73,6 +80,10 @@ class Snapshot(Protocol):
     rejected: dict[str, int]
     adapter_tokens: dict[str, list[int]]
     model_tokens: dict[str, int]
+
+    @property
+    def adapter_faults(self) -> Faults:
+        """Who is flagged."""
 
     @property
     def drafts(self) -> drafts.Totals:
@@ -138,6 +149,7 @@ class SnapshotCollector(Collector):
         self._read = [
             *drafts.families(totals, self._source.base_name, names),
             *self._minute(),
+            self._flagged(),
         ]
 
     def describe(self) -> Iterable[Metric]:
@@ -231,6 +243,22 @@ class SnapshotCollector(Collector):
             buckets=_distribution(asked.values(), buckets.REQUESTS_A_MINUTE),
             gsum_value=asked.total(),
         )
+
+    def _flagged(self) -> Metric:
+        """A gauge: one that no name means any more is nobody's trouble."""
+        flagged = self._source.snapshot.adapter_faults.flagged()
+        worst = sorted((f for f in flagged if self._names.get(f[0])), key=lambda f: (-f[1], f[0]))
+        family = GaugeMetricFamily(
+            "loramux_flagged_adapter_errors",
+            f"Requests that ended with numerical_error, of the {TOP_ADAPTERS} worst adapters that"
+            " are flagged, and of the others",
+            labels=["adapter"],
+        )
+        for digest, num in worst[:TOP_ADAPTERS]:
+            label = adapter_label(digest, self._source.base_name, self._names)
+            family.add_metric([label], num)
+        family.add_metric([OTHERS], sum(num for _, num in worst[TOP_ADAPTERS:]))
+        return family
 
     def _named(self, digests: Set[str]) -> list[str]:
         return sorted({name for digest in digests for name in self._names.get(digest, ())})
