@@ -118,29 +118,6 @@ def test_a_prompt_that_is_not_finite_fails_though_nothing_is_drawn(
     harness.close()
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_without_memory_the_largest_goes_and_the_others_go_on(
-    model: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
-) -> None:
-    harness = Harness(model, overlap=overlap)
-    expected = [harness.generate(prompt, tenant="alone") for prompt in GOOD]
-    runner = harness.engine._loop._runner
-    forward = runner.forward
-
-    def narrow(plan: Plan) -> Scored:
-        if plan.batch.num_tokens > 50:
-            raise torch.OutOfMemoryError("as planned")
-        return forward(plan)
-
-    monkeypatch.setattr(runner, "forward", narrow)
-    good = [harness.submit(prompt, tenant="together") for prompt in GOOD]
-    large = harness.submit(list(range(5, 65)), temperature=1.0)
-    harness.run()
-    assert list(harness.failed) == [large] and harness.failed[large].code == "overloaded"
-    assert [harness.outputs[name] for name in good] == expected
-    harness.close()
-
-
 def test_a_request_that_cannot_even_be_queued_fails_alone(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

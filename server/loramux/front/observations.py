@@ -74,6 +74,7 @@ class Snapshot:
     resumed: int = 0
     canary_misses: int = 0
     nan_aborts: int = 0
+    shortages: int = 0
     steps: int = 0
     unfinished: int = 0
     prompt_tokens: int = 0
@@ -218,6 +219,7 @@ class Observations:
         snapshot.prefix_hits += stats.prefix_hits
         snapshot.preemptions += stats.preemptions
         snapshot.nan_aborts += stats.nan_aborts
+        snapshot.shortages += stats.shortages
         for load in stats.loads:
             snapshot.adapter_loads += 1
             snapshot.adapter_load_bytes += load.num_bytes

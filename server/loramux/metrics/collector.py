@@ -64,6 +64,7 @@ class Snapshot(Protocol):
     resumed: int
     canary_misses: int
     nan_aborts: int
+    shortages: int
     steps: int
     unfinished: int
     prompt_tokens: int
@@ -310,6 +311,11 @@ class SnapshotCollector(Collector):
             ),
             ("requests_resumed", "Choices that a new engine went on with", snapshot.resumed),
             ("canary_misses", "Canaries whose token was another one", snapshot.canary_misses),
+            (
+                "memory_shortages",
+                "Batches, guesses and loads that found no memory and were tried again",
+                snapshot.shortages,
+            ),
             ("nan_aborts", "Choices whose logits were not finite", snapshot.nan_aborts),
             ("prefix_evictions", "Cached pages that gave way", snapshot.evictions.get("prefix", 0)),
             ("adapter_load_bytes", "Bytes loaded into the pool", snapshot.adapter_load_bytes),
