@@ -35,6 +35,9 @@ def adapter_table(views: Iterable[Any], *, full: bool = False) -> None:
     for view in rows:
         if view.error:
             console.print(f"{view.name}: {view.error}", style="red")
+        if view.flagged:
+            told = ", ".join(f"{num} requests with it: {code}" for code, num in view.faults.items())
+            console.print(f"{view.name}: flagged: {told}", style="red")
         for base, companion in view.companions.items():
             if companion["status"] != "ready":
                 told = f"{companion['name']!r} for the {base} model: {companion['status']}"

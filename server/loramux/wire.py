@@ -231,7 +231,8 @@ class StepDone(msgspec.Struct, tag=True, kw_only=True):
     def moved(self) -> bool:
         """Something was launched or came to an end: the next step may find more to do. After
         another only a message or a loaded adapter can bring work."""
-        return "batch_rows" in self.stats or bool(self.outputs or self.finished or self.failed)
+        tried = self.stats.keys() & {"batch_rows", "shortages"}
+        return bool(tried or self.outputs or self.finished or self.failed)
 
 
 class Reply(msgspec.Struct, tag=True, kw_only=True):

@@ -6,16 +6,18 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramux.adapters import loader, residency
+from loramux.adapters import load_errors, loader, residency
 from loramux.adapters.residency import Residency
-from loramux.errors import LoramuxError
+from loramux.errors import LoramuxError, Overloaded
 from loramux.memory.formats import AdapterFormat, FrameShape
 from loramux.memory.frames import Owner
 from loramux.memory.pool import Pool
@@ -46,6 +48,7 @@ class FakeStore:
 
     sizes: dict[str, int]
     bad: set[str] = field(default_factory=set)
+    short: dict[str, int] = field(default_factory=dict)
     gate: threading.Event = field(default_factory=threading.Event)
     begun: list[str] = field(default_factory=list)
     reads: list[tuple[str, list[int]]] = field(default_factory=list)
@@ -70,6 +73,9 @@ class FakeStore:
         self.reads.append((packed.digest, list(frames)))
         if packed.digest in self.bad:
             raise OSError("the disk says no")
+        if self.short.get(packed.digest):
+            self.short[packed.digest] -= 1
+            raise torch.OutOfMemoryError("as planned")
 
 
 class FakeTable:
@@ -118,6 +124,45 @@ def test_a_load_lands_where_the_table_says() -> None:
     ((_, frames),) = bench.store.reads
     (slices,) = bench.table.slots.values()
     assert slices == [f * 16 + s * 8 for f in frames for s in range(2)]
+    bench.residency.close()
+
+
+@pytest.mark.parametrize("times", [1, load_errors.MOST_TRIES - 1, load_errors.MOST_TRIES])
+def test_a_load_without_memory_is_tried_again_and_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(load_errors, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    bench = Bench(6, {"x": 40})
+    bench.store.short["x"] = times
+    for tries in range(1, times + 1):
+        assert bench.residency.load("x")
+        bench.settle()
+        assert len(bench.store.reads) == tries and not bench.residency.is_resident("x")
+        if tries < load_errors.MOST_TRIES:
+            assert bench.residency.load("x") and not bench.residency.num_loading, "it rests"
+            now[0] += load_errors.RETRY_S * 2**tries
+    assert bench.residency.errors.num_shortages == times
+    if times == load_errors.MOST_TRIES:
+        with pytest.raises(Overloaded):
+            bench.residency.load("x")
+        bench.store.short["x"] = 1
+        assert bench.residency.load("x")
+        bench.settle()
+        now[0] += load_errors.RETRY_S
+        assert bench.residency.load("x"), "who asks later begins anew"
+        bench.settle()
+        assert bench.residency.is_resident("x")
+    assert bench.residency.load("x")
+    bench.settle()
+    assert bench.residency.is_resident("x")
+    bench.residency.evict("x")
+    bench.store.short["x"] = load_errors.MOST_TRIES - 1
+    for _ in range(load_errors.MOST_TRIES):
+        now[0] += 100
+        assert bench.residency.load("x"), "a load that went well is a new beginning"
+        bench.settle()
+    assert bench.residency.is_resident("x")
     bench.residency.close()
 
 

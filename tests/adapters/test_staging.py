@@ -165,3 +165,23 @@ def test_a_stream_in_use_is_not_given_up_and_whoever_needs_its_place_waits() -> 
         assert b"".join(b.numpy().tobytes() for b in blocks) == Files.data(packed("a", 40))
     thread.join(5)
     assert arrived.is_set() and set(tier._streams) == {"b"}
+
+
+def test_a_send_that_finds_no_memory_is_left_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing keeps the pinned blocks then, and another fault is told."""
+    bench = Bench(monkeypatch, host_blocks=2)
+    adapter = packed("a", BLOCK)
+    bench.load(adapter, [1])
+
+    def fail(error: Exception) -> None:
+        def send(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(bench.store._ring, "send", send)
+
+    fail(torch.OutOfMemoryError("as planned"))
+    assert bench.store.begin(adapter, [2], None) is None
+    fail(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError):
+        bench.store.begin(adapter, [2], None)
+    assert [stream.users for stream in bench.store.tier._streams.values()] == [0]

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from loramux.engine.scheduler import Limits, Scheduler
+from loramux.engine.limits import Limits
+from loramux.engine.scheduler import Scheduler
 from loramux.memory.formats import KvFormat
 from loramux.memory.frames import Owner
 from loramux.memory.pool import Pool

@@ -6,7 +6,7 @@ import pytest
 from tests.metrics.test_minute import Clock
 from tests.metrics.test_prometheus import Source, digest, done, samples, spec, value
 
-from loramux.errors import DeadlineExceeded, InvalidRequest
+from loramux.errors import DeadlineExceeded, InvalidRequest, NumericalError
 from loramux.metrics.collector import TOP_ADAPTERS, SnapshotCollector
 from loramux.metrics.minute import SLOT_S, SLOTS
 from loramux.metrics.prometheus import ERROR_TYPES, Exporter
@@ -109,6 +109,23 @@ def test_errors_before_and_in_an_answer(exporter: Exporter) -> None:
         ("invalid_request_error", "answer"),
         ("timeout_error", "stream"),
     }
+
+
+def test_the_worst_of_those_flagged_are_named_and_the_others_added_up(
+    source: Source, exporter: Exporter
+) -> None:
+    name, rest = "loramux_flagged_adapter_errors", 5
+    for number in range(TOP_ADAPTERS + rest):
+        for _ in range(4 if number < TOP_ADAPTERS else 3):
+            source.observations.failed(spec(number), NumericalError("not finite"))
+    source.observations.failed(spec(999), NumericalError("once is an accident"))
+    for _ in range(9):
+        source.observations.failed(spec(MANY), NumericalError("no name means it any more"))
+    found = {
+        dict(labels)["adapter"]: n for (f, labels), n in samples(exporter).items() if f == name
+    }
+    named = {f"customer-{number:05d}-support": 4 for number in range(TOP_ADAPTERS)}
+    assert found == {**named, "(other)": 3 * rest}
 
 
 def busy(source: Source, number: int) -> None:

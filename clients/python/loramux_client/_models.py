@@ -279,7 +279,8 @@ class Adapter(Record):
     ``heads_digest`` is that of Medusa heads of its own ("" for none); ``report`` says what they
     are. ``base`` is the model it is for: target, draft or small. ``companions`` are the adapters
     for the others that its profile names, by model: each ``{"name", "status", "digest"}``, used
-    when it is ready. ``created`` and ``expires_at`` (None: never) are Unix seconds.
+    when it is ready. ``created`` and ``expires_at`` (None: never) are Unix seconds. ``faults``
+    are requests with it alone that broke, by error code; ``flagged``: too many for an accident.
     """
 
     name: str
@@ -301,6 +302,8 @@ class Adapter(Record):
     profile_digest: str = ""
     heads_digest: str = ""
     profile: dict[str, Any] | None = None
+    faults: dict[str, int] = field(default_factory=dict)
+    flagged: bool = False
     companions: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 

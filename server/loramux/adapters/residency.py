@@ -22,11 +22,12 @@ from collections import deque
 from collections.abc import Callable, ItemsView, Iterable, Mapping, Sequence
 
 from loramux.adapters.arrivals import Pace
+from loramux.adapters.load_errors import LoadErrors
 from loramux.adapters.loader import Load, Loader
 from loramux.adapters.pack import PackedAdapter
 from loramux.adapters.packed_files import Store
 from loramux.adapters.resident import Resident, Table
-from loramux.errors import AdapterLoadFailed, LoramuxError
+from loramux.errors import LoramuxError
 from loramux.memory.eviction import Frequency
 from loramux.memory.formats import AdapterFormat
 from loramux.memory.frames import Owner
@@ -78,7 +79,7 @@ class Residency:
         self._frequency = Frequency()
         self._pins: dict[str, int] = {}
         self._pinned: list[str] = []
-        self._errors: dict[str, LoramuxError] = {}
+        self.errors = LoadErrors()
         self._num_leased_frames = 0
         self._load_s_per_byte = ASSUMED_LOAD_S_PER_BYTE
         self._loader = Loader(store)
@@ -150,11 +151,11 @@ class Residency:
         be had for it now. ``ahead``: for a request that could not run yet anyway, so nothing is
         evicted that is worth more. When other loads have all they may take of the pool, neither
         this one nor those asked for after it begin before the next ``prioritize``, and the answer
-        is True: ask again. So it is while the basis is on its way, which is loaded first. A failed
-        load, the basis's too, raises its reason, once; asking again tries again."""
-        if (error := self._errors.pop(digest, None)) is not None:
-            raise error
-        if digest in self._adapters:
+        is True: ask again. So it is while the basis is on its way, which is loaded first, and for a
+        moment after a load that found no memory beside the pool. A failed load, the basis's too,
+        raises its reason, once; asking again tries again."""
+        self.errors.throw(digest)
+        if digest in self._adapters or self.errors.rests(digest):
             return True
         if (basis := self._basis_of(digest)) is not None:
             self._asked[digest] = basis
@@ -292,12 +293,11 @@ class Residency:
 
     def _give_up(self, load: Load, error: Exception) -> None:
         self._drop(load)
-        if not isinstance(error, LoramuxError):
-            error = AdapterLoadFailed(f"the adapter's packed file could not be read: {error}")
-        self._errors[load.packed.digest] = error
+        self.errors.add(load.packed.digest, error)
 
     def _land(self, load: Load) -> None:
         packed = load.packed
+        self.errors.loaded(packed.digest)
         resident = self._adapters[packed.digest]
         newest = load.work_s / packed.num_bytes
         self._load_s_per_byte += NEWEST_WEIGHT * (newest - self._load_s_per_byte)
@@ -377,8 +377,7 @@ class Residency:
         for one more that may not be evicted."""
         if digest in self._pins:
             return True
-        if (error := self._errors.pop(digest, None)) is not None:
-            raise error
+        self.errors.throw(digest)
         num_frames = self.num_frames(digest)
         if sum(self._pins.values()) + num_frames > PINNED_SHARE * self._pool.frames.num_frames:
             return False
@@ -409,16 +408,14 @@ class Residency:
 
     def _resume_pinned(self, digest: str, basis: str) -> None:
         """Go on once the basis is here, or its load has failed."""
-        error = self._errors.pop(basis, None)
         try:
-            if error is not None:
-                raise error
+            self.errors.throw(basis)
             if digest not in self._adapters:
                 self._begin_pinned(digest)
             if digest in self._adapters:
                 del self._pins_waiting[digest]
         except LoramuxError as problem:
-            self._errors[digest] = problem
+            self.errors.add(digest, problem)
             del self._pins_waiting[digest]
 
     def unpin(self, digest: str) -> None:

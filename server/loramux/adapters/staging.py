@@ -30,6 +30,7 @@ from loramux.adapters.pack import PackedAdapter
 from loramux.adapters.packed_files import PackedFiles
 from loramux.memory.arena import Arena
 from loramux.memory.formats import AdapterFormat
+from loramux.memory.shortage import is_shortage
 from loramux_kernels.scatter import scatter
 
 BLOCK_BYTES = 4 << 20
@@ -180,7 +181,13 @@ class TieredStore:
         blocks = self.tier.hold(packed.digest)
         if blocks is None:
             return None
-        sent, lands = self._send(packed, blocks, frames, after)
+        try:
+            sent, lands = self._send(packed, blocks, frames, after)
+        except Exception as error:
+            self.tier.release(packed.digest)
+            if is_shortage(error):
+                return None  # a loader's thread tries again
+            raise
         item = self.tier.block_bytes * packed.num_elems // packed.num_bytes
         return Arrival(
             sent.marks,

@@ -12,6 +12,7 @@ from loramux.adapters.residency import Residency
 from loramux.config import HEADS_BYTES, ServerConfig, parse_memory
 from loramux.engine.costs import measure_costs
 from loramux.engine.engine import Engine
+from loramux.engine.limits import Limits
 from loramux.engine.models import (
     Partner,
     adapter_table,
@@ -22,7 +23,7 @@ from loramux.engine.models import (
     partners,
     read_weights,
 )
-from loramux.engine.scheduler import Limits, Scheduler, Served
+from loramux.engine.scheduler import Scheduler, Served
 from loramux.errors import ConfigError
 from loramux.memory.arena import Arena
 from loramux.memory.formats import KvFormat

@@ -18,9 +18,10 @@ from loramux.engine.models import Partner
 from loramux.engine.picture import picture
 from loramux.engine.scheduler import Scheduler
 from loramux.engine.step import StepLoop
-from loramux.errors import EngineFailed, InvalidRequest, LoramuxError
+from loramux.errors import EngineFailed, InvalidRequest, LoramuxError, Overloaded
 from loramux.memory.frames import Owner
 from loramux.memory.pool import Pool
+from loramux.memory.shortage import is_shortage
 from loramux.metrics.picture import Picture
 from loramux.metrics.stats import PoolStats, StepStats
 from loramux.model.runner import ModelRunner
@@ -112,10 +113,12 @@ class Engine:
         except LoramuxError as error:
             failed = Failed(message.request_id, error.code, error.message, error.param)
             self._refused.append(failed)
-        except Exception:
+        except Exception as error:
             log.exception("%s could not be queued", message.request_id)
-            why = "the engine met an internal error when it was to begin with the request"
-            self._refused.append(Failed(message.request_id, EngineFailed.code, why))
+            code, why = EngineFailed.code, "the engine met an internal error when it was to begin"
+            if is_shortage(error):
+                code, why = Overloaded.code, "there was no memory to begin with the request"
+            self._refused.append(Failed(message.request_id, code, why))
 
     def _add(self, message: Submit) -> None:
         request = Request(
@@ -260,6 +263,8 @@ class Engine:
         for residency in self._residencies:
             stats.loads += residency.finished_loads
             residency.finished_loads = []
+            stats.shortages += residency.errors.num_shortages
+            residency.errors.num_shortages = 0
             for reason, num in residency.take_evictions().items():
                 evicted[reason] += num
         evicted_pages, self.pool.prefix.num_evicted = self.pool.prefix.num_evicted, 0

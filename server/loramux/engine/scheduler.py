@@ -18,6 +18,7 @@ from typing import Protocol
 
 from loramux.batch import Batch, Row
 from loramux.engine.deadlines import Deadlines
+from loramux.engine.limits import Limits, StepRoom
 from loramux.engine.policy import FairOrder
 from loramux.errors import LoramuxError, RequestTooLarge
 from loramux.memory.formats import KvFormat
@@ -65,17 +66,6 @@ class Served:
     fingerprint: str
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The bounds of a step, and of the wait for a first token."""
-
-    max_num_seqs: int
-    max_batch_tokens: int
-    fairness_debt_tokens: int
-    prefix_caching: bool = True
-    first_token_slo_s: float | None = None
-
-
 @dataclass
 class Counts:
     """What happened since the engine last reported."""
@@ -105,6 +95,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.counts = Counts()
         self.deadlines = Deadlines(limits.first_token_slo_s, self._steps_left)
+        self.room = StepRoom(limits.max_batch_tokens)
         self._pool = pool
         self._models = {BASE_MODEL_ID: Served(kv, adapters, fingerprint), **(partners or {})}
         self._limits = limits
@@ -136,7 +127,7 @@ class Scheduler:
     def schedule(self) -> list[Batch]:
         """The next step's batches, one a model that has rows; none when no request can run now."""
         self._settle_debt()
-        budget = self._limits.max_batch_tokens
+        budget = self.room.tokens
         rows: list[Row] = []
         # Decodes first: a long prompt must not cost the others a token.
         for request in sorted(self.running, key=lambda r: r.num_pending > 1):
@@ -406,7 +397,7 @@ class Scheduler:
 
     def budget_for_drafts(self, batches: Sequence[Batch]) -> int:
         """What is left of a step's tokens."""
-        return self._limits.max_batch_tokens - sum(batch.num_tokens for batch in batches)
+        return self.room.tokens - sum(batch.num_tokens for batch in batches)
 
     def draft(
         self,
@@ -437,6 +428,17 @@ class Scheduler:
             request.kv.num_computed += row.num_tokens - len(row.drafts)
             if row.samples:
                 request.expect()
+
+    def take_back(self, batch: Batch) -> None:
+        """The batch is lost on its way: what it was for is computed again."""
+        for row in batch.rows:
+            request = row.request
+            if request.status is Status.DONE:
+                continue
+            if row.samples:
+                request.receive(())
+            if request.status is Status.RUNNING:
+                self._preempt(request)
 
     def commit(self, batch: Batch, sampled: Sequence[Sequence[int]]) -> None:
         """The batch was computed; ``sampled[i]`` are row i's new tokens, of which all but the last

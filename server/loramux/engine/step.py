@@ -26,6 +26,8 @@ from loramux.engine.counted import counted, is_judged
 from loramux.engine.models import Partner
 from loramux.engine.pace import StepPace
 from loramux.engine.scheduler import Counts, Scheduler
+from loramux.errors import Overloaded
+from loramux.memory.shortage import is_shortage
 from loramux.metrics.stats import StepStats
 from loramux.model.runner import ModelRunner, Plan, Scored
 from loramux.request import BASE_MODEL_ID, FinishReason, Request, Status
@@ -109,9 +111,9 @@ class StepLoop:
         batches = self._scheduler.schedule()
         self._computing(batches)
         for batch in batches:
-            self._draft(batch, self._scheduler.budget_for_drafts(batches))
+            self._draft(batch, self._scheduler.budget_for_drafts(batches), report)
         self.batches = batches
-        plans = [self._runner_of(batch.model_id).plan(batch) for batch in batches]
+        plans = [plan for batch in batches if (plan := self._plan(batch, report))]
         timer.done("schedule")
         self._land(report, timer)
         for whole in plans:
@@ -135,6 +137,13 @@ class StepLoop:
     def _runner_of(self, model_id: int) -> ModelRunner:
         return self._runner if model_id == BASE_MODEL_ID else self._partners[model_id].runner
 
+    def _plan(self, batch: Batch, report: Report) -> Plan | None:
+        try:
+            return self._runner_of(batch.model_id).plan(batch)
+        except Exception as error:
+            self._shed(batch, self.batches, error, report)
+            return None
+
     def _without_ended(self, plan: Plan) -> Plan | None:
         """``plan``, or one without the rows that ended since it was made."""
         if all(row.request.status is Status.RUNNING for row in plan.batch.rows):
@@ -148,30 +157,36 @@ class StepLoop:
     def _launch(self, plan: Plan, report: Report, timer: _PhaseTimer) -> None:
         timer.done("schedule")
         batch, began = plan.batch, time.perf_counter()
-        self._count(report.stats, batch)
         try:
             scored = self._runner_of(batch.model_id).forward(plan)
             timer.done("forward")
             result = self._sample(batch, scored)
             timer.done("sample")
-        except (torch.OutOfMemoryError, MemoryError):
-            self._shed(batch, report)
+        except Exception as error:
+            self._shed(batch, self.batches, error, report)
             return
+        self._count(report.stats, batch)
         self._scheduler.launched(batch)
         self._flights.append(Flight(plan, scored, result, began))
 
-    def _shed(self, batch: Batch, report: Report) -> None:
-        """There was no memory for a batch, of which nothing has happened yet: the request with the
-        most to compute makes room, the newest of those, and the others are tried again."""
-        log.error("out of memory in a step of %d tokens", batch.num_tokens)
-        largest = max(batch.rows, key=lambda row: (row.num_tokens, row.request.arrival))
-        message = "the device has no memory for this request beside those that run"
-        self._fail(largest.request, "overloaded", message, report)
+    def _shed(self, batch: Batch, step: Sequence[Batch], error: Exception, report: Report) -> None:
+        """There was no memory for a ``batch`` of a ``step``, of which nothing has happened yet: its
+        rows are tried again, in smaller steps. Who finds none for one token, and nobody beside it,
+        is failed. Raises ``error`` if it says something else."""
+        if not is_shortage(error):
+            raise error
+        report.stats.shortages += 1
+        num_tokens = sum(each.num_tokens for each in step)
+        log.error("no memory for a step of %d tokens: %s", num_tokens, error)
+        self._scheduler.room.too_large(num_tokens)
+        if num_tokens == 1 and batch.rows[0].request.status is not Status.DONE:
+            message = "the device has no memory for this request, even alone"
+            self._fail(batch.rows[0].request, Overloaded.code, message, report)
 
-    def _draft(self, batch: Batch, budget: int) -> None:
+    def _draft(self, batch: Batch, budget: int, report: Report) -> None:
         """Have rows that decode guess ahead, for their one forward pass to verify."""
         rows = [row for row in batch.rows if row.num_tokens == 1 and row.request.speculation]
-        if not rows:
+        if not rows or not self._scheduler.room.guesses:
             return
         load = Load(
             rows=sum(row.samples for row in batch.rows),
@@ -181,7 +196,15 @@ class StepLoop:
         if self._drafting.rests(load):
             return
         asks = [Ask(row.request, self._scheduler.room_for_drafts(row)) for row in rows]
-        drafts = self._drafting.propose(asks, load)
+        try:
+            drafts = self._drafting.propose(asks, load)
+        except Exception as error:
+            if not is_shortage(error):
+                raise
+            report.stats.shortages += 1
+            log.warning("no memory for guesses: %s", error)
+            self._scheduler.room.no_guesses()
+            return
         for row, draft in zip(rows, drafts, strict=True):
             if draft is not None:
                 self._scheduler.draft(row, draft.drafter, *draft.guess)
@@ -211,13 +234,20 @@ class StepLoop:
         """Wait for the step that is on its way, and commit it."""
         flights, self._flights = self._flights, []
         for flight in flights:
-            result = flight.result()
+            try:
+                result = flight.result()
+            except Exception as error:
+                self._scheduler.take_back(flight.plan.batch)
+                those = [other.plan.batch for other in flights]
+                self._shed(flight.plan.batch, those, error, report)
+                continue
             timer.done("sample")
             seconds = time.perf_counter() - flight.began
             self._pace.took(flight.plan.batch.num_tokens, seconds)
             if flight.plan.batch.model_id == BASE_MODEL_ID:
                 self._residency.pace.took(seconds)
             self._commit(flight, result, report)
+            self._scheduler.room.stepped()
             timer.done("commit")
         if flights:
             took = time.perf_counter() - flights[0].began
@@ -260,9 +290,20 @@ class StepLoop:
         for output in outputs:
             self._sampler.commit(output.request_id, output.token_ids)
         if read:
-            lines = flight.scored.sampling[list(read)]
-            self._drafting.saw(list(read.values()), flight.scored.hidden[lines])
+            self._show(list(read.values()), flight.scored, list(read), report)
         self._finish(batch, report)
+
+    def _show(
+        self, requests: list[Request], scored: Scored, lines: list[int], report: Report
+    ) -> None:
+        """Those who guess from states get the ones at ``lines``; without them they say nothing."""
+        try:
+            self._drafting.saw(requests, scored.hidden[scored.sampling[lines]])
+        except Exception as error:
+            if not is_shortage(error):
+                raise
+            report.stats.shortages += 1
+            self._scheduler.room.no_guesses()
 
     @staticmethod
     def _output(

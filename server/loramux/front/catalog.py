@@ -22,7 +22,8 @@ import msgspec
 
 from loramux.adapters.aliases import AliasRow, Target
 from loramux.adapters.registry import MIN_PREFIX, AdapterRow, Rows, best, holders
-from loramux.errors import Conflict, GenerationGone, InvalidRequest, NotFound
+from loramux.errors import Conflict, GenerationGone, InvalidRequest, NotFound, NumericalError
+from loramux.front.faults import FLAGGED_FROM
 from loramux.front.observations import Snapshot
 from loramux.front.shares import choose
 from loramux.request import MODEL_IDS, AdapterRef, Adapters, Role
@@ -50,7 +51,8 @@ class AdapterView(msgspec.Struct, kw_only=True):
     ``profile_digest`` is "" for an adapter without a profile; ``profile`` itself is there when one
     adapter is asked for. ``heads_digest`` is "" for one without Medusa heads of its own; what they
     are stands in the report. ``base`` is the model it is for, ``companions`` are those its profile
-    names, by the model that each of them should be for."""
+    names, by the model that each of them should be for. ``faults``: requests with it alone that
+    broke, by error code; ``flagged``: too many of them for an accident."""
 
     id: str
     object: str = "adapter"
@@ -71,6 +73,8 @@ class AdapterView(msgspec.Struct, kw_only=True):
     profile_digest: str = ""
     heads_digest: str = ""
     profile: dict[str, Any] | None = None
+    faults: dict[str, int] = {}
+    flagged: bool = False
     companions: dict[Role, Companion] = {}
 
 
@@ -282,6 +286,7 @@ class Catalog:
         # A tenant must not see that another one uses a file with the same bytes.
         wearers = self._snapshot.wearers.get(row.digest, ())
         here = row.tenant == SHARED or row.pinned or row.tenant in wearers
+        broken = self._snapshot.adapter_faults.count(row.digest, row.tenant or None)
         return AdapterView(
             id=f"{row.name}@{row.generation}",
             name=row.name,
@@ -300,6 +305,8 @@ class Catalog:
             error=row.error,
             profile_digest=row.profile_digest,
             heads_digest=row.heads_digest,
+            faults={NumericalError.code: broken} if broken else {},
+            flagged=broken >= FLAGGED_FROM,
             companions={
                 role: self._companion(row, role, name)
                 for role, name in row.report.get("companions", {}).items()

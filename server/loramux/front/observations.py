@@ -11,6 +11,7 @@ from typing import Protocol
 
 from loramux.errors import LoramuxError
 from loramux.front.drafts import DraftTotals
+from loramux.front.faults import AdapterFaults
 from loramux.front.generation import Done, GenerationSpec
 from loramux.metrics.stats import StepStats
 
@@ -73,6 +74,7 @@ class Snapshot:
     resumed: int = 0
     canary_misses: int = 0
     nan_aborts: int = 0
+    shortages: int = 0
     steps: int = 0
     unfinished: int = 0
     prompt_tokens: int = 0
@@ -95,6 +97,7 @@ class Snapshot:
     adapter_tokens: dict[str, list[int]] = field(default_factory=dict)
     drafts: DraftTotals = field(default_factory=DraftTotals)
     model_tokens: dict[str, int] = field(default_factory=dict)
+    adapter_faults: AdapterFaults = field(default_factory=AdapterFaults)
 
 
 _MOST_DIGESTS = 1000
@@ -167,6 +170,7 @@ class Observations:
         """See Observer."""
         self.snapshot.unfinished -= 1
         _count(self.snapshot.failed, error.code)
+        self.snapshot.adapter_faults.failed(spec, error)
         if self.observer:
             self.observer.failed(spec, error)
 
@@ -215,6 +219,7 @@ class Observations:
         snapshot.prefix_hits += stats.prefix_hits
         snapshot.preemptions += stats.preemptions
         snapshot.nan_aborts += stats.nan_aborts
+        snapshot.shortages += stats.shortages
         for load in stats.loads:
             snapshot.adapter_loads += 1
             snapshot.adapter_load_bytes += load.num_bytes

@@ -46,6 +46,13 @@ SEEDED = {
 """Shown from the start, at 0: PromQL's increase() does not see a series that begins at 1."""
 
 
+class Faults(Protocol):
+    """Which adapters broke requests (``front.faults.AdapterFaults``)."""
+
+    def flagged(self) -> Iterable[tuple[str, int]]:
+        """Digests, and how many requests each has broken."""
+
+
 class Snapshot(Protocol):
     """The totals and newest values the front keeps (``front.observations.Snapshot``)."""
 
@@ -57,6 +64,7 @@ class Snapshot(Protocol):
     resumed: int
     canary_misses: int
     nan_aborts: int
+    shortages: int
     steps: int
     unfinished: int
     prompt_tokens: int
@@ -73,6 +81,10 @@ class Snapshot(Protocol):
     rejected: dict[str, int]
     adapter_tokens: dict[str, list[int]]
     model_tokens: dict[str, int]
+
+    @property
+    def adapter_faults(self) -> Faults:
+        """Who is flagged."""
 
     @property
     def drafts(self) -> drafts.Totals:
@@ -138,6 +150,7 @@ class SnapshotCollector(Collector):
         self._read = [
             *drafts.families(totals, self._source.base_name, names),
             *self._minute(),
+            self._flagged(),
         ]
 
     def describe(self) -> Iterable[Metric]:
@@ -232,6 +245,22 @@ class SnapshotCollector(Collector):
             gsum_value=asked.total(),
         )
 
+    def _flagged(self) -> Metric:
+        """A gauge: one that no name means any more is nobody's trouble."""
+        flagged = self._source.snapshot.adapter_faults.flagged()
+        worst = sorted((f for f in flagged if self._names.get(f[0])), key=lambda f: (-f[1], f[0]))
+        family = GaugeMetricFamily(
+            "loramux_flagged_adapter_errors",
+            f"Requests that ended with numerical_error, of the {TOP_ADAPTERS} worst adapters that"
+            " are flagged, and of the others",
+            labels=["adapter"],
+        )
+        for digest, num in worst[:TOP_ADAPTERS]:
+            label = adapter_label(digest, self._source.base_name, self._names)
+            family.add_metric([label], num)
+        family.add_metric([OTHERS], sum(num for _, num in worst[TOP_ADAPTERS:]))
+        return family
+
     def _named(self, digests: Set[str]) -> list[str]:
         return sorted({name for digest in digests for name in self._names.get(digest, ())})
 
@@ -282,6 +311,11 @@ class SnapshotCollector(Collector):
             ),
             ("requests_resumed", "Choices that a new engine went on with", snapshot.resumed),
             ("canary_misses", "Canaries whose token was another one", snapshot.canary_misses),
+            (
+                "memory_shortages",
+                "Batches, guesses and loads that found no memory and were tried again",
+                snapshot.shortages,
+            ),
             ("nan_aborts", "Choices whose logits were not finite", snapshot.nan_aborts),
             ("prefix_evictions", "Cached pages that gave way", snapshot.evictions.get("prefix", 0)),
             ("adapter_load_bytes", "Bytes loaded into the pool", snapshot.adapter_load_bytes),

@@ -42,7 +42,8 @@ class StepStats(msgspec.Struct, omit_defaults=True):
     ``oldest_waiting_s`` is how long the one waits that waits longest for its first step; None: as
     told before, and older by now. ``evictions`` count adapters and prefix pages,
     ``adapter_evictions`` the adapters by reason: room for ``kv`` or for another ``adapter``, or it
-    was ``removed``. ``nan_aborts`` are requests that ended because their logits were not finite.
+    was ``removed``. ``nan_aborts`` are requests that ended because their logits were not finite,
+    ``shortages`` what found no memory and is tried again: batches, guesses, loads of adapters.
     ``drafted`` and ``accepted`` count guessed tokens by drafter: all, and those that were right.
     Times: seconds of wall clock in this step by phase (schedule, forward, sample, commit);
     ``arrival_wait_s`` of that a device stood still for adapters that were still arriving.
@@ -58,6 +59,7 @@ class StepStats(msgspec.Struct, omit_defaults=True):
     prefix_hits: int = 0
     preemptions: int = 0
     nan_aborts: int = 0
+    shortages: int = 0
     batch_rows: int = 0
     batch_tokens: int = 0
     batch_adapters: int = 0

@@ -69,19 +69,21 @@ class DraftModel:
         """See Drafter."""
         worn, held = self._worn([ask.request for ask in asks])
         rounds: dict[Request, _Round] = {}
-        for ask in asks:
-            # The last token that is guessed is not computed.
-            most = min(ask.most, self._partner.max_model_len - ask.request.num_ids + 1)
-            if most > 0 and ask.request in worn and not ask.request.wants_prompt_logprobs:
-                follower = self._followers.wake(ask.request, worn[ask.request])
-                rounds[ask.request] = _Round(follower, most)
-        plan = self._planned(self._catching_up(rounds.values()))
-        while plan is not None:
-            plan = self._step(plan, rounds)
-        for going in rounds.values():
-            self._followers.rest(going.follower)
-        for digest in held:
-            self._partner.residency.release(digest)
+        try:
+            for ask in asks:
+                # The last token that is guessed is not computed.
+                most = min(ask.most, self._partner.max_model_len - ask.request.num_ids + 1)
+                if most > 0 and ask.request in worn and not ask.request.wants_prompt_logprobs:
+                    follower = self._followers.wake(ask.request, worn[ask.request])
+                    rounds[ask.request] = _Round(follower, most)
+            plan = self._planned(self._catching_up(rounds.values()))
+            while plan is not None:
+                plan = self._step(plan, rounds)
+        finally:  # also when there is no memory for it: the requests go on without guesses
+            for going in rounds.values():
+                self._followers.rest(going.follower)
+            for digest in held:
+                self._partner.residency.release(digest)
         return [
             Guess(rounds[ask.request].guesses) if ask.request in rounds else Guess() for ask in asks
         ]
