@@ -56,7 +56,7 @@ class Chat:
             body = speaking(body, voice)
             prompt = await self._prompt(body, voice)
             limit, most = body.output_limit, voice.max_tokens
-            room = room_for(front, prompt, limit, param="messages", most=most)
+            room = room_for(front, prompt, limit, tenant=tenant, param="messages", most=most)
             choices = Choices(front, body, served, voice, [prompt], "chatcmpl", tenant=tenant)
             choices.submit(
                 [room],
