@@ -89,6 +89,7 @@ class Harness:
         *,
         name: str | None = None,
         tenant: str = "",
+        pool_share: float | None = None,
         cache_salt: str = "",
         output_ids: Sequence[int] = (),
         deadline_s: float | None = None,
@@ -116,6 +117,7 @@ class Harness:
             Submit(
                 request_id=request_id,
                 tenant=tenant,
+                pool_share=pool_share,
                 model_id=0,
                 adapters=tuple(AdapterRef(self.install(path), scale) for path, scale in adapter),
                 prompt_ids=list(prompt_ids),

@@ -6,6 +6,7 @@ The commands write the keys file; a running server follows it within a second.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,7 +50,8 @@ def add_keys(commands: Any) -> None:
     limits = _verb(verbs, "limits", _limits, "set, or show, what a tenant may use")
     _add_tenant(limits)
     for name, text in LIMITS.items():
-        limits.add_argument("--" + name.replace("_", "-"), type=_limit, metavar="N|none", help=text)
+        kind, metavar = (_share, "0..1|none") if name == "max_pool_share" else (_limit, "N|none")
+        limits.add_argument("--" + name.replace("_", "-"), type=kind, metavar=metavar, help=text)
 
 
 LIMITS = {
@@ -57,6 +59,7 @@ LIMITS = {
     "max_adapter_bytes": "bytes of their weights",
     "max_requests": "completions in flight",
     "tokens_per_minute": "prompt and output tokens",
+    "max_pool_share": "part of the memory pool for the KV of running completions; others wait",
 }
 
 
@@ -96,6 +99,14 @@ def _limit(text: str) -> int | _NoLimit:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor none")
     return int(text)
+
+
+def _share(text: str) -> float | _NoLimit:
+    if text == "none":
+        return _NoLimit()
+    if not re.fullmatch(r"0|1|0?\.[0-9]+|[01]\.0*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 to 1 nor none")
+    return float(text)
 
 
 def _run(args: dict[str, Any]) -> int:

@@ -169,6 +169,7 @@ class Request:
         adapters: Adapters = (),
         model_id: int = BASE_MODEL_ID,
         tenant: str = "",
+        pool_share: float | None = None,
         cache_salt: str = "",
         speculation: Speculation | None = None,
         companions: Mapping[int, Adapters] | None = None,
@@ -177,6 +178,7 @@ class Request:
     ) -> None:
         self.id = request_id
         self.tenant = tenant
+        self.pool_share = pool_share
         self.adapters = adapters
         self.cache_salt = cache_salt
         self.sampling = sampling

@@ -11,6 +11,7 @@ front has started; anything from an older epoch is dropped by the front.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -61,6 +62,11 @@ def table_widths(
     }
 
 
+def frames_of(share: float, num_frames: int) -> int:
+    """The frames in a ``share`` of the pool; what a person means by 0.29 of 100 is 29."""
+    return math.floor(share * num_frames + 1e-9)
+
+
 class BaseDescription(msgspec.Struct, frozen=True, kw_only=True):
     """What the ingest process must know of the base model to validate and pack for it.
 
@@ -99,7 +105,8 @@ class Submit(msgspec.Struct, tag=True, kw_only=True):
     prefix caches beyond the tenant. ``resume`` is that of the last Output, for a request that is
     continued and had one. ``companions``: the adapters that another model wears for this
     request, by model id. ``deadline_s`` is the time still allowed, counted from arrival
-    at the engine; None for no limit.
+    at the engine; None for no limit. ``pool_share``: the part of the pool that the KV of the
+    tenant's running requests may take, from now on; None for no limit.
     """
 
     request_id: str
@@ -115,6 +122,7 @@ class Submit(msgspec.Struct, tag=True, kw_only=True):
     entropy: EntropyAdaptive | None = None
     companions: dict[int, Adapters] = {}
     deadline_s: float | None = None
+    pool_share: float | None = None
 
 
 class Abort(msgspec.Struct, tag=True):

@@ -222,7 +222,9 @@ def test_plain_rows_beside_it_are_unchanged_and_cost_the_small_model_nothing(
     assert all(seen[SMALL_MODEL_ID, name] for name in routed)
 
 
-def many(harness: Harness, how: EntropyAdaptive, worn: Any) -> list[str]:
+def many(
+    harness: Harness, how: EntropyAdaptive, worn: Any, pool_share: float | None = None
+) -> list[str]:
     """Five that move and two that do not."""
     names = []
     for index in range(5):
@@ -236,9 +238,12 @@ def many(harness: Harness, how: EntropyAdaptive, worn: Any) -> list[str]:
                 temperature=1.0,
                 seed=index,
                 max_tokens=20,
+                pool_share=pool_share,
             )
         )
-    names += [harness.submit(PROMPT[2:], adapter, max_tokens=20) for adapter in (None, worn[0])]
+    for adapter in (None, worn[0]):
+        name = harness.submit(PROMPT[2:], adapter, max_tokens=20, pool_share=pool_share)
+        names.append(name)
     return names
 
 
@@ -267,9 +272,9 @@ def test_nothing_changes_under_pressure(
     dropped = 0
     drop = harness.engine.scheduler._drop_lagging
 
-    def counted() -> bool:
+    def counted(givers: Any) -> bool:
         nonlocal dropped
-        did = drop()
+        did = drop(givers)
         dropped += did
         return did
 
@@ -282,6 +287,34 @@ def test_nothing_changes_under_pressure(
         preemptions = sum(step.stats.get("preemptions", 0) for step in harness.steps)
         assert dropped > 0 and preemptions > 0, "no pressure"
     assert harness.engine.pool.frames.count(Owner.KV) == 0
+    harness.close()
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_nothing_changes_within_a_share_of_a_large_pool(
+    models: tuple[Path, Path],
+    how: EntropyAdaptive,
+    worn: Any,
+    at_ease: list[list[int]],
+    prefix_caching: bool,
+) -> None:
+    """What a request has on the model that does not serve it counts, and is given up first."""
+    harness = engine(models, num_frames=400, prefix_caching=prefix_caching)
+    scheduler = harness.engine.scheduler
+    names = many(harness, how, worn, pool_share=16 / 400)
+    most = 0
+    while harness.engine.has_work:
+        harness.step()
+        held = {
+            int(frame)
+            for request in scheduler.running
+            for kv in request.kvs
+            for frame in kv.page_table[: kv.num_pages]
+        }
+        assert len(held) == scheduler._pages.held("") <= 16
+        most = max(most, len(held))
+    assert not harness.failed and most > 12
+    assert [harness.outputs[name] for name in names] == at_ease
     harness.close()
 
 

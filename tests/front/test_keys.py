@@ -115,6 +115,7 @@ DAMAGE: dict[str, Any] = {
     "a tenant with a newline": {"version": 1, "keys": [KEY | {"tenant": "a\n"}]},
     "an id twice": {"version": 1, "keys": [KEY, KEY]},
     "a negative limit": {"version": 1, "tenants": {"a": {"max_requests": -1}}},
+    "more than all": {"version": 1, "tenants": {"a": {"max_pool_share": 1.01}}},
     "a limit misspelt": {"version": 1, "tenants": {"a": {"max_request": 1}}},
     "limits of nobody": {"version": 1, "tenants": {"a b": {}}},
 }
@@ -289,13 +290,15 @@ def test_the_limits_command(path: Path, capsys: pytest.CaptureFixture[str]) -> N
     limits = ["keys", "limits", "--tenant", "acme", *at(path)]
     assert main([*limits, "--max-requests", "3", "--tokens-per-minute", "0"]) == 0
     assert main([*limits, "--max-requests", "none", "--max-adapters", "2"]) == 0
+    assert main([*limits, "--max-pool-share", "0.25"]) == 0
     capsys.readouterr()
     assert main(limits) == 0
     assert capsys.readouterr().out.split() == [
         *("max_adapters", "2", "max_adapter_bytes", "none"),
-        *("max_requests", "none", "tokens_per_minute", "0"),
+        *("max_requests", "none", "tokens_per_minute", "0", "max_pool_share", "0.25"),
     ]
-    assert Keys(path).limits("acme") == Limits(max_adapters=2, tokens_per_minute=0)
+    expected = Limits(max_adapters=2, tokens_per_minute=0, max_pool_share=0.25)
+    assert Keys(path).limits("acme") == expected
 
 
 @pytest.mark.parametrize(
@@ -309,6 +312,9 @@ def test_the_limits_command(path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ["create", "--scopes", "infer"],
         ["limits", "--tenant", "a", "--max-requests", "-1"],
         ["limits", "--tenant", "a", "--max-requests", "²"],
+        ["limits", "--tenant", "a", "--max-pool-share", "25"],
+        ["limits", "--tenant", "a", "--max-pool-share", "1.5"],
+        ["limits", "--tenant", "a", "--max-pool-share", "nan"],
         ["limits"],
         ["revoke"],
         [],

@@ -20,6 +20,7 @@ from loramux.front.generation import GenerationSpec
 from loramux.front.keys import Limits, editing
 from loramux.front.quotas import MAX_UPLOADS, Quotas
 from loramux.request import SamplingParams
+from loramux.wire import Submit
 
 
 class Desk:
@@ -191,7 +192,7 @@ def test_uploads_on_their_way() -> None:
         pass
 
 
-def limit(front: Front, **limits: int) -> None:
+def limit(front: Front, **limits: Any) -> None:
     with editing(front.config.keys_file) as content:
         content.tenants["acme"] = Limits(**limits)
     front.keys._checked_at = float("-inf")
@@ -239,6 +240,30 @@ def test_uploads_at_once_take_the_last_place_once(tmp_path: Path) -> None:
             done = await asyncio.gather(*uploads, return_exceptions=True)
             refused = [each for each in done if isinstance(each, QuotaExceeded)]
             assert len(refused) == 5 and len(front.adapters.list(tenant="acme")) == 3
+
+    asyncio.run(main())
+
+
+def test_the_engine_hears_of_the_share_as_it_is_now(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(configure(tmp_path)) as front:
+            told = []
+            send = front._engine._send
+            front._engine._send = lambda message: (told.append(message), send(message))  # type: ignore[method-assign,assign,func-returns-value]
+            for share in (0.5, None):
+                limit(front, max_pool_share=share)
+                for tenant in ("acme", "else"):
+                    with front.admit(Claim(tenant=tenant)):
+                        generation = front.submit(spec(f"{tenant} {share}", tenant=tenant))
+                    async for _ in generation:
+                        pass
+            shares = {m.request_id: m.pool_share for m in told if isinstance(m, Submit)}
+            assert shares == {
+                "acme 0.5": 0.5,
+                "else 0.5": None,
+                "acme None": None,
+                "else None": None,
+            }
 
     asyncio.run(main())
 

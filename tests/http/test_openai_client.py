@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import openai
 import pytest
 from tests.http.conftest import Running, Start
 from tests.http.fake_front import fails_after, speak, tokens
 
-from loramux.errors import EngineFailed
+from loramux.errors import EngineFailed, Overloaded
+from loramux.front.generation import GenerationSpec
 
 
 @pytest.fixture
@@ -274,6 +275,28 @@ def test_error_inside_a_stream_is_raised(client: openai.OpenAI, shared: Running)
     assert "".join(chunks) == "hello"
     with pytest.raises(openai.InternalServerError, match="the engine died"):
         client.completions.create(model="base", prompt="a")
+
+
+def test_a_stream_refused_before_its_first_token_is_asked_for_again(start: Start) -> None:
+    """As the client does it by itself with any 503 that says when."""
+    server = start()
+    tries = 0
+
+    async def script(spec: GenerationSpec) -> AsyncIterator[list[int] | Exception]:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            yield Overloaded("its first token would come too late", retry_after_s=0)
+        for token_id in tokens("hello"):
+            yield [token_id]
+
+    server.front.script = script
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=1) as client:
+        stream = client.completions.create(
+            model="base", prompt="a", max_tokens=len(tokens("hello")), stream=True
+        )
+        assert "".join(chunk.choices[0].text for chunk in stream) == "hello"
+    assert tries == 2
 
 
 def test_async_client(shared: Running) -> None:

@@ -23,7 +23,7 @@ from loramux.front.quotas import MAX_UPLOADS
 def house(start: Start, tmp_path: Path) -> Any:
     """``house(**limits)``: a server, seen by the tenant with these limits and by another."""
 
-    def house(**limits: int) -> tuple[Running, Running]:
+    def house(**limits: Any) -> tuple[Running, Running]:
         path = tmp_path / "keys.json"
         texts = [grant(path, tenant) for tenant in ("acme", "else")]
         with editing(path) as content:
@@ -84,6 +84,23 @@ def test_tokens_a_minute(house: Any) -> None:
     assert me.complete(ids, max_tokens=10).status_code == 200
     assert other.complete(ids, max_tokens=90).status_code == 200
     assert other.complete(ids, max_tokens=90).status_code == 200
+
+
+def test_a_share_of_the_pool(house: Any) -> None:
+    """Of 100 frames of 16 tokens: who could never fit in is refused, who says nothing fits in."""
+    me, other = house(max_pool_share=0.03)
+    ids = [40] * 10
+    assert me.complete(ids, max_tokens=38).status_code == 200
+    assert me.front.specs[-1].sampling.max_tokens == 38
+    error = refusal(me.complete(ids, max_tokens=39), 400)
+    assert (error["param"], error["code"]) == ("max_tokens", "request_too_large")
+    assert "48 tokens" in error["message"]
+    assert refusal(me.complete([40] * 48, max_tokens=1), 400)["param"] == "prompt"
+    said = {"model": "base", "messages": [{"role": "user", "content": "hello"}]}
+    assert me.http.post("/v1/chat/completions", json=said).status_code == 200
+    spec = me.front.specs[-1]
+    assert len(spec.prompt_ids) + spec.sampling.max_tokens == 48
+    assert other.complete(ids, max_tokens=100).status_code == 200
 
 
 def test_what_was_not_used_comes_back(house: Any) -> None:

@@ -236,6 +236,45 @@ def test_a_bug_says_nothing_of_itself_and_is_counted(
         assert eventually(lambda name=counted: server.metric(name) == 1)
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("error", [Overloaded("too late"), EngineFailed("it died")])
+def test_failure_before_the_first_token_is_no_stream(
+    shared: Running, path: str, error: Exception
+) -> None:
+    """And is counted as one before an answer, as that of a whole answer is."""
+    shared.front.script = fails_after("", error)
+    said = {"messages": [{"role": "user", "content": "a"}]} if "chat" in path else {"prompt": "a"}
+    answers = [
+        shared.http.post(path, json={"model": "base", "n": 2, "stream": stream, **said})
+        for stream in (True, False)
+    ]
+    for answer in answers:
+        assert answer.status_code == (503 if isinstance(error, Overloaded) else 500)
+        assert answer.headers["content-type"] == "application/json"
+        assert ("retry-after" in answer.headers) == isinstance(error, Overloaded)
+    assert answers[0].json() == answers[1].json()
+    assert not len(shared.front.ledger)
+
+
+def test_failure_after_a_keep_alive_is_an_event(start: Start) -> None:
+    server = start(keep_alive_s=0.02)
+
+    async def late(spec: GenerationSpec) -> AsyncIterator[list[int] | Exception]:
+        await told.wait()
+        yield Overloaded("too late")
+
+    told = asyncio.Event()
+    server.front.script = late
+    raw = wire.post(server, "/v1/completions", stream=True, **COMPLETE)
+    seen = wire.read_until(raw, b": keep-alive\n\n")
+    assert wire.status(seen) == 200
+    [task] = server.front.tasks
+    task.get_loop().call_soon_threadsafe(told.set)
+    rest = wire.read_until(raw, b"0\r\n\r\n")
+    assert b'"code":"overloaded"' in rest and b"[DONE]" not in rest
+    raw.close()
+
+
 def test_failure_of_a_whole_answer_keeps_its_status(shared: Running) -> None:
     shared.front.script = fails_after("hello", EngineFailed("the engine died"))
     answer = shared.complete(["a", "b"], max_tokens=90)

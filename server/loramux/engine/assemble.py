@@ -23,7 +23,8 @@ from loramux.engine.models import (
     partners,
     read_weights,
 )
-from loramux.engine.scheduler import Scheduler, Served
+from loramux.engine.scheduler import Scheduler
+from loramux.engine.served import Served
 from loramux.errors import ConfigError
 from loramux.memory.arena import Arena
 from loramux.memory.formats import KvFormat

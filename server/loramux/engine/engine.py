@@ -129,6 +129,7 @@ class Engine:
             adapters=message.adapters,
             model_id=message.model_id,
             tenant=message.tenant,
+            pool_share=message.pool_share,
             cache_salt=message.cache_salt,
             speculation=message.speculation,
             companions=message.companions,

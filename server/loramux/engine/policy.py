@@ -25,7 +25,8 @@ class FairOrder:
     """The waiting requests, first come first served within a key, fair between keys.
 
     ``version`` changes whenever ``digests()`` does. Looking at the head costs the logarithm of the
-    number of waiting keys, and walking on as much for every request walked over.
+    number of waiting keys, and walking on as much for every request walked over. Tenants that are
+    held back by a limit of their own are left out, and cost nothing.
     """
 
     def __init__(self) -> None:
@@ -40,6 +41,7 @@ class FairOrder:
         self._heap: list[tuple[float, int, Key]] = []
         self._turn: dict[Key, int] = {}
         self._turns = 0
+        self._held_back: dict[str, list[tuple[float, int, Key]]] = {}  # with what left the heap
 
     def __len__(self) -> int:
         return self._num_waiting
@@ -48,8 +50,7 @@ class FairOrder:
         """A new request waits at the end of its key's line."""
         key = request.fair_key
         if key not in self._active:
-            floor = min((self.served[k] for k in self._active), default=0.0)
-            self.served[key] = max(self.served.get(key, 0.0), floor)
+            self.served[key] = max(self.served.get(key, 0.0), self._floor())
             self._active[key] = 0
             self._num_keys[key[0]] += 1
         self._active[key] += 1
@@ -77,6 +78,8 @@ class FairOrder:
             served, turn, key = self._heap[0]
             if self._turn.get(key) != turn:
                 heapq.heappop(self._heap)
+            elif key[0] in self._held_back:
+                self._held_back[key[0]].append(heapq.heappop(self._heap))
             elif served < self.served[key]:
                 heapq.heapreplace(self._heap, (self.served[key], turn, key))
             else:
@@ -102,6 +105,8 @@ class FairOrder:
                 key = self._settle_top()
                 if again and (key is None or again[0] < self._heap[0]):
                     served, turn, key = heapq.heappop(again)
+                    if key[0] in self._held_back:
+                        continue
                 elif key is not None:
                     served, turn, key = heapq.heappop(self._heap)
                     seen[key] = turn
@@ -117,6 +122,33 @@ class FairOrder:
             for key, turn in seen.items():
                 if self._turn.get(key) == turn:
                     heapq.heappush(self._heap, (self.served[key], turn, key))
+
+    def hold_back(self, tenant: str) -> None:
+        """None of the tenant's is looked at until it is let go."""
+        self._held_back.setdefault(tenant, [])
+
+    def is_held_back(self, tenant: str) -> bool:
+        """See ``hold_back``."""
+        return tenant in self._held_back
+
+    def let_go(self, tenant: str) -> None:
+        """If the tenant was held back it is no more, and has saved up no credit meanwhile: its
+        counts rise together until the least of them is that of the others."""
+        if (entries := self._held_back.pop(tenant, None)) is None:
+            return
+        own = [key for key in self._active if key[0] == tenant]
+        if own:
+            rise = self._floor(without=tenant) - min(self.served[key] for key in own)
+            for key in own:
+                self.served[key] += max(0.0, rise)
+        for entry in entries:
+            heapq.heappush(self._heap, entry)
+
+    def _floor(self, without: str | None = None) -> float:
+        """The least count of those that are served as it is their turn; 0 if there are none."""
+        active = [key for key in self._active if key[0] != without]
+        free = [key for key in active if key[0] not in self._held_back]
+        return min((self.served[key] for key in free or active), default=0.0)
 
     def oldest_arrival(self) -> float | None:
         """When the one arrived that has waited longest for its first step; None if nobody does."""

@@ -3,7 +3,8 @@
 A step is ``{row: number of tokens}``: a prefill chunk and a decode are the same kind of row.
 Frames are had in this order: free ones, evicted ones, what the newest running request has on the
 model that does not serve it now, all that the newest one has (preempted: it waits again and
-recomputes), else the row waits.
+recomputes), else the row waits. When it is its tenant's share of the pool that is used up, only the
+tenant's own give way or wait.
 """
 
 from __future__ import annotations
@@ -14,18 +15,17 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import islice
-from typing import Protocol
 
 from loramux.batch import Batch, Row
 from loramux.engine.deadlines import Deadlines
 from loramux.engine.limits import Limits, StepRoom
+from loramux.engine.pages import Pages
 from loramux.engine.policy import FairOrder
+from loramux.engine.served import Adapters, Served
 from loramux.errors import LoramuxError, RequestTooLarge
 from loramux.memory.formats import KvFormat
-from loramux.memory.frames import Owner
 from loramux.memory.pool import Pool
-from loramux.memory.prefix import page_key, root_key
-from loramux.request import BASE_MODEL_ID, Kv, Request, Status
+from loramux.request import BASE_MODEL_ID, Request, Status
 
 PATIENCE_STEPS = 64
 """How often the least served waiting request may be passed over for lack of frames before nobody
@@ -40,30 +40,9 @@ class Wait(Enum):
 
     LOADING = "its adapter is on its way"
     FRAMES = "no frames for its adapter or its KV"
+    SHARE = "its tenant's rows hold all the frames they may"
     SEATS = "every seat of the batch is taken"
     TURN = "those before it go first"
-
-
-class Adapters(Protocol):
-    """What the scheduler needs of residency."""
-
-    def num_frames(self, *digests: str) -> int: ...
-    def num_frames_to_load(self, digest: str) -> int: ...
-    def is_resident(self, digest: str) -> bool: ...
-    def load(self, digest: str, *, ahead: bool = False) -> bool: ...
-    def prioritize(self, wanted: Sequence[str]) -> None: ...
-    def hold(self, digest: str) -> int: ...
-    def lease(self, digest: str) -> int: ...
-    def release(self, digest: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class Served:
-    """A model whose rows are scheduled: how its KV lies, its adapters, and whose weights it has."""
-
-    kv: KvFormat
-    adapters: Adapters
-    fingerprint: str
 
 
 @dataclass
@@ -98,6 +77,7 @@ class Scheduler:
         self.room = StepRoom(limits.max_batch_tokens)
         self._pool = pool
         self._models = {BASE_MODEL_ID: Served(kv, adapters, fingerprint), **(partners or {})}
+        self._pages = Pages(pool, self._models, caching=limits.prefix_caching)
         self._limits = limits
         self._clock = clock
         self._passed_over: dict[str, int] = {}
@@ -106,11 +86,10 @@ class Scheduler:
     def check_fits(self, request: Request) -> None:
         """Raises LoramuxError if ``request`` could never run: too large, or its adapter is bad. One
         that moves between two models must fit on both at once."""
-        frames = 0
+        frames = self._pages.check_share(request)
         for kv in request.kvs:
-            model = self._models[kv.model_id]
-            frames += model.kv.num_pages(request.max_ids)
-            frames += model.adapters.num_frames(*(ref.digest for ref in kv.adapters))
+            adapters = self._models[kv.model_id].adapters
+            frames += adapters.num_frames(*(ref.digest for ref in kv.adapters))
         if frames > self._pool.frames.num_frames:
             raise RequestTooLarge(
                 f"the request needs {frames} frames of the memory pool, which has "
@@ -121,6 +100,8 @@ class Scheduler:
         """Queue a ``request`` that fits."""
         for kv in request.kvs:
             kv.reserve(self._models[kv.model_id].kv.num_pages(request.max_ids))
+        if self._pages.share_out(request):
+            self.waiting.let_go(request.tenant)
         self.waiting.push(request)
         self.deadlines.add(request)
 
@@ -148,35 +129,25 @@ class Scheduler:
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
         """Give ``request`` the pages its next tokens need, preempting newer ones if it must."""
-        while not self._obtain_pages(request.kv, num_tokens):
-            if self._drop_lagging():
+        while not self._pages.obtain(request, num_tokens):
+            givers = self.running
+            if self._pages.exceed_share(request, num_tokens):
+                givers = [other for other in givers if other.tenant == request.tenant]
+            if self._drop_lagging(givers):
                 continue
-            newest = self.running[-1]
+            newest = givers[-1]
             self._preempt(newest)
             if newest is request:
                 return False
         return True
 
-    def _obtain_pages(self, kv: Kv, num_tokens: int) -> bool:
-        need = self._pages_missing(kv, num_tokens)
-        if need <= 0:
-            return True
-        frames = self._pool.obtain(need, Owner.KV)
-        if frames is None:
-            return False
-        kv.add_frames(frames)
-        return True
-
-    def _pages_missing(self, kv: Kv, num_tokens: int) -> int:
-        num_pages = self._models[kv.model_id].kv.num_pages(kv.num_computed + num_tokens)
-        return num_pages - kv.num_pages
-
-    def _drop_lagging(self) -> bool:
-        """Of the newest request that has something on the model that does not serve it now, that
-        goes: it costs nobody a step unless the request moves back. False if there is none."""
-        for request in reversed(self.running):
+    def _drop_lagging(self, givers: Sequence[Request]) -> bool:
+        """Of the newest of ``givers`` that has something on the model that does not serve it now,
+        that goes: it costs nobody a step unless the request moves back. False if there is none."""
+        for request in reversed(givers):
             if request.lagging is not None and request.lagging.num_pages:
-                self._pool.prefix.release(request.lagging.take_frames())
+                self._pages.release(request, request.lagging)
+                self.waiting.let_go(request.tenant)
                 return True
         return False
 
@@ -192,9 +163,10 @@ class Scheduler:
         self.running.remove(request)
         freed = []
         for kv in request.kvs:
-            freed += self._pool.prefix.release(kv.take_frames(), keep=keep)
+            freed += self._pages.release(request, kv, keep=keep)
         for adapters, digest in self._worn(request):
             adapters.release(digest)
+        self.waiting.let_go(request.tenant)
         return freed
 
     def _worn(self, request: Request) -> list[tuple[Adapters, str]]:
@@ -218,7 +190,8 @@ class Scheduler:
             tuple[Adapters, str]
         ] = []  # what those ahead in line wait for must not be evicted by the rest
         passed: list[Request] = []
-        with closing(self.waiting.walk()) as line:
+        with closing(self.waiting.walk()) as walk:
+            line = (request for request in walk if not self._hold_back(request))
             while self._has_room(budget) and len(passed) < LOOKAHEAD:
                 if (request := next(line, None)) is None:
                     break
@@ -248,6 +221,8 @@ class Scheduler:
         """What ``request`` waits for, as of the last step."""
         if (outcome := self._outcomes.get(request.id)) is not None:
             return outcome
+        if self.waiting.is_held_back(request.tenant):
+            return Wait.SHARE
         return Wait.TURN if len(self.running) < self._limits.max_num_seqs else Wait.SEATS
 
     def _fetch_ahead(self, line: list[Request], held: list[tuple[Adapters, str]]) -> list[Request]:
@@ -289,16 +264,29 @@ class Scheduler:
             return Wait.FRAMES
         if not all(adapters.is_resident(digest) for adapters, digest in worn):
             return Wait.LOADING
-        num_hit = self._take_cached_pages(request)
+        num_hit = self._pages.take_cached(request)
         num_tokens = min(request.num_pending, budget)
         # One page for each row that runs, so that admitting does not mean preempting next step.
-        need = self._pages_missing(request.kv, num_tokens)
+        need = self._pages.missing(request.kv, num_tokens)
         short = self.running and need + len(self.running) > self._pool.num_available
-        if short or not self._obtain_pages(request.kv, num_tokens):
-            self._pool.prefix.release(request.kv.take_frames())
+        if short or not self._pages.obtain(request, num_tokens):
+            self._pages.release(request, request.kv)
             return Wait.FRAMES
         self._enter(request, num_hit)
         return Row(request, num_tokens)
+
+    def _hold_back(self, request: Request) -> bool:
+        """Whether ``request`` would bring its tenant, with a page for each of its rows, above its
+        share; then none of the tenant's waiting ones is looked at before one that runs gives frames
+        back: smaller ones do not pass it over, and nobody else's wait behind it."""
+        if not self._pages.is_limited(request):
+            return False
+        num_tokens = min(request.num_pending, self._limits.max_batch_tokens)
+        rows = sum(other.tenant == request.tenant for other in self.running)
+        if not self._pages.exceed_share(request, num_tokens, spare=rows):
+            return False
+        self.waiting.hold_back(request.tenant)
+        return True
 
     def _enter(self, request: Request, num_hit: int) -> None:
         self.waiting.remove(request)
@@ -313,50 +301,10 @@ class Scheduler:
             request.first_scheduled = self._clock()
             request.num_cached = num_hit
 
-    def _take_cached_pages(self, request: Request) -> int:
-        """Start ``request`` from what the prefix cache has of its beginning: so many tokens.
-
-        At least the last id is always computed: its logits are wanted. A request that asks for
-        its prompt's log-probabilities computes everything.
-        """
-        kv = request.kv
-        hits = self._pool.prefix.match(self._reusable(request))
-        kv.add_frames(hits)
-        kv.num_shared = len(hits)
-        kv.num_computed = len(hits) * self._models[kv.model_id].kv.page_tokens
-        return kv.num_computed
-
-    def _reusable(self, request: Request) -> list[bytes]:
-        """Keys of the pages that ``request`` takes if they are cached."""
-        if not self._limits.prefix_caching or request.wants_prompt_logprobs:
-            return []
-        page_tokens = self._models[request.kv.model_id].kv.page_tokens
-        return self._keys(request, (request.num_ids - 1) // page_tokens)
-
     def _steps_left(self, request: Request) -> int:
         """To its first token, from what is cached now."""
-        num_pages = self._pool.prefix.num_cached(self._reusable(request))
-        num_hit = num_pages * self._models[request.kv.model_id].kv.page_tokens
+        num_hit = self._pages.num_cached(request)
         return -(-(request.num_pending - num_hit) // self._limits.max_batch_tokens)
-
-    def _keys(self, request: Request, num_pages: int) -> list[bytes]:
-        """Content keys of the first ``num_pages`` pages, all of them full."""
-        keys = request.kv.page_keys
-        parent = keys[-1] if keys else self._root(request)
-        size = self._models[request.kv.model_id].kv.page_tokens
-        for page in range(len(keys), num_pages):
-            parent = page_key(parent, request.ids[page * size : (page + 1) * size])
-            keys.append(parent)
-        return keys[:num_pages]
-
-    def _root(self, request: Request) -> bytes:
-        return root_key(
-            tenant=request.tenant,
-            cache_salt=request.cache_salt,
-            model_id=request.kv.model_id,
-            fingerprint=self._models[request.kv.model_id].fingerprint,
-            adapters=request.kv.adapters,
-        )
 
     def _out_of_patience(self, request: Request, why: Wait) -> bool:
         passed = self._passed_over.get(request.id, 0) + (why is Wait.FRAMES)
@@ -366,8 +314,12 @@ class Scheduler:
     def _settle_debt(self) -> None:
         """When every seat is taken and someone has had far more than the one who waits, the
         newest row of the most served key makes room."""
+        if len(self.running) < self._limits.max_num_seqs:
+            return
         head = self.waiting.head()
-        if head is None or len(self.running) < self._limits.max_num_seqs:
+        while head is not None and self._hold_back(head):
+            head = self.waiting.head()
+        if head is None:
             return
         served = self.waiting.served
         richest = max(self.running, key=lambda r: served[r.fair_key])
@@ -410,7 +362,7 @@ class Scheduler:
         """Have ``row`` guess ahead, unless there are no frames for it: nobody is preempted for
         guesses."""
         request = row.request
-        if self._obtain_pages(row.kv, row.num_tokens + len(token_ids)):
+        if self._pages.obtain(request, row.num_tokens + len(token_ids)):
             request.ids[request.num_ids : request.num_ids + len(token_ids)] = token_ids
             row.drafts, row.parents, row.drafter, row.grade = token_ids, parents, drafter, grade
             row.num_tokens += len(token_ids)
@@ -453,19 +405,9 @@ class Scheduler:
             if guessed := len(token_ids[1:]):
                 request.kv.num_computed += guessed
                 self.waiting.charge(request, inputs=0, outputs=guessed)
-            if self._limits.prefix_caching:
-                self._cache_full_pages(request)
+            self._pages.cache_full(request)
             if request.follow_router() and request.kv.num_pages == 0:
-                self._take_cached_pages(request)  # of another's, or its own that went at need
-
-    def _cache_full_pages(self, request: Request) -> None:
-        full = request.kv.num_computed // self._models[request.kv.model_id].kv.page_tokens
-        if full == request.kv.num_shared:
-            return
-        keys = self._keys(request, full)
-        for page in range(request.kv.num_shared, full):
-            self._pool.prefix.insert(keys[page], int(request.kv.page_table[page]))
-        request.kv.num_shared = full
+                self._pages.take_cached(request)  # of another's, or its own that went at need
 
     def finish(self, request: Request, *, keep: bool = True) -> list[int]:
         """``request`` is over, for whatever reason; the frames that are free now. ``keep=False``:

@@ -230,6 +230,7 @@ class Front:
             spec = replace(spec, companions=there)
         if spec.deadline_s is not None and spec.arrived_at + spec.deadline_s <= time.monotonic():
             raise DeadlineExceeded("the request's deadline passed before it could start")
+        spec = replace(spec, pool_share=self.quotas.pool_share(spec.tenant))
         text = self.tokenizer.stream(
             stop=spec.stop,
             include_stop=spec.include_stop,

@@ -21,6 +21,7 @@ class GenerationSpec:
     numbers them). ``companions``: what other models wear for it, by model id. ``stop`` are
     non-empty strings that end the text. ``arrived_at`` is ``time.monotonic()`` when the request
     reached the server: TTFT counts from there. ``deadline_s`` counts from ``arrived_at`` too.
+    ``pool_share``: the tenant's, which the front fills in.
     """
 
     request_id: str
@@ -36,6 +37,7 @@ class GenerationSpec:
     skip_special_tokens: bool = True
     cache_salt: str = ""
     deadline_s: float | None = None
+    pool_share: float | None = None
     arrived_at: float = field(default_factory=time.monotonic)
 
     @property

@@ -38,6 +38,7 @@ CHECK_S = 1.0
 _KEY = re.compile(r"lmx_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
 _Tenant = Annotated[str, msgspec.Meta(pattern=rf"^{ADAPTER_NAME.pattern}\Z")]
 _Limit = Annotated[int, msgspec.Meta(ge=0)] | None
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)] | None
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,13 +60,15 @@ class Limits(
 
     ``max_adapters`` counts generations (and, by themselves, failed adapters), ``max_adapter_bytes``
     their stored weights and heads and what waits for an adapter, ``max_requests`` choices in
-    flight, ``tokens_per_minute`` prompt and output tokens together.
+    flight, ``tokens_per_minute`` prompt and output tokens together; ``max_pool_share`` is the part
+    of the memory pool that the KV of running requests may take.
     """
 
     max_adapters: _Limit = None
     max_adapter_bytes: _Limit = None
     max_requests: _Limit = None
     tokens_per_minute: _Limit = None
+    max_pool_share: _Share = None
 
 
 class KeysFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

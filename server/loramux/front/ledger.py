@@ -92,6 +92,7 @@ class Entry:
             entropy=spec.entropy,
             companions=dict(spec.companions),
             deadline_s=None if self.deadline is None else self.deadline - now,
+            pool_share=spec.pool_share,
         )
 
 

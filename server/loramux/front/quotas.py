@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from loramux.errors import InvalidRequest, QuotaExceeded, RateLimited
 from loramux.front.generation import GenerationSpec
 from loramux.front.keys import Limits
+from loramux.wire import Ready, frames_of
 
 MAX_UPLOADS = 10
 """Uploads of one tenant that may be on their way at once."""
@@ -129,6 +130,17 @@ class Quotas:
         bucket = self._buckets.setdefault(tenant, _Bucket(rate, now))
         bucket.refill(rate, now)
         return bucket
+
+    # The memory pool.
+
+    def pool_share(self, tenant: str) -> float | None:
+        """The part of the pool that the tenant's running choices may take; None for no limit."""
+        return self._limits(tenant).max_pool_share
+
+    def pool_tokens(self, tenant: str, info: Ready) -> int | None:
+        """Of how many tokens the KV has room in that part; None for no limit."""
+        share = self.pool_share(tenant)
+        return None if share is None else frames_of(share, info.num_frames) * info.page_tokens
 
     # Adapters.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 
 from fastapi import Request
@@ -56,7 +56,7 @@ class Chat:
             body = speaking(body, voice)
             prompt = await self._prompt(body, voice)
             limit, most = body.output_limit, voice.max_tokens
-            room = room_for(front, prompt, limit, param="messages", most=most)
+            room = room_for(front, prompt, limit, tenant=tenant, param="messages", most=most)
             choices = Choices(front, body, served, voice, [prompt], "chatcmpl", tenant=tenant)
             choices.submit(
                 [room],
@@ -106,16 +106,15 @@ class _Answer:
         return answer
 
     async def events(self) -> AsyncGenerator[bytes]:
-        """The answer as it comes: each choice's role, its text, its finish_reason."""
-        for index in range(len(self._choices.generations)):
-            chunk = self._chunk([ChatChunkChoice(index, MessageDelta("assistant", ""))])
-            if index == 0 and self._body.return_token_ids:
-                chunk.prompt_token_ids = self._choices.prompts[0].ids
-            if self._body.continuous_usage:
-                chunk.usage = self._choices.usage_so_far(index, Delta())
-            yield event(chunk)
+        """The answer as it comes: each choice's role, as soon as there is text; its text, its
+        finish_reason."""
+        begun = False
         async with aclosing(self._choices.merged()) as merged:
             async for index, delta in merged:
+                if not begun:
+                    begun = True
+                    for role in self._roles():
+                        yield role
                 chunk = self._chunk([self._piece(index, delta)])
                 if self._body.continuous_usage:
                     chunk.usage = self._choices.usage_so_far(index, delta)
@@ -124,6 +123,15 @@ class _Answer:
             last = self._chunk([])
             last.usage = self._choices.usage()
             yield event(last)
+
+    def _roles(self) -> Iterator[bytes]:
+        for index in range(len(self._choices.generations)):
+            chunk = self._chunk([ChatChunkChoice(index, MessageDelta("assistant", ""))])
+            if index == 0 and self._body.return_token_ids:
+                chunk.prompt_token_ids = self._choices.prompts[0].ids
+            if self._body.continuous_usage:
+                chunk.usage = self._choices.usage_so_far(index, Delta())
+            yield event(chunk)
 
     def _choice(self, index: int, output: Delta) -> ChatChoice:
         return ChatChoice(

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from loramux.errors import ContextLengthExceeded, InvalidRequest, Overloaded
+from loramux.errors import ContextLengthExceeded, InvalidRequest, Overloaded, RequestTooLarge
 from loramux.front.admission import Admission, Claim, estimate
 from loramux.front.catalog import Served
 from loramux.front.front import Front
@@ -135,15 +135,22 @@ def engine_of(front: Front) -> Ready:
 
 
 def room_for(
-    front: Front, prompt: Prompt, max_tokens: int | None, *, param: str, most: int | None = None
+    front: Front,
+    prompt: Prompt,
+    max_tokens: int | None,
+    *,
+    tenant: str,
+    param: str,
+    most: int | None = None,
 ) -> int:
     """How many tokens to make after ``prompt``: ``max_tokens``, or when it is None all that fit, of
     which ``most`` are enough.
 
-    Raises ContextLengthExceeded when they do not fit, and InvalidRequest for ids that are no
-    tokens of the model.
+    Raises ContextLengthExceeded when they do not fit, RequestTooLarge when they do not fit the
+    tenant's share of the pool, and InvalidRequest for ids that are no tokens of the model.
     """
-    limit = engine_of(front).max_model_len
+    info = engine_of(front)
+    limit = info.max_model_len
     num = len(prompt.ids)
     wanted = 1 if max_tokens is None else max_tokens
     if num + wanted > limit:
@@ -153,8 +160,16 @@ def room_for(
         )
     if min(prompt.ids) < 0 or max(prompt.ids) >= front.tokenizer.vocab_size:
         raise InvalidRequest(f"{param}: no such token id", param=param)
+    share = front.quotas.pool_tokens(tenant, info)
+    if share is not None and num + wanted > share:
+        raise RequestTooLarge(
+            f"{num} prompt tokens and {wanted} output tokens exceed this tenant's share of the "
+            f"memory pool, {share} tokens",
+            param="max_tokens" if num < share else param,
+        )
     if max_tokens is not None:
         return max_tokens
+    limit = limit if share is None else min(limit, share)
     return limit - num if most is None else min(limit - num, most)
 
 

@@ -53,7 +53,7 @@ class Completions:
             voice = await front.voices.of(served)
             body = speaking(body, voice)
             prompts = await self._prompts(body)
-            rooms = [self._room(body, voice, prompt) for prompt in prompts]
+            rooms = [self._room(body, voice, prompt, tenant) for prompt in prompts]
             choices = Choices(front, body, served, voice, prompts, "cmpl", tenant=tenant)
             choices.submit(
                 rooms,
@@ -70,12 +70,12 @@ class Completions:
             on_gone=self._exporter.disconnected,
         )
 
-    def _room(self, body: CompletionRequest, voice: Voice, prompt: Prompt) -> int:
+    def _room(self, body: CompletionRequest, voice: Voice, prompt: Prompt, tenant: str) -> int:
         most = voice.max_tokens if body.max_tokens is None else None
         # A prompt that is only echoed goes through the engine all the same: its log-probabilities
         # come from there. It makes one token, which is dropped.
         wanted = max(1, body.output_limit) if most is None else None
-        return room_for(self._front, prompt, wanted, param="prompt", most=most)
+        return room_for(self._front, prompt, wanted, tenant=tenant, param="prompt", most=most)
 
     async def _prompts(self, body: CompletionRequest) -> list[Prompt]:
         return await asyncio.gather(*(self._prompt(body, item) for item in body.prompt))

@@ -24,7 +24,7 @@ from loramux.front.generation import Delta
 from loramux.http.answers import encode
 from loramux.http.choices import Choices
 from loramux.http.connection import WRITE
-from loramux.http.failures import error_body, internal_error, tell
+from loramux.http.failures import error_body, failure, internal_error, tell
 
 log = logging.getLogger(__name__)
 
@@ -117,9 +117,11 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 class EventStream(Response):
     """A streamed answer: ``events`` are sent as they come, then ``[DONE]``.
 
-    A failure after the 200 is an ``error`` event and no ``[DONE]``: openai-python raises it, and
-    nobody can take the part for the whole. ``finish(gone)`` is called exactly once at the end,
-    with ``gone`` true when the client left before it. A comment is sent when nothing else was for
+    The 200 comes with the first event: a failure before it is answered as one, with the status and
+    the Retry-After that clients go by. A failure after the 200 is an ``error`` event and no
+    ``[DONE]``: openai-python raises it, and nobody can take the part for the whole.
+    ``finish(gone)`` is called exactly once at the end, with ``gone`` true when the client left
+    before it. A comment is sent, behind the 200 if need be, when nothing else was for
     ``keep_alive_s``, so that proxies keep the connection.
     """
 
@@ -145,11 +147,12 @@ class EventStream(Response):
         self._keep_alive_s = keep_alive_s
         self._finish = finish
         self._last_write = 0.0
+        self._begun = False
         self._write_now: Callable[[bytes], bool] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._write_now = scope.get("extensions", {}).get(WRITE, {}).get("call")
-        writer = asyncio.create_task(self._write(scope, send))
+        writer = asyncio.create_task(self._write(scope, receive, send))
         watcher = asyncio.create_task(_gone(receive))
         ticker = asyncio.create_task(self._tick(send))
         gone = True
@@ -162,9 +165,7 @@ class EventStream(Response):
             # Shutting down, and the time to drain is over.
             writer.cancel()
             stopping = Overloaded("the server stops", code="draining")
-            tell(scope, stopping, streaming=True)
-            await send(_chunk(_error_event(stopping)))
-            await send(_LAST)
+            await self._fail(stopping, scope, receive, send)
             raise
         finally:
             tasks = (writer, watcher, ticker)
@@ -173,26 +174,35 @@ class EventStream(Response):
             self._finish(gone)  # before any await, where a second cancellation could end us
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _write(self, scope: Scope, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+    async def _write(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(self.body_iterator) as events:
             try:
                 async for chunk in events:
                     await self._send(send, chunk)
                 await self._send(send, DONE)
+                await send(_LAST)
             except LoramuxError as exc:
-                tell(scope, exc, streaming=True)
-                await self._send(send, _error_event(exc))
+                await self._fail(exc, scope, receive, send)
             except OSError:  # the connection's own failure: nobody to tell
                 raise
             except Exception:
                 log.exception("internal error in a stream")
-                tell(scope, internal_error(), streaming=True)
-                await self._send(send, _error_event(internal_error()))
+                await self._fail(internal_error(), scope, receive, send)
+
+    async def _fail(self, exc: LoramuxError, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._begun:
+            self._begun = True
+            await failure(exc)(scope, receive, send)
+            return
+        tell(scope, exc, streaming=True)
+        await self._send(send, _error_event(exc))
         await send(_LAST)
 
     async def _send(self, send: Send, chunk: bytes) -> None:
         self._last_write = time.monotonic()
+        if not self._begun:
+            self._begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         if self._write_now is None or not self._write_now(chunk):
             await send(_chunk(chunk))
 

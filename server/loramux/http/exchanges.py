@@ -108,7 +108,7 @@ class Exchanges:
         self.app, self.readers = app, readers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self.readers:
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         state = scope["state"]

@@ -6,6 +6,7 @@ const PHASES = ["schedule", "forward", "sample", "commit"];
 const REASONS = {
   loading: "its adapter, which is on its way",
   frames: "free frames",
+  share: "frames of its tenant's share",
   seats: "a seat in the batch",
   turn: "its turn",
 };
