@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import httpx
 import msgspec
+from connections import Connections, NoAnswer
 from open_loop import Failure, Now, Record
 
 Prompt = str | list[int]
@@ -30,13 +30,10 @@ class OpenAi:
         *,
         keys: Sequence[str] = (),
         extra: dict[str, Any] | None = None,
-        timeout_s: float = 600.0,
     ) -> None:
         self._base, self._models, self._prompt, self._keys = base, models, prompt, keys
         self._extra = extra or {}
-        self._http = httpx.AsyncClient(
-            base_url=url, timeout=timeout_s, limits=httpx.Limits(max_connections=None)
-        )
+        self._connections = Connections(url)
 
     def body(self, index: int, record: Record) -> dict[str, Any]:
         """What is asked."""
@@ -52,41 +49,62 @@ class OpenAi:
         }
 
     async def ask(self, index: int, record: Record, now: Now) -> None:
-        headers = {}
+        headers = {"content-type": "application/json"}
         if self._keys:
             key = self._keys[record.arrival.tenant % len(self._keys)]
             headers["authorization"] = f"Bearer {key}"
-        body = self.body(index, record)
+        body = msgspec.json.encode(self.body(index, record))
+        answer = _Answer(record, now)
         try:
-            async with self._http.stream(
-                "POST", "/v1/completions", json=body, headers=headers
-            ) as answer:
-                if answer.status_code != 200:
-                    raise Failure(f"{answer.status_code} {_code(await answer.aread())}")
-                await self._read(answer, record, now)
-        except httpx.TransportError as error:
-            raise Failure(type(error).__name__) from error
-
-    async def _read(self, answer: httpx.Response, record: Record, now: Now) -> None:
-        usage: dict[str, Any] | None = None
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: "):
-                continue
-            if line == "data: [DONE]":
-                if usage is None:
-                    raise Failure("no usage")
-                record.finish(now(), usage["prompt_tokens"], usage["completion_tokens"])
-                return
-            event = msgspec.json.decode(line[6:])
-            if "error" in event:
-                raise Failure(f"stream {event['error'].get('code')}")
-            if any(choice.get("text") for choice in event["choices"]):
-                record.chunks_s.append(now())
-            usage = event.get("usage") or usage
-        raise Failure("stream ended early")
+            status = await self._connections.post("/v1/completions", body, headers, answer.read)
+        except NoAnswer as error:
+            raise Failure(str(error)) from error
+        answer.end(status)
 
     async def close(self) -> None:
-        await self._http.aclose()
+        self._connections.close()
+
+
+class _Answer:
+    """What has been read of a streamed answer, or of a refusal."""
+
+    def __init__(self, record: Record, now: Now) -> None:
+        self._record, self._now = record, now
+        self._rest = b""
+        self._usage: dict[str, Any] | None = None
+        self._done_s: float | None = None
+
+    def read(self, status: int, piece: bytes) -> None:
+        """The next piece of the body. Raises Failure for an error in the stream."""
+        self._rest += piece
+        if status != 200:
+            return
+        *lines, self._rest = self._rest.split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                self._read_event(line[5:].strip())
+
+    def _read_event(self, data: bytes) -> None:
+        if data == b"[DONE]":
+            self._done_s = self._now()
+            return
+        event = msgspec.json.decode(data)
+        if "error" in event:
+            raise Failure(f"stream {event['error'].get('code')}")
+        if any(choice.get("text") for choice in event["choices"]):
+            self._record.chunks_s.append(self._now())
+        self._usage = event.get("usage") or self._usage
+
+    def end(self, status: int) -> None:
+        """Nothing more comes. Raises Failure unless it was a whole answer with its usage."""
+        if status != 200:
+            raise Failure(f"{status} {_code(self._rest)}")
+        if self._done_s is None:
+            raise Failure("stream ended early")
+        if self._usage is None:
+            raise Failure("no usage")
+        usage = self._usage
+        self._record.finish(self._done_s, usage["prompt_tokens"], usage["completion_tokens"])
 
 
 def _code(body: bytes) -> str:

@@ -197,7 +197,8 @@ def test_a_stream_is_read_by_its_text_and_counted_by_its_usage() -> None:
         (stream(piece("a"), {"error": {"code": "engine_failed"}}), "stream engine_failed"),
         (stream(piece("a")), "stream ended early"),
         (stream(piece("a"), {"choices": []}, "[DONE]"), "no usage"),
-        (b"", "RemoteProtocolError"),
+        (b"", "no answer"),
+        (b"hello\r\n\r\n", "not HTTP"),
     ],
 )
 def test_what_is_no_whole_answer_is_an_error(answer: bytes, error: str) -> None:
