@@ -26,13 +26,13 @@ from typing import Any
 
 import report
 import throughput
-import traffic
-from figures import errors, percentile
-from open_loop import Bounds, Record, Run, send
-from targets import OpenAi
 from tests.e2e.server import Server
-from traffic import Arrival, Traffic
 
+from loramux.bench import traffic
+from loramux.bench.figures import errors, percentile
+from loramux.bench.open_loop import Bounds, Record, Run, send
+from loramux.bench.openai import OpenAi
+from loramux.bench.traffic import Arrival, Traffic
 from loramux.config import DEMO_DIR
 
 SEATS, ROOM, TOKENS, KEYS = 8, 8, 64, 20

@@ -8,8 +8,9 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 
 import overload
-from open_loop import Record
-from traffic import Arrival
+
+from loramux.bench.open_loop import Record
+from loramux.bench.traffic import Arrival
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-import connections
 import pytest
-from connections import Connections, NoAnswer
+
+from loramux.bench import connections
+from loramux.bench.connections import Connections, NoAnswer
 
 WHOLE = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
