@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+from tests.front.model_dir import write_model
 from tests.http.conftest import Running, launch
 
 from loramux import cli
@@ -20,8 +22,6 @@ QUICK = ["--rate", "100", "--duration", "0.3", "--prompt-tokens", "8:12", "--out
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    from tests.front.model_dir import write_model
-
     server, stop = launch(write_model(tmp_path_factory.mktemp("bench") / "model"))
     yield server
     stop()
@@ -56,6 +56,8 @@ def test_every_adapter_is_asked_for_and_every_figure_told_with_its_formula(
     assert sum(spec.sampling.max_tokens for spec in specs) == found["figures"]["output_tokens"]
     lengths = [len(spec.prompt_ids) for spec in specs]
     assert 6 <= min(lengths) and max(lengths) <= 16, "words are counted in the server's tokens"
+    first = running.front.specs[0].prompt_ids[:4]
+    assert first not in [spec.prompt_ids[:4] for spec in specs], "the prefix cache would know it"
     told = capsys.readouterr()
     words = set(told.out.split())
     assert {name for name, value in found["figures"].items() if value is not None} <= words
@@ -143,8 +145,6 @@ def test_a_server_that_says_no(running: Running, capsys: pytest.CaptureFixture[s
 def test_a_server_that_wants_a_key(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.front.model_dir import write_model
-
     keys = tmp_path / "keys.json"
     assert (
         cli.main(["keys", "create", "--api-keys", str(keys), "--tenant", "t", "--scopes", "infer"])
@@ -159,6 +159,25 @@ def test_a_server_that_wants_a_key(
         assert bench(server) == 0
     finally:
         stop()
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("<html>", "is no list of models"),
+        ('{"object": "list"}', "is no list of models"),
+        ('{"data": ["a"]}', "is no list of models"),
+        ('{"data": [{"id": "a", "parent": "b"}]}', "lists no base model"),
+    ],
+)
+def test_a_server_that_lists_no_models(
+    body: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get(url: str, **_: object) -> httpx.Response:
+        return httpx.Response(200, text=body, request=httpx.Request("GET", url))
+
+    monkeypatch.setattr(httpx, "get", get)
+    assert told in refusal(capsys)
 
 
 @pytest.mark.parametrize(

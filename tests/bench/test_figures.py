@@ -6,7 +6,7 @@ import pytest
 
 from loramux.bench import figures
 from loramux.bench.figures import by_name
-from loramux.bench.open_loop import Record
+from loramux.bench.open_loop import Record, Run
 from loramux.bench.traffic import Arrival
 
 
@@ -116,3 +116,12 @@ def test_every_figure_says_its_formula() -> None:
     found = figures.figures(RUN)
     assert len({figure.name for figure in found}) == len(found)
     assert all(figure.formula and "{" not in figure.formula for figure in found)
+
+
+def test_a_report_says_how_the_client_did() -> None:
+    told = figures.told(Run(RUN, 15.0, [0.0] * 9 + [0.2], 0.3))
+    assert told["figures"] == VALUES and told["errors"] == figures.errors(RUN)
+    client = {name: round(value, 3) for name, value in told["client"].items()}
+    assert client == {"lag_p99_s": 0.0, "stall_p99_s": 0.182, "cpu_share": 0.3}
+    assert told["ttft_s_percentiles"][50] == VALUES["ttft_p50_s"]
+    assert figures.formulas().keys() == VALUES.keys()

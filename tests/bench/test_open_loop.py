@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from loramux.bench.connections import OnBody
 from loramux.bench.open_loop import Bounds, Failure, Live, Now, Record, Run, send
 from loramux.bench.openai import OpenAi
 from loramux.bench.traffic import Arrival
@@ -186,11 +187,35 @@ def test_a_stream_is_read_by_its_text_and_counted_by_its_usage() -> None:
     assert b"authorization: bearer k0" in scripted.heads[0].lower()
 
 
+class Dripping:
+    """Connections on which every byte comes by itself."""
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+
+    async def post(self, path: str, body: bytes, headers: dict[str, str], on_body: OnBody) -> int:
+        for byte in self.body:
+            on_body(200, bytes([byte]))
+        return 200
+
+
+def test_where_an_answer_is_cut_into_pieces_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    body = stream(piece("ab"), piece("é"), {"choices": [], "usage": USAGE}, "[DONE]")
+    target = OpenAi("http://127.0.0.1:1", "base", ["a0"], lambda i, n: [i] * n)
+    monkeypatch.setattr(target, "_connections", Dripping(body.partition(b"\r\n\r\n")[2]))
+    [record] = asyncio.run(send(plan(0.0), target.ask, drain_s=20)).records
+    assert record.status == "ok" and len(record.chunks_s) == 2
+    assert (record.prompt_tokens, record.completion_tokens) == (7, 9)
+
+
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
         (refused("503 Service Unavailable", '{"error": {"code": "overloaded"}}'), "503 overloaded"),
         (refused("429 Too Many", '{"error": {"type": "limit", "code": null}}'), "429 limit"),
+        (refused("400 Bad", '{\n"error": {\n"code": "bad"}}\n'), "400 bad"),
         (refused("500 Oh", "<html>"), "500 error"),
         (refused("500 Oh", "[1]"), "500 error"),
         (stream(piece("a"), {"error": {"code": "engine_failed"}}), "stream engine_failed"),
