@@ -12,50 +12,49 @@ from __future__ import annotations
 import asyncio
 import statistics
 import tempfile
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 import report
-import streams
 import throughput
-from overload import KEYS, ROOM, SEATS, TOKENS, rates
+from overload import KEYS, ROOM, TOKENS, Client, first_tokens, in_ms, plan, serve
+from tests.e2e.server import Server
 
 LOAD = 0.6
 
 
-async def measure(server: streams.Server, seconds: float, rounds: int) -> dict[str, Any]:
+async def measure(server: Server, seconds: float, rounds: int) -> dict[str, Any]:
     """Milliseconds to the first token, by round."""
-    await streams.closed_loop(server, SEATS, seconds / 4, TOKENS)
-    peak = await streams.closed_loop(server, SEATS, seconds / 2, TOKENS)
-    calm_rates = rates(LOAD * peak / TOKENS)
+    client = Client(server.url)
+    await client.closed_loop(seconds / 4)
+    peak = await client.closed_loop(seconds / 2)
+    rate = LOAD * peak / TOKENS
     found: dict[str, Any] = {"peak_tok_s": peak, "calm_p95_ms": [], "flood_p95_ms": []}
     refused = {"calm": 0, "flood": 0}
+    late = []
     for round_ in range(rounds):
-        for name, factor in (("calm", 1), ("flood", KEYS)):
-            load = {**calm_rates, 0: factor * calm_rates[0]}
-            answers = await streams.Load(load, seconds, TOKENS, seed=round_).run(server)
-            others = [answer for answer in answers if answer.key]
-            refused[name] += sum(answer.status != 200 for answer in others)
-            p95 = streams.percentile(streams.first_tokens(others), 95)
-            found[f"{name}_p95_ms"].append(round(1e3 * p95, 1))
+        calm = plan(rate, seconds, seed=2 * round_)
+        more = plan((KEYS - 1) * rate / KEYS, seconds, seed=2 * round_ + 1, keys=1)
+        flood = sorted(calm + more, key=lambda arrival: arrival.at_s)
+        for name, arrivals in (("calm", calm), ("flood", flood)):
+            run = await client.load(arrivals)
+            others = [record for record in run.records if record.arrival.adapter]
+            refused[name] += sum(record.status == "error" for record in others)
+            p95 = in_ms("first", first_tokens(others), 95)["first_p95_ms"]
+            found[f"{name}_p95_ms"].append(p95)
+            late.append(round(1e3 * run.lag_p99_s, 1))
+    await client.close()
     pairs = zip(found["flood_p95_ms"], found["calm_p95_ms"], strict=True)
     found["ratio"] = [round(flood / calm, 2) for flood, calm in pairs]
     found["median_ratio"] = statistics.median(found["ratio"])
-    return found | {"refused_others": refused}
+    return found | {"refused_others": refused, "client_lag_p99_ms": late}
 
 
 def main() -> None:
     args = report.arguments(__doc__).parse_args()
     found = throughput.header()
-    # The other core is the front's and this client's: a thread of two that waits for its turn there
-    # holds up the other at every barrier.
-    flags = ["--threads", "1", "--max-num-seqs", str(SEATS), "--max-waiting", str(12 * ROOM)]
-    with tempfile.TemporaryDirectory() as folder:
-        server = streams.Server(Path(folder) / "data", *flags)
-        try:
-            case = asyncio.run(measure(server, *((6, 1) if args.quick else (15, 4))))
-        finally:
-            server.close()
+    with tempfile.TemporaryDirectory() as folder, closing(serve(folder, 12 * ROOM)) as server:
+        case = asyncio.run(measure(server, *((6, 1) if args.quick else (15, 4))))
     found["cases"].append(case)
     for key, value in case.items():
         print(f"{key}: {value}")

@@ -27,21 +27,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import figures
 import httpx
 import pairs
 import report
 import scenario as scenarios
-import traffic
-from figures import by_name
-from live import shown
 from load_plots import draw_plots
-from open_loop import Run, send
 from population import Population
 from scenario import Scenario
-from targets import OpenAi, Prompt
 from timeline import Timeline
-from traffic import Traffic
+
+from loramux.bench import figures, traffic
+from loramux.bench.live import shown
+from loramux.bench.open_loop import Run, send
+from loramux.bench.openai import OpenAi, Prompt
+from loramux.bench.server import listed
+from loramux.bench.traffic import Traffic
 
 MODELS = report.QUICK / "models"
 
@@ -69,24 +69,15 @@ class Point:
 
     def told(self, scenario: Scenario) -> dict[str, Any]:
         """As it stands in the report."""
-        values = by_name(figures.figures(self.run.records))
-        broken = [told for bound in scenario.thresholds if (told := bound.broken(values))]
+        told = figures.told(self.run)
+        broken = [how for b in scenario.thresholds if (how := b.broken(told["figures"]))]
         if late := self.run.bottleneck(scenario.client.bounds):
             broken.insert(0, late)
-        ok = [record.ttft_s for record in self.run.records if record.status == "ok"]
-        return {
+        return told | {
             "traffic": asdict(self.traffic),
             "value": getattr(self.traffic, scenario.vary) if scenario.vary else None,
-            "figures": values,
-            "errors": figures.errors(self.run.records),
-            "client": {
-                "lag_p99_s": self.run.lag_p99_s,
-                "stall_p99_s": self.run.stall_p99_s,
-                "cpu_share": self.run.cpu_share,
-            },
             "broken": broken,
             "plan_sha256": self.plan_sha256,
-            "ttft_s_percentiles": [figures.percentile(ok, p) for p in range(101)],
             "timeline": self.timeline,
         }
 
@@ -140,7 +131,7 @@ def run_all(
         "scenario": scenario.name,
         "about": scenario.about,
         "vary": scenario.vary,
-        "formulas": {f.name: [f.unit, f.formula] for f in figures.figures([])},
+        "formulas": figures.formulas(),
     }
     for index, one in enumerate(scenario.points):
         path = where / "plans" / f"{scenario.name}-{index}.jsonl"
@@ -179,17 +170,11 @@ def given_server(args: argparse.Namespace, scenario: Scenario) -> Target:
     for several tenants: each would need a key."""
     if scenario.traffic.tenants > 1:
         raise ValueError("several tenants have keys on a server of our own only: leave out --url")
-    headers = {"authorization": f"Bearer {args.key}"} if args.key else {}
-    answer = httpx.get(f"{args.url}/v1/models", headers=headers, timeout=30).raise_for_status()
-    cards = answer.json()["data"]
-    bases = [card["id"] for card in cards if not card.get("parent")]
-    adapters = [card["id"] for card in cards if card.get("parent")]
-    if not bases:
-        raise ValueError(f"{args.url}/v1/models lists no base model")
+    base, adapters = listed(args.url, args.key or "")
     seed = scenario.traffic.seed
     return Target(
         args.url,
-        bases[0],
+        base,
         args.adapters.split(",") if args.adapters else adapters,
         lambda index, num: traffic.prompt_words(seed, index, num),
         [args.key] if args.key else [],

@@ -31,21 +31,58 @@ thresholds = { error_share = { max = 0 } }
 
 from __future__ import annotations
 
+import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from figures import Threshold
-from open_loop import Bounds
-from traffic import Traffic
+from population import Model
+
+from loramux.bench import figures
+from loramux.bench.open_loop import Bounds
+from loramux.bench.traffic import Traffic
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A bound that a run has to keep: ``low <= figure <= high``."""
+
+    figure: str
+    low: float = -math.inf
+    high: float = math.inf
+
+    @classmethod
+    def read(cls, table: Mapping[str, Mapping[str, float]]) -> list[Threshold]:
+        """From a scenario's table: ``ttft_p99_s = { max = 6 }``. Raises ValueError for a figure
+        that does not exist and for a bound that is neither min nor max."""
+        known = set(figures.formulas())
+        found = []
+        for name, bounds in table.items():
+            if name not in known:
+                raise ValueError(f"thresholds: no figure {name!r}; there are {sorted(known)}")
+            if not bounds or set(bounds) - {"min", "max"}:
+                raise ValueError(f"thresholds: {name} needs min or max, not {sorted(bounds)}")
+            found.append(cls(name, bounds.get("min", -math.inf), bounds.get("max", math.inf)))
+        return found
+
+    def broken(self, values: Mapping[str, float | None]) -> str | None:
+        """How it was broken, or None. A figure that could not be counted breaks it."""
+        value = values[self.figure]
+        if value is not None and self.low <= value <= self.high:
+            return None
+        bounds = [f">= {self.low:g}"] if self.low > -math.inf else []
+        bounds += [f"<= {self.high:g}"] if self.high < math.inf else []
+        told = "nothing to count" if value is None else f"{value:.4g}"
+        return f"{self.figure} is {told}, has to be {' and '.join(bounds)}"
 
 
 @dataclass(frozen=True)
 class ServerSettings:
     """The server of our own."""
 
-    model: Literal["135M", "tiny"] = "135M"
+    model: Model = "135M"
     targets: Literal["attention", "all"] = "attention"
     flags: tuple[str, ...] = ()
 

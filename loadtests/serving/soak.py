@@ -35,15 +35,16 @@ from typing import Any
 import httpx
 import report
 import soak_faults
-import traffic
-from figures import by_name, figures
-from live import shown
-from open_loop import Record, Run, send
 from population import CONFIG, WEIGHTS, Population
 from soak_memory import Sample, growth_mb_per_minute, watch
-from targets import OpenAi
 from tests.e2e.server import Server
-from traffic import Traffic
+
+from loramux.bench import traffic
+from loramux.bench.figures import by_name, figures
+from loramux.bench.live import shown
+from loramux.bench.open_loop import Record, Run, send
+from loramux.bench.openai import OpenAi
+from loramux.bench.traffic import Traffic
 
 MODELS = report.QUICK / "models"
 SETTLE_S = 60.0

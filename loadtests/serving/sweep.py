@@ -40,18 +40,19 @@ from typing import Any
 
 import report
 import throughput
-import traffic
-from figures import by_name, errors, figures, percentile
-from live import shown
-from open_loop import Ask, Bounds, Record, Run, send
 from pool_split import POLICIES, make_served
 from population import Model, Population
 from sweep_page import write_page
-from targets import Batches, InProcess, OpenAi
-from traffic import Traffic
+from targets import Batches, InProcess
 from workload import Served
 
 from loramux.adapters.pack import packed_path, read_header
+from loramux.bench import traffic
+from loramux.bench.figures import by_name, errors, figures, percentile
+from loramux.bench.live import shown
+from loramux.bench.open_loop import Ask, Bounds, Record, Run, send
+from loramux.bench.openai import OpenAi
+from loramux.bench.traffic import Traffic
 
 sys.path.insert(1, str(report.ROOT / "loadtests" / "peers"))
 

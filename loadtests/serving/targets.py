@@ -1,100 +1,13 @@
-"""What a plan is sent to: a server with OpenAI's API, the engine in this process, a batch peer."""
+"""What a plan is sent to beside a server: the engine in this process, a batch peer."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import httpx
-import msgspec
-from open_loop import Failure, Now, Record
-
-Prompt = str | list[int]
-
-
-class OpenAi:
-    """A server's ``/v1/completions``, streamed; ``models[k]`` is the name of adapter ``k``.
-
-    ``keys``: an API key for each tenant. ``extra`` goes into every request (``ignore_eos``).
-    """
-
-    def __init__(
-        self,
-        url: str,
-        base: str,
-        models: Sequence[str],
-        prompt: Callable[[int, int], Prompt],
-        *,
-        keys: Sequence[str] = (),
-        extra: dict[str, Any] | None = None,
-        timeout_s: float = 600.0,
-    ) -> None:
-        self._base, self._models, self._prompt, self._keys = base, models, prompt, keys
-        self._extra = extra or {}
-        self._http = httpx.AsyncClient(
-            base_url=url, timeout=timeout_s, limits=httpx.Limits(max_connections=None)
-        )
-
-    def body(self, index: int, record: Record) -> dict[str, Any]:
-        """What is asked."""
-        arrival = record.arrival
-        return {
-            "model": self._base if arrival.adapter < 0 else self._models[arrival.adapter],
-            "prompt": self._prompt(index, arrival.prompt_tokens),
-            "max_tokens": arrival.output_tokens,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            **self._extra,
-        }
-
-    async def ask(self, index: int, record: Record, now: Now) -> None:
-        headers = {}
-        if self._keys:
-            key = self._keys[record.arrival.tenant % len(self._keys)]
-            headers["authorization"] = f"Bearer {key}"
-        body = self.body(index, record)
-        try:
-            async with self._http.stream(
-                "POST", "/v1/completions", json=body, headers=headers
-            ) as answer:
-                if answer.status_code != 200:
-                    raise Failure(f"{answer.status_code} {_code(await answer.aread())}")
-                await self._read(answer, record, now)
-        except httpx.TransportError as error:
-            raise Failure(type(error).__name__) from error
-
-    async def _read(self, answer: httpx.Response, record: Record, now: Now) -> None:
-        usage: dict[str, Any] | None = None
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: "):
-                continue
-            if line == "data: [DONE]":
-                if usage is None:
-                    raise Failure("no usage")
-                record.finish(now(), usage["prompt_tokens"], usage["completion_tokens"])
-                return
-            event = msgspec.json.decode(line[6:])
-            if "error" in event:
-                raise Failure(f"stream {event['error'].get('code')}")
-            if any(choice.get("text") for choice in event["choices"]):
-                record.chunks_s.append(now())
-            usage = event.get("usage") or usage
-        raise Failure("stream ended early")
-
-    async def close(self) -> None:
-        await self._http.aclose()
-
-
-def _code(body: bytes) -> str:
-    """What an error calls itself."""
-    with contextlib.suppress(msgspec.DecodeError, AttributeError, KeyError, TypeError):
-        error = msgspec.json.decode(body)["error"]
-        return str(error.get("code") or error.get("type"))
-    return "error"
+from loramux.bench.open_loop import Now, Record
 
 
 class Steps(Protocol):

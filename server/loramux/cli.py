@@ -1,4 +1,4 @@
-"""``loramux``: serve a model with adapters, and manage the adapters of a running server."""
+"""``loramux``: serve a model with adapters; manage and measure a running server."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from loramux import __version__
 from loramux.adapters_cli import add_adapters
 from loramux.aliases_cli import add_aliases
+from loramux.bench_cli import add_bench
 from loramux.config import ServerConfig
 from loramux.entropy_cli import add_entropy
 from loramux.errors import ConfigError
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     add_adapters(commands)
     add_aliases(commands)
     add_keys(commands)
+    add_bench(commands)
     add_entropy(commands)
     args = vars(parser.parse_args(argv))
     run = args.pop("run")

@@ -155,6 +155,21 @@ def parity_table(compared: Iterable[Any]) -> None:
     Console().print(table)
 
 
+def bench_figures(found: dict[str, Any]) -> None:
+    """What ``loramux.bench`` found: every figure that there is with its formula, and failures."""
+    table = Table(box=None, header_style="bold")
+    for column in ("figure", "value", "", "formula"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    for name, value in found["figures"].items():
+        if value is not None:
+            unit, formula = found["formulas"][name]
+            table.add_row(name, f"{value:.4g}", unit, Text(formula))
+    console = Console()
+    console.print(table)
+    for kind, times in found["errors"].items():
+        console.print(Text(f"{times} times: {kind}", "red"))
+
+
 @contextmanager
 def upload_progress() -> Iterator[Callable[[int, int], None]]:
     """A bar for one upload; the callback takes (bytes sent, bytes in all)."""

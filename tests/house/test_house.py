@@ -35,6 +35,7 @@ NO_TORCH = [
     "loramux.adapters.blobs",
     "loramux.ingest.main",
     "loramux.cli",
+    "loramux.bench.server",
     "loramux_client",
 ]
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-import figures
 import load
 import load_plots
 import pytest
 import report
 import scenario as scenarios
 import timeline
-from open_loop import Record, Run
-from traffic import Arrival, Traffic
+
+from loramux.bench import figures
+from loramux.bench.open_loop import Record, Run
+from loramux.bench.traffic import Arrival, Traffic
 
 FOLDER = report.ROOT / "loadtests" / "serving" / "scenarios"
 LEAST: dict[str, Any] = {"name": "x", "about": "y", "traffic": {"adapters": 3}}
@@ -58,6 +60,29 @@ def test_quick_replaces_fields_of_traffic_and_whole_tables() -> None:
     assert (quick.rate, quick.cv, quick.adapters) == (5, 2.0, 3)
 
 
+VALUES = {"ttft_p50_s": 0.9, "attainment_6s": 4 / 9, "tpot_p99_s": 0.1, "ok": 5}
+
+
+def test_thresholds_name_what_they_found() -> None:
+    bounds = scenarios.Threshold.read(
+        {"ttft_p50_s": {"max": 0.5}, "attainment_6s": {"min": 0.4}, "tpot_p99_s": {"max": 1.0}}
+    )
+    told = [bound.broken(VALUES) for bound in bounds]
+    assert told == ["ttft_p50_s is 0.9, has to be <= 0.5", None, None]
+    both = scenarios.Threshold("ok", 5, 5)
+    assert both.broken(VALUES) is None and both.broken({"ok": 4}) is not None
+    assert scenarios.Threshold("ttft_p50_s", high=1).broken({"ttft_p50_s": None}) == (
+        "ttft_p50_s is nothing to count, has to be <= 1"
+    )
+    assert scenarios.Threshold("ok", high=1).broken({"ok": math.nan}) is not None
+
+
+@pytest.mark.parametrize("table", [{"ttft": {"max": 1}}, {"ok": {}}, {"ok": {"most": 3}}])
+def test_a_threshold_that_would_never_fail_is_refused(table: dict[str, dict[str, float]]) -> None:
+    with pytest.raises(ValueError, match="thresholds"):
+        scenarios.Threshold.read(table)
+
+
 def made(rate: float, ttft_s: float, num: int = 10) -> load.Point:
     records = []
     for index in range(num):
@@ -74,7 +99,7 @@ def reported(scenario: scenarios.Scenario, *points: load.Point) -> dict[str, Any
         "scenario": scenario.name,
         "about": scenario.about,
         "vary": scenario.vary,
-        "formulas": {f.name: [f.unit, f.formula] for f in figures.figures([])},
+        "formulas": figures.formulas(),
         "cases": [point.told(scenario) for point in points],
     }
 

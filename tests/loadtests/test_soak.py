@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import soak
 import soak_memory
-from open_loop import Record, Run
 from soak_memory import Sample
-from traffic import Arrival
+
+from loramux.bench.open_loop import Record, Run
+from loramux.bench.traffic import Arrival
 
 IDLE = {
     "total": 10,

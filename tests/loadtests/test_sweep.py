@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import figures
 import pytest
 import sweep_page
-from open_loop import Record
 from population import CONFIG, DIFFERENT, WEIGHTS, Population
-from traffic import Arrival
 
+from loramux.bench import figures
+from loramux.bench.open_loop import Record
+from loramux.bench.traffic import Arrival
 from loramux.front import keys
 
 CONFIG_OF_A_BASE = {

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import traffic
-from traffic import Arrival, Traffic, draw
+
+from loramux.bench import traffic
+from loramux.bench.traffic import Arrival, Traffic, draw
 
 MANY = Traffic(rate=100.0, duration_s=200.0)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
-import figures
 import pytest
-from figures import Threshold, by_name
-from open_loop import Record
-from traffic import Arrival
+
+from loramux.bench import figures
+from loramux.bench.figures import by_name
+from loramux.bench.open_loop import Record, Run
+from loramux.bench.traffic import Arrival
 
 
 def record(
@@ -119,21 +118,10 @@ def test_every_figure_says_its_formula() -> None:
     assert all(figure.formula and "{" not in figure.formula for figure in found)
 
 
-def test_thresholds_name_what_they_found() -> None:
-    bounds = Threshold.read(
-        {"ttft_p50_s": {"max": 0.5}, "attainment_6s": {"min": 0.4}, "tpot_p99_s": {"max": 1.0}}
-    )
-    told = [bound.broken(VALUES) for bound in bounds]
-    assert told == ["ttft_p50_s is 0.9, has to be <= 0.5", None, None]
-    both = Threshold("ok", 5, 5)
-    assert both.broken(VALUES) is None and both.broken({"ok": 4}) is not None
-    assert Threshold("ttft_p50_s", high=1).broken({"ttft_p50_s": None}) == (
-        "ttft_p50_s is nothing to count, has to be <= 1"
-    )
-    assert Threshold("ok", high=1).broken({"ok": math.nan}) is not None
-
-
-@pytest.mark.parametrize("table", [{"ttft": {"max": 1}}, {"ok": {}}, {"ok": {"most": 3}}])
-def test_a_threshold_that_would_never_fail_is_refused(table: dict[str, dict[str, float]]) -> None:
-    with pytest.raises(ValueError, match="thresholds"):
-        Threshold.read(table)
+def test_a_report_says_how_the_client_did() -> None:
+    told = figures.told(Run(RUN, 15.0, [0.0] * 9 + [0.2], 0.3))
+    assert told["figures"] == VALUES and told["errors"] == figures.errors(RUN)
+    client = {name: round(value, 3) for name, value in told["client"].items()}
+    assert client == {"lag_p99_s": 0.0, "stall_p99_s": 0.182, "cpu_share": 0.3}
+    assert told["ttft_s_percentiles"][50] == VALUES["ttft_p50_s"]
+    assert figures.formulas().keys() == VALUES.keys()

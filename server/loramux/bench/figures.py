@@ -7,13 +7,14 @@ every share (goodput, attainment, satisfaction) and is in no latency.
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from open_loop import Record
+
+from loramux.bench.open_loop import Record, Run
 
 PERCENTILES = (50, 90, 95, 99)
 GOOD_TTFT_S = 1.0
@@ -60,6 +61,26 @@ def elapsed_s(records: Sequence[Record]) -> float:
     ends = [record.finished_s for record in records if record.status != "incomplete"]
     begin = min((record.arrival.at_s for record in records), default=0.0)
     return max(ends, default=begin) - begin
+
+
+def told(run: Run) -> dict[str, Any]:
+    """A run as a report has it: figures, failures, how the client did, and TTFT's percentiles."""
+    ok = [record.ttft_s for record in run.records if record.status == "ok"]
+    return {
+        "figures": by_name(figures(run.records)),
+        "errors": errors(run.records),
+        "client": {
+            "lag_p99_s": run.lag_p99_s,
+            "stall_p99_s": run.stall_p99_s,
+            "cpu_share": run.cpu_share,
+        },
+        "ttft_s_percentiles": [percentile(ok, p) for p in range(101)],
+    }
+
+
+def formulas() -> dict[str, tuple[str, str]]:
+    """The unit and the formula of every figure."""
+    return {figure.name: (figure.unit, figure.formula) for figure in figures([])}
 
 
 def errors(records: Sequence[Record]) -> dict[str, int]:
@@ -234,36 +255,3 @@ def _cold(ok: Sequence[Record]) -> list[Figure]:
             for p in (50, 99)
         ]
     return found
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """A bound that a run has to keep: ``low <= figure <= high``."""
-
-    figure: str
-    low: float = -math.inf
-    high: float = math.inf
-
-    @classmethod
-    def read(cls, table: Mapping[str, Mapping[str, float]]) -> list[Threshold]:
-        """From a scenario's table: ``ttft_p99_s = { max = 6 }``. Raises ValueError for a figure
-        that does not exist and for a bound that is neither min nor max."""
-        known = {figure.name for figure in figures([])}
-        found = []
-        for name, bounds in table.items():
-            if name not in known:
-                raise ValueError(f"thresholds: no figure {name!r}; there are {sorted(known)}")
-            if not bounds or set(bounds) - {"min", "max"}:
-                raise ValueError(f"thresholds: {name} needs min or max, not {sorted(bounds)}")
-            found.append(cls(name, bounds.get("min", -math.inf), bounds.get("max", math.inf)))
-        return found
-
-    def broken(self, values: Mapping[str, float | None]) -> str | None:
-        """How it was broken, or None. A figure that could not be counted breaks it."""
-        value = values[self.figure]
-        if value is not None and self.low <= value <= self.high:
-            return None
-        bounds = [f">= {self.low:g}"] if self.low > -math.inf else []
-        bounds += [f"<= {self.high:g}"] if self.high < math.inf else []
-        told = "nothing to count" if value is None else f"{value:.4g}"
-        return f"{self.figure} is {told}, has to be {' and '.join(bounds)}"

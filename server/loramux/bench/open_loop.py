@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from traffic import Arrival
+
+from loramux.bench.traffic import Arrival
 
 TICK_S = 0.02
 Status = Literal["ok", "error", "incomplete"]

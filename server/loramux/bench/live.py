@@ -6,10 +6,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from figures import percentile
-from open_loop import Live
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from loramux.bench.figures import percentile
+from loramux.bench.open_loop import Live
 
 
 def line(live: Live) -> str:

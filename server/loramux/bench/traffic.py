@@ -70,7 +70,9 @@ class Traffic:
         known = {field.name for field in fields(cls)}
         if unknown := set(table) - known:
             raise ValueError(f"traffic: no {sorted(unknown)}; there are {sorted(known)}")
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+        lists: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in table.items()
+        }
         return cls(**lists)
 
     def rank(self, adapter: int) -> int:

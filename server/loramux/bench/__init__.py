@@ -1,0 +1,1 @@
+"""Loading a server open loop: what is asked and when, sending it, and what came of it."""
