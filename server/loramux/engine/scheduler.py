@@ -104,7 +104,9 @@ class Scheduler:
         self.waiting = FairOrder()
         self.running: list[Request] = []
         self.counts = Counts()
-        self.deadlines = Deadlines(limits.first_token_slo_s, self._steps_left)
+        self.deadlines = Deadlines(
+            limits.first_token_slo_s, limits.max_batch_tokens, self._num_cached
+        )
         self._pool = pool
         self._models = {BASE_MODEL_ID: Served(kv, adapters, fingerprint), **(partners or {})}
         self._limits = limits
@@ -342,11 +344,10 @@ class Scheduler:
         page_tokens = self._models[request.kv.model_id].kv.page_tokens
         return self._keys(request, (request.num_ids - 1) // page_tokens)
 
-    def _steps_left(self, request: Request) -> int:
-        """To its first token, from what is cached now."""
+    def _num_cached(self, request: Request) -> int:
+        """How many tokens of ``request`` are cached now."""
         num_pages = self._pool.prefix.num_cached(self._reusable(request))
-        num_hit = num_pages * self._models[request.kv.model_id].kv.page_tokens
-        return -(-(request.num_pending - num_hit) // self._limits.max_batch_tokens)
+        return num_pages * self._models[request.kv.model_id].kv.page_tokens
 
     def _keys(self, request: Request, num_pages: int) -> list[bytes]:
         """Content keys of the first ``num_pages`` pages, all of them full."""
