@@ -41,7 +41,11 @@ class Deadlines:
 
     def took(self, seconds: float) -> None:
         """A step is done."""
-        self.step_s += NEWEST * (seconds - self.step_s)
+        self.step_s += (NEWEST if self.step_s else 1.0) * (seconds - self.step_s)
+
+    def rest(self) -> None:
+        """Nothing runs: how long steps took says no more of the next one."""
+        self.step_s = 0.0
 
     def expired(self, now: float) -> Iterable[Request]:
         """Requests whose deadline has passed."""
