@@ -112,6 +112,8 @@ def test_what_is_cached_costs_no_time(model: Path) -> None:
     """Of a prompt of three steps all but the end is there: its first token is one step away."""
     timed = Timed(model, first_token_slo_s=10, prefix_caching=True)
     timed.generate(PROMPT)
+    timed.submit(PROMPT[::-1])
+    timed.step()
     timed.steps_take(4.0)
     cached, other = timed.submit(PROMPT), timed.submit([50, *PROMPT])
     timed.step()
@@ -153,3 +155,14 @@ def test_what_was_computed_before_a_deadline_stays_in_the_cache(model: Path) -> 
     timed.run()
     assert late in timed.failed and timed.finished[again].cached_tokens == 32
     timed.close()
+
+
+def test_one_slow_step_does_not_close_an_engine_that_has_nothing_to_do(model: Path) -> None:
+    """Nobody let in is no step taken, and none taken is nothing learned: it would stay so."""
+    harness = Harness(model, first_token_slo_s=10)
+    harness.generate(PROMPT)
+    harness.engine.scheduler.deadlines.took(8000)
+    name = harness.submit(PROMPT)
+    harness.run()
+    assert name in harness.finished
+    harness.close()

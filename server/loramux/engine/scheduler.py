@@ -73,11 +73,13 @@ class Scheduler:
         self.waiting = FairOrder()
         self.running: list[Request] = []
         self.counts = Counts()
-        self.deadlines = Deadlines(limits.first_token_slo_s, self._steps_left)
         self.room = StepRoom(limits.max_batch_tokens)
         self._pool = pool
         self._models = {BASE_MODEL_ID: Served(kv, adapters, fingerprint), **(partners or {})}
         self._pages = Pages(pool, self._models, caching=limits.prefix_caching)
+        self.deadlines = Deadlines(
+            limits.first_token_slo_s, limits.max_batch_tokens, self._pages.num_cached
+        )
         self._limits = limits
         self._clock = clock
         self._passed_over: dict[str, int] = {}
@@ -300,11 +302,6 @@ class Scheduler:
         if request.first_scheduled is None:
             request.first_scheduled = self._clock()
             request.num_cached = num_hit
-
-    def _steps_left(self, request: Request) -> int:
-        """To its first token, from what is cached now."""
-        num_hit = self._pages.num_cached(request)
-        return -(-(request.num_pending - num_hit) // self._limits.max_batch_tokens)
 
     def _out_of_patience(self, request: Request, why: Wait) -> bool:
         passed = self._passed_over.get(request.id, 0) + (why is Wait.FRAMES)

@@ -382,6 +382,8 @@ class StepLoop:
         return freed
 
     def _expire(self, report: Report) -> None:
+        if not self._scheduler.running:
+            self._scheduler.deadlines.rest()
         for request in self._scheduler.deadlines.expired(self._clock()):
             message = "the request's deadline passed"
             self._fail(request, "deadline_exceeded", message, report, keep=True)
