@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 from tests.front.house import configure
-from tests.front.model_dir import CHAT, write_model
+from tests.front.model_dir import CHAT, KINDS, write_model
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from loramux.adapters.chat_template import ChatTemplate, find_template
 from loramux.config import DEMO_DIR
 from loramux.errors import ConfigError, InvalidRequest
+from loramux.front.detokenizer import TokenBytes
 from loramux.front.front import Front
-from loramux.front.tokenizer import TokenizerService, check_partner
+from loramux.front.tokenizer import TokenizerService, check_partner, longest_token
 
 
 @pytest.fixture
@@ -227,3 +228,16 @@ def test_a_front_does_not_start_with_a_partner_that_reads_otherwise(tmp_path: Pa
 
 def test_the_demos_draft_is_a_partner_of_its_base() -> None:
     check_partner(DEMO_DIR / "base", DEMO_DIR / "draft", "draft_model")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_has_at_least_the_tokens_that_its_bytes_say(kind: str) -> None:
+    """Only byte-level tokenizers promise that; the others are never asked."""
+    tokenizer = KINDS[kind]()
+    longest = longest_token(tokenizer, TokenBytes(tokenizer))
+    assert (longest is not None) == (kind == "byte_level")
+    if longest is None:
+        return
+    for piece in (*tokenizer.get_vocab(), " ", "\n", "é", "日", "\u0301", "\0"):
+        text = piece * 50
+        assert len(tokenizer.encode(text).ids) * longest >= len(text.encode()), piece

@@ -30,10 +30,10 @@ class Gate:
         tokenizer = server.front.tokenizer
         encode = tokenizer.encode
 
-        async def counted(text: str, add_special_tokens: bool = True) -> list[int]:
+        async def counted(text: str, add_special_tokens: bool = True, **bounds: Any) -> list[int]:
             self.encoded.append(text)
             await self.opened()
-            return await encode(text, add_special_tokens)
+            return await encode(text, add_special_tokens, **bounds)
 
         async def script(spec: GenerationSpec) -> AsyncIterator[list[int] | Exception]:
             await self.opened()

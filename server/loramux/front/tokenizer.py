@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from loramux.adapters.chat_template import ChatTemplate, find_template, special_tokens
-from loramux.errors import ConfigError, InvalidRequest
+from loramux.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 from loramux.front.detokenizer import Detokenizer, TextStream, TokenBytes
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ class TokenizerService:
     """Ids below this are valid prompt tokens (config.json's, which may exceed the tokenizer's)."""
     eos_ids: tuple[int, ...]
     """Ids that end a text unless the client asks to ignore them."""
+    longest: int | None
+    """See ``longest_token``."""
     special_tokens: dict[str, str]
     """What chat templates know as ``bos_token`` and so on."""
 
@@ -51,6 +54,7 @@ class TokenizerService:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._table = TokenBytes(self._tokenizer)
+        self.longest = longest_token(self._tokenizer, self._table)
         self.vocab_size = config.get("vocab_size") or self._tokenizer.get_vocab_size()
         self.special_tokens = special = special_tokens(tokenizer_config)
         generation = _read_json(model / "generation_config.json")
@@ -73,8 +77,25 @@ class TokenizerService:
         """Whether ``render_chat`` can work."""
         return self._template is not None
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text; special tokens written out in the text count as such."""
+    async def encode(
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        *,
+        most: int | None = None,
+        param: str | None = None,
+    ) -> list[int]:
+        """The ids of a text; special tokens written out in the text count as such.
+
+        Raises ContextLengthExceeded when they are certainly more than ``most``, before a thread
+        works on them; not always when they are.
+        """
+        if most is not None and self.longest is not None:
+            num_bytes = len(text.encode())
+            if num_bytes > most * self.longest:
+                raise ContextLengthExceeded(
+                    f"{num_bytes} bytes of prompt exceed the context of {most} tokens", param=param
+                )
         return await self._run(self._encode, text, add_special_tokens)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -141,6 +162,24 @@ class TokenizerService:
     def close(self) -> None:
         """Stop the thread pool."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def longest_token(tokenizer: Tokenizer, table: TokenBytes) -> int | None:
+    """No token takes more bytes of a text. None where that is not sure: a tokenizer that drops or
+    shortens texts, or has one token for all that it does not know."""
+    written = json.loads(tokenizer.to_str())
+    before = written["pre_tokenizer"] or {}
+    stages = before.get("pretokenizers", [before])
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    sure = (
+        written["model"]["type"] == "BPE"
+        and written["normalizer"] is None
+        and all(s.get("type") == "ByteLevel" or s.get("behavior") == "Isolated" for s in stages)
+        and any(stage.get("type") == "ByteLevel" for stage in stages)
+        and vocabulary.keys() >= set(ByteLevel.alphabet())
+        and not any(token["lstrip"] or token["rstrip"] for token in written["added_tokens"])
+    )
+    return max(len(table[token_id]) for token_id in vocabulary.values()) if sure else None
 
 
 def check_partner(model: Path, partner: Path, param: str) -> None:

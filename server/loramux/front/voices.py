@@ -94,8 +94,10 @@ class Voices:
         *,
         add_generation_prompt: bool = True,
         add_special_tokens: bool = False,
+        most: int | None = None,
     ) -> list[int]:
-        """The ids of a chat. Raises InvalidRequest when there is no template or it fails."""
+        """The ids of a chat. Raises InvalidRequest when there is no template or it fails, and
+        ContextLengthExceeded when they are certainly more than ``most``."""
         if voice.system and not any(m["role"] in ("system", "developer") for m in messages):
             messages = [{"role": "system", "content": voice.system}, *messages]
         if voice.template:
@@ -106,7 +108,7 @@ class Voices:
             text = await self._tokenizer.render_chat(
                 messages, add_generation_prompt=add_generation_prompt
             )
-        return await self._tokenizer.encode(text, add_special_tokens)
+        return await self._tokenizer.encode(text, add_special_tokens, most=most, param="messages")
 
     async def show(self, digest: str) -> dict[str, Any]:
         """A profile as it was uploaded, its fields unchecked. Raises as ``of`` does."""

@@ -24,7 +24,7 @@ from loramux.http.answers import (
     MessageDelta,
 )
 from loramux.http.auth import caller
-from loramux.http.choices import Choices, Prompt, admit, resolve, room_for, speaking
+from loramux.http.choices import Choices, Prompt, admit, engine_of, resolve, room_for, speaking
 from loramux.http.events import deliver, event
 from loramux.http.limits import read_json
 from loramux.http.logprobs import chat_logprobs
@@ -79,6 +79,7 @@ class Chat:
             [message.plain() for message in body.messages],
             add_generation_prompt=body.add_generation_prompt is not False,
             add_special_tokens=bool(body.add_special_tokens),
+            most=engine_of(self._front).max_model_len,
         )
         if not ids:
             raise InvalidRequest("messages: the chat template made no prompt", param="messages")

@@ -23,7 +23,7 @@ from loramux.http.answers import (
     UsageSoFar,
 )
 from loramux.http.auth import caller
-from loramux.http.choices import Choices, Prompt, admit, resolve, room_for, speaking
+from loramux.http.choices import Choices, Prompt, admit, engine_of, resolve, room_for, speaking
 from loramux.http.events import deliver, event
 from loramux.http.limits import read_json
 from loramux.http.logprobs import OffsetLogprobs
@@ -83,7 +83,9 @@ class Completions:
     async def _prompt(self, body: CompletionRequest, item: str | list[int]) -> Prompt:
         tokenizer = self._front.tokenizer
         if isinstance(item, str):
-            ids = await tokenizer.encode(item, body.add_special_tokens is not False)
+            most = engine_of(self._front).max_model_len
+            add = body.add_special_tokens is not False
+            ids = await tokenizer.encode(item, add, most=most, param="prompt")
             if not ids:
                 raise InvalidRequest("prompt: no tokens", param="prompt")
             return Prompt(ids, item)
