@@ -397,6 +397,7 @@ def test_a_canary_that_sings_otherwise_is_noticed(scripted: Callable[[], Scripte
             answers.append(await asked)
         assert answers == [True, True, False]
         assert it.observations.snapshot.canary_misses == 1
+        assert it.client.overdue() == "canary" and not it.open
         await it.client.stop()
 
     asyncio.run(main())
