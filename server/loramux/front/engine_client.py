@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 STEP_SLACK = 20
 """How many times longer than predicted a step may take."""
 
+MISMATCH = "canary"
+"""Why an engine is ended that computes wrongly; no request is to blame."""
+
 CommandKind = Literal["pin", "unpin", "evict", "drain", "state"]
 
 
@@ -43,6 +46,8 @@ class EngineClient:
     Two watchdogs run from readiness on: silence for ``config.heartbeat_timeout_s``, and a step
     that takes STEP_SLACK times as long as the engine has predicted, and longer than
     ``config.step_timeout_s``.
+    An engine whose canary is wrong is replaced too: nothing that it says counts any more, and of
+    those after it nothing until a canary of theirs was right.
     """
 
     name = "engine"
@@ -79,6 +84,8 @@ class EngineClient:
             probe=self.canary,
         )
         self._canary = Canary()
+        self._wrong = False
+        self._doubted = False
         self.info: wire.Ready | None = None
 
     def start(self, directory: Path, context: zmq.Context[zmq.Socket[bytes]]) -> None:
@@ -103,8 +110,9 @@ class EngineClient:
 
     @property
     def recovering(self) -> bool:
-        """It is there and still has to get by what the last one died of."""
-        return self._recovery.going_on
+        """It is there and still has to get by what the last one died of, or is about to be
+        replaced."""
+        return self._wrong or self._recovery.going_on
 
     @property
     def backlog(self) -> int:
@@ -128,10 +136,16 @@ class EngineClient:
             raise Overloaded("the engine is not running", code="engine_starting")
         message, answer = self._canary.ask(self.info)
         self._send(message)
-        right = await answer
-        if not right:
+        return await answer
+
+    def _sings(self, event: wire.FromEngine) -> bool:
+        """No canary of this event is wrong."""
+        right = self._canary.hear(event) if isinstance(event, wire.StepDone) else None
+        if right is not None:
+            self._wrong = self._doubted = not right
+        if right is False:
             self._observations.canary_missed()
-        return right
+        return right is not False
 
     async def ask(self, kind: CommandKind, digest: str | None = None) -> dict[str, Any]:
         """One Command and the payload of its Reply."""
@@ -180,6 +194,7 @@ class EngineClient:
     def born(self, epoch: int) -> None:
         """See Charge."""
         self._epoch = epoch
+        self._wrong = False
         self._step = wire.Heartbeat(epoch)
         self._observations.engine_started(epoch)
 
@@ -195,12 +210,13 @@ class EngineClient:
                 self._epoch,
             )
             return
+        if self._wrong or not self._sings(event):
+            return
         match event:
             case wire.StepDone():
                 assert self._supervisor is not None
                 if event.outputs or event.finished:
                     self._supervisor.progress()
-                self._canary.hear(event)
                 if aborts := self._ledger.apply(event):
                     self.abort(aborts)
                 self._recovery.changed()
@@ -226,7 +242,7 @@ class EngineClient:
         self._models = models
         for entry in self._ledger.unfinished():
             self._observations.resumed(entry.spec)
-        self._recovery.begin()
+        self._recovery.begin(doubted=self._doubted)
 
     def _answer(self, reply: wire.Reply) -> None:
         future = self._commands.get(reply.command_id)
@@ -241,6 +257,8 @@ class EngineClient:
 
     def overdue(self) -> str | None:
         """See Charge."""
+        if self._wrong:
+            return MISMATCH
         if self.info is None:
             return None
         now = time.monotonic()
@@ -257,7 +275,8 @@ class EngineClient:
 
     def died(self, reason: str) -> None:
         """See Charge."""
-        self._gone(blackbox.read(self._box), blamed=not external(reason))
+        blamed = reason != MISMATCH and not external(reason)
+        self._gone(blackbox.read(self._box), blamed=blamed)
         self._observations.engine_restarted(reason.split()[0].rstrip(":"))
         if self.given_up:
             self._ledger.fail_all(

@@ -47,7 +47,8 @@ class Observer(Protocol):
         """The ingest process examined an adapter; ``code`` of what is wrong with it, or ""."""
 
     def engine_restarted(self, reason: str) -> None:
-        """The engine died (``exit``, ``heartbeat``, ``step_timeout``) and is started again."""
+        """The engine died (``exit``, ``heartbeat``, ``step_timeout``), or was wrong (``canary``):
+        it is started again."""
 
 
 @dataclass

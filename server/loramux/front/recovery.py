@@ -21,6 +21,7 @@ class Recovery:
     ``give`` hands a choice to the engine. ``take_back`` returns when the engine has forgotten
     choices, and all it had made of them is in the ledger. ``probe`` returns when the engine has
     made a token that is no client's, or has refused to: then the next death is not its own fault.
+    False: it was the wrong one, and the engine's end is near.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class Recovery:
         *,
         give: Callable[[Entry], None],
         take_back: Callable[[Sequence[str]], Awaitable[None]],
-        probe: Callable[[], Awaitable[object]],
+        probe: Callable[[], Awaitable[bool]],
     ) -> None:
         self._ledger = ledger
         self._suspects = suspects
@@ -51,9 +52,10 @@ class Recovery:
         self._waiting.discard(entry.spec.request_id)
         self._give_to_engine(entry)
 
-    def begin(self) -> None:
-        """A new engine is there, and has nothing yet."""
-        if self._suspects.next(self._ledger):
+    def begin(self, *, doubted: bool = False) -> None:
+        """A new engine is there, and has nothing yet; ``doubted``: nor shall it get anything before
+        its probe."""
+        if doubted or self._suspects.next(self._ledger):
             self._task = asyncio.create_task(self._run(), name="recovery")
         else:
             self._give_the_rest()
@@ -87,7 +89,8 @@ class Recovery:
     async def _run(self) -> None:
         try:
             with contextlib.suppress(Overloaded):  # with no room for it the engine is there as well
-                await self._probe()
+                if not await self._probe():
+                    return
             while apart := self._suspects.next(self._ledger):
                 await self._run_apart(apart)
                 self._suspects.passed()

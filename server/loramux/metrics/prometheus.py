@@ -158,7 +158,7 @@ class Exporter:
         self._restarts = count(
             "engine_restarts_by_reason", "Why the engine was replaced", ["reason"]
         )
-        for reason in ("exit", "heartbeat", "step_timeout"):
+        for reason in ("exit", "heartbeat", "step_timeout", "canary"):
             self._restarts.labels(reason)
         self._gone = count("disconnect_aborts", "Answers whose client left before their end")
         self._unknown = count("unknown_fields", "Request fields nobody knows, ignored")
@@ -239,7 +239,7 @@ class Exporter:
             self._invalid.labels(code).inc()
 
     def engine_restarted(self, reason: str) -> None:
-        """``exit``, ``heartbeat`` or ``step_timeout``."""
+        """``exit``, ``heartbeat``, ``step_timeout`` or ``canary``."""
         self._restarts.labels(reason).inc()
 
     async def render(self) -> bytes:
