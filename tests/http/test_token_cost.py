@@ -104,8 +104,12 @@ class Streams:
             self.connections.append(connection)
 
     async def begin(self) -> None:
+        """All have their heads, and with them the first token."""
         async with asyncio.timeout(10):
-            while len(self.front.specs) < STREAMS or not all(s.writes for s in self.sockets):
+            while len(self.front.specs) < STREAMS:
+                await asyncio.sleep(0.001)
+            self.step(0)
+            while not all(socket.writes for socket in self.sockets):
                 await asyncio.sleep(0.001)
         await turns(10)
 
@@ -138,7 +142,7 @@ def test_a_token_is_one_write_and_nothing_else(model_dir: Path, path: str) -> No
         streams = Streams(model_dir, path)
         await streams.begin()
         loop.made.clear()
-        for step in range(STEPS - 1):
+        for step in range(1, STEPS - 1):
             before = streams.writes()
             streams.step(step)
             await turns(5)
@@ -162,7 +166,7 @@ def test_what_comes_while_the_client_leaves_is_not_written(model_dir: Path) -> N
         streams = Streams(model_dir, "/v1/completions")
         await streams.begin()
         before = streams.writes()
-        streams.step(0)
+        streams.step(1)
         streams.connections[0].connection_lost(None)
         await turns(20)
         assert streams.writes() == [before[0], *(num + 1 for num in before[1:])]
