@@ -158,6 +158,24 @@ def test_debt_makes_the_most_served_give_a_seat() -> None:
     assert len(bench.finished) == 3
 
 
+@pytest.mark.parametrize("length", [30, 200])
+def test_two_whose_prompts_cost_more_than_the_debt_do_not_take_turns_for_ever(length: int) -> None:
+    """A prompt alone makes its key the most served: that may not cost it the seat it just got."""
+    bench = Bench(
+        64,
+        {"x": 1, "y": 1},
+        max_num_seqs=1,
+        max_batch_tokens=8,
+        fairness_debt_tokens=10,
+        prefix_caching=False,
+    )
+    for name in "xy":
+        bench.add(name, ids=list(range(length)), adapter=name, max_tokens=30)
+    for _ in range(4 * (2 * length // 8 + 60)):
+        bench.step()
+    assert {r.id for r in bench.finished} == {"x", "y"}
+
+
 def test_a_large_adapter_is_not_passed_over_for_ever() -> None:
     bench = Bench(10, {"large": 8, "small": 1}, max_num_seqs=4)
     bench.add("s0", adapter="small", max_tokens=8)

@@ -188,6 +188,11 @@ class FairOrder:
         key = request.fair_key
         self.served[key] += self._weight(key) * (INPUT_COST * inputs + OUTPUT_COST * outputs)
 
+    def debt(self, served: Request, waiting: Request) -> float:
+        """How much more the key of ``served`` has had, when ``waiting`` will have had its prompt."""
+        prompt = self._weight(waiting.fair_key) * INPUT_COST * waiting.num_pending
+        return self.served[served.fair_key] - self.served[waiting.fair_key] - prompt
+
     def _weight(self, key: Key) -> float:
         """One, unless the tenant has more active keys than tenants have on average."""
         return self._num_keys[key[0]] * len(self._num_keys) / len(self._active)

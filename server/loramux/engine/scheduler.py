@@ -320,8 +320,7 @@ class Scheduler:
             return
         served = self.waiting.served
         richest = max(self.running, key=lambda r: served[r.fair_key])
-        debt = served[richest.fair_key] - served[head.fair_key]
-        if debt <= self._limits.fairness_debt_tokens:
+        if self.waiting.debt(richest, head) <= self._limits.fairness_debt_tokens:
             return
         missing = [(a, digest) for a, digest in self._worn(head) if not a.is_resident(digest)]
         if missing:
