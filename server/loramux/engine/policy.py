@@ -189,7 +189,7 @@ class FairOrder:
         self.served[key] += self._weight(key) * (INPUT_COST * inputs + OUTPUT_COST * outputs)
 
     def debt(self, served: Request, waiting: Request) -> float:
-        """How much more the key of ``served`` has had, when ``waiting`` will have had its prompt."""
+        """How much more the key of ``served`` has had, once ``waiting`` has had its prompt."""
         prompt = self._weight(waiting.fair_key) * INPUT_COST * waiting.num_pending
         return self.served[served.fair_key] - self.served[waiting.fair_key] - prompt
 

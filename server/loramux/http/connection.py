@@ -74,8 +74,16 @@ class BoundedConnection(HttpToolsProtocol):
             self._make_room()
 
     def _make_room(self) -> None:
-        others = (c for c in self.connections if isinstance(c, BoundedConnection) and c is not self)
-        idle = [c for c in others if c.is_idle and not c.transport.is_closing()]
+        staying = [
+            connection
+            for connection in self.connections
+            if isinstance(connection, BoundedConnection) and not connection.transport.is_closing()
+        ]
+        if len(staying) <= self.most:  # who gave way to one before is not quite gone yet
+            return
+        idle = [
+            connection for connection in staying if connection.is_idle and connection is not self
+        ]
         if idle:
             min(idle, key=lambda connection: connection._made_at).transport.abort()
         else:
