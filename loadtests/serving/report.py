@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 FULL = ROOT / "docs" / "results"
 QUICK = ROOT / "build" / "loadtests"
-COLOURS = ("#1f5fa8", "#d1681c", "#3d8b4f", "#8a4fa3", "#7a7a7a")
+COLOURS = ("#1f5fa8", "#d1681c", "#3d8b4f", "#8a4fa3", "#7a7a7a", "#b3364a")
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:

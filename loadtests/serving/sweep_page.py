@@ -109,9 +109,10 @@ def draw(found: dict[str, Any], where: Path) -> None:
                 if mine:
                     axis.plot([r["adapters"] for r in mine], values, marker="o", label=system)
             axis.set(xscale="log", xlabel="adapters")
-            axis.set_ylim(bottom=0)
+        axes[0].set_ylim(bottom=0)
         axes[0].set_ylabel("requests/s")
         legend(axes[0])
+        axes[1].set_yscale("log")
         axes[1].set_ylabel("TTFT p99, s")
         _draw_rates(axes[2], _rated(found))
         _draw_cdf(axes[3], found)

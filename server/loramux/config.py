@@ -121,7 +121,7 @@ class ServerConfig(BaseSettings):
         description="refuse with 503, while they wait, requests whose first token would come later",
     )
     fairness_debt_tokens: int = Field(
-        1024, description="tokens an adapter may be served beyond the least served waiting one"
+        256, description="tokens an adapter may be served beyond the least served waiting one"
     )
     heartbeat_s: float = Field(1.0, gt=0, description="how often the engine says it is alive")
     heartbeat_timeout_s: float = Field(5.0, gt=0, description="silence that counts as death")

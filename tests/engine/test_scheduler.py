@@ -176,6 +176,19 @@ def test_two_whose_prompts_cost_more_than_the_debt_do_not_take_turns_for_ever(le
     assert {r.id for r in bench.finished} == {"x", "y"}
 
 
+def test_a_long_prompt_is_not_given_away_for_short_ones() -> None:
+    """What it costs to compute it again is part of the bill."""
+    bench = Bench(256, {"long": 1, "short": 1}, max_num_seqs=2, fairness_debt_tokens=20)
+    bench.add("long", ids=list(range(300)), adapter="long", max_tokens=40)
+    for _ in range(6):
+        bench.step()
+    for index in range(8):
+        bench.add(f"s{index}", adapter="short", max_tokens=4)
+    bench.run()
+    assert bench.scheduler.counts.preemptions == 0
+    assert len(bench.finished) == 9
+
+
 def test_a_large_adapter_is_not_passed_over_for_ever() -> None:
     bench = Bench(10, {"large": 8, "small": 1}, max_num_seqs=4)
     bench.add("s0", adapter="small", max_tokens=8)

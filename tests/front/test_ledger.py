@@ -17,6 +17,7 @@ from loramux.errors import (
     EngineFailed,
     InvalidRequest,
     LoramuxError,
+    Overloaded,
 )
 from loramux.front.detokenizer import TextStream, TokenBytes
 from loramux.front.generation import Delta, Done, Generation, GenerationSpec
@@ -65,7 +66,13 @@ class Desk:
         self.references: Counter[str] = Counter()
         self.used: dict[str, int] = {}
         self.observations = Observations(self.events)
-        self.ledger = Ledger(self.observations, self.retain, self.release, self.ended)
+        self.ledger = Ledger(
+            self.observations,
+            self.retain,
+            self.release,
+            self.ended,
+            retry_after_s=lambda num: 7.0 * num,
+        )
         self.generations: dict[str, Generation] = {}
 
     def retain(self, digest: str) -> None:
@@ -273,6 +280,14 @@ def test_the_engine_s_refusals_name_the_parameter() -> None:
     desk.ledger.apply(StepDone(engine_epoch=1, step=0, failed=[failed]))
     _, error = read(generation)
     assert type(error) is InvalidRequest and error.param == "entropy_adaptive"
+
+
+def test_who_the_engine_has_no_room_for_is_told_when_to_come_back() -> None:
+    desk = Desk()
+    generation = desk.add("r")
+    desk.ledger.apply(StepDone(engine_epoch=1, step=0, failed=[Failed("r", "overloaded", "late")]))
+    _, error = read(generation)
+    assert isinstance(error, Overloaded) and error.retry_after_s == 7.0
 
 
 def test_prompt_logprobs_come_even_without_a_token() -> None:

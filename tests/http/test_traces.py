@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from tests.http.conftest import Running, Start, launch
@@ -227,3 +229,23 @@ def test_the_standard_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     told.close()
     [span] = memory.get_finished_spans()
     assert span.resource.attributes["service.name"] == "mine"
+
+
+def test_a_collector_that_does_not_answer_holds_up_the_end_for_a_while_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Silent(InMemorySpanExporter):
+        given_up = threading.Event()
+
+        def export(self, spans: object) -> SpanExportResult:
+            assert self.given_up.wait(25), "nobody told it to give up"
+            return SpanExportResult.FAILURE
+
+        def shutdown(self) -> None:
+            self.given_up.set()
+
+    monkeypatch.setattr(traces, "LAST_WORDS_S", 0.05)
+    told = traces.Traces(Silent(), {})
+    told._tracer.start_span("x").end()
+    told.close()
+    assert Silent.given_up.is_set()

@@ -19,8 +19,10 @@ def painted(page: Page) -> list[str]:
             const canvas = document.getElementById("map");
             const context = canvas.getContext("2d");
             const probe = document.createElement("canvas").getContext("2d");
+            const dot = document.body.appendChild(document.createElement("i"));
             uses.forEach((use, at) => {
-                probe.fillStyle = getComputedStyle(canvas).getPropertyValue(`--${use}`);
+                dot.style.color = `var(--${use})`;
+                probe.fillStyle = getComputedStyle(dot).color;
                 probe.fillRect(at, 0, 1, 1);
             });
             const pixel = (image, x, y) =>

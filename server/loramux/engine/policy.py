@@ -116,7 +116,7 @@ class FairOrder:
                 yield request
                 line = self._waiting.get(key)
                 if line and line[0] is not request:
-                    cost = INPUT_COST * request.num_prompt * self._weight(key)
+                    cost = self._cost(request, request.num_prompt)
                     heapq.heappush(again, (served + cost, turn, key))
         finally:
             for key, turn in seen.items():
@@ -188,10 +188,15 @@ class FairOrder:
         key = request.fair_key
         self.served[key] += self._weight(key) * (INPUT_COST * inputs + OUTPUT_COST * outputs)
 
-    def debt(self, served: Request, waiting: Request) -> float:
-        """How much more the key of ``served`` has had, once ``waiting`` has had its prompt."""
-        prompt = self._weight(waiting.fair_key) * INPUT_COST * waiting.num_pending
-        return self.served[served.fair_key] - self.served[waiting.fair_key] - prompt
+    def debt(self, giver: Request, taker: Request) -> float:
+        """How much more the key of ``giver``, which runs, has had than that of ``taker``, beyond
+        what it costs to give its seat away: the prompt of the one, and the other's computed again.
+        """
+        costs = self._cost(taker, taker.num_pending) + self._cost(giver, giver.num_ids)
+        return self.served[giver.fair_key] - self.served[taker.fair_key] - costs
+
+    def _cost(self, request: Request, num_inputs: int) -> float:
+        return self._weight(request.fair_key) * INPUT_COST * num_inputs
 
     def _weight(self, key: Key) -> float:
         """One, unless the tenant has more active keys than tenants have on average."""

@@ -320,7 +320,8 @@ class Scheduler:
             return
         served = self.waiting.served
         richest = max(self.running, key=lambda r: served[r.fair_key])
-        if self.waiting.debt(richest, head) <= self._limits.fairness_debt_tokens:
+        newest = next(r for r in reversed(self.running) if r.fair_key == richest.fair_key)
+        if self.waiting.debt(newest, head) <= self._limits.fairness_debt_tokens:
             return
         missing = [(a, digest) for a, digest in self._worn(head) if not a.is_resident(digest)]
         if missing:
@@ -330,7 +331,6 @@ class Scheduler:
             except LoramuxError as error:
                 self.counts.failed.append((head, error))
             return
-        newest = next(r for r in reversed(self.running) if r.fair_key == richest.fair_key)
         self._preempt(newest)
 
     @staticmethod

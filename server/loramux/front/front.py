@@ -88,6 +88,7 @@ class Front:
             self.adapters.release,
             self._ended,
             self._stock.mend,
+            self.room.pace.retry_after_s,
         )
         self._engine = EngineClient(
             config, engine, self._ledger, self._observations, self._engine_ready

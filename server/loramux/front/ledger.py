@@ -9,7 +9,7 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from loramux import errors
-from loramux.errors import DeadlineExceeded, EngineFailed, LoramuxError
+from loramux.errors import DeadlineExceeded, EngineFailed, LoramuxError, Overloaded
 from loramux.front.detokenizer import TextStream
 from loramux.front.drafts import Drafted
 from loramux.front.generation import Delta, Done, Generation, GenerationSpec
@@ -103,7 +103,7 @@ class Ledger:
     its terminal event, so there is exactly one; until then its adapters' files are held, and those
     of their companions (``retain``/``release`` of their digests). ``ended`` hears of every terminal
     event how many tokens were delivered before it, ``unreadable`` of adapters that the engine could
-    not load.
+    not load. ``retry_after_s`` says when so many choices that the engine refused should come back.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class Ledger:
         release: Callable[[str], None],
         ended: Callable[[GenerationSpec, int], None],
         unreadable: Callable[[str], None] = lambda _: None,
+        retry_after_s: Callable[[int], float] = lambda _: 1.0,
     ) -> None:
         self._entries: dict[str, Entry] = {}
         self._observations = observations
@@ -120,6 +121,7 @@ class Ledger:
         self._release = release
         self._ended = ended
         self._unreadable = unreadable
+        self._retry_after_s = retry_after_s
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -160,7 +162,10 @@ class Ledger:
                 self._finish(entry, event, now)
         for failure in step.failed:
             if entry := self._entries.get(failure.request_id):
-                self.fail(failure.request_id, _error_of(failure))
+                error = _error_of(failure)
+                if isinstance(error, Overloaded):
+                    error.retry_after_s = self._retry_after_s(1)
+                self.fail(failure.request_id, error)
                 if failure.code in UNREADABLE:
                     for digest in entry.spec.digests:
                         self._unreadable(digest)

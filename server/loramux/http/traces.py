@@ -11,6 +11,7 @@ never text. OTEL_* variables say where spans go, which are kept, and what the se
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 MAX_CHOICES = 16
 """Of a request with more choices the first ones have spans; ``gen_ai.request.choice.count`` tells
 how many there were."""
+
+LAST_WORDS_S = 2.0
+"""At the end so long is waited for a collector that does not answer."""
 
 _OPERATIONS = {"/v1/completions": "text_completion", "/v1/chat/completions": "chat"}
 
@@ -59,6 +63,7 @@ class Traces:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+        self._exporter = exporter
         self._provider = _provider()
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("loramux", __version__)
@@ -66,8 +71,11 @@ class Traces:
         self._loads = loads
 
     def close(self) -> None:
-        """Sends what is left; waits for it."""
+        """Sends what is left; waits for it, for a while."""
+        enough = threading.Timer(LAST_WORDS_S, self._exporter.shutdown)
+        enough.start()
         self._provider.shutdown()
+        enough.cancel()
 
     def write(self, exchange: Exchange) -> None:
         """The spans of one request. Probes have none."""

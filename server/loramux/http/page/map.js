@@ -89,8 +89,11 @@ export class FrameMap {
     this.canvas.height = Math.round(height * scale);
     const context = this.canvas.getContext("2d");
     context.scale(scale, scale);
-    const style = getComputedStyle(this.canvas);
-    const colours = USES.map((use) => style.getPropertyValue(`--${use.id}`));
+    // A canvas does not know what light-dark() stands for; a computed colour says it.
+    const colours = USES.map((use) => {
+      this.canvas.style.color = `var(--${use.id})`;
+      return getComputedStyle(this.canvas).color;
+    });
     const mine = this.over >= 0 ? held[this.over] : 0;
     cells.forEach((use, at) => {
       const dim = (this.only >= 0 && use !== this.only) || (mine && held[at] !== mine);
