@@ -179,6 +179,8 @@ def test_two_whose_prompts_cost_more_than_the_debt_do_not_take_turns_for_ever(le
 def test_a_long_prompt_is_not_given_away_for_short_ones() -> None:
     """What it costs to compute it again is part of the bill."""
     bench = Bench(256, {"long": 1, "short": 1}, max_num_seqs=2, fairness_debt_tokens=20)
+    bench.add("s", adapter="short", max_tokens=40)
+    bench.step()
     bench.add("long", ids=list(range(300)), adapter="long", max_tokens=40)
     for _ in range(6):
         bench.step()
@@ -186,7 +188,7 @@ def test_a_long_prompt_is_not_given_away_for_short_ones() -> None:
         bench.add(f"s{index}", adapter="short", max_tokens=4)
     bench.run()
     assert bench.scheduler.counts.preemptions == 0
-    assert len(bench.finished) == 9
+    assert len(bench.finished) == 10
 
 
 def test_a_large_adapter_is_not_passed_over_for_ever() -> None:
