@@ -8,8 +8,8 @@ on q, k, v, o in bf16; requests name one of n uniformly and arrive as a Poisson 
 have 8 to 63 tokens, answers 8 to 39, always as long as asked. Every system gets the same plan.
 
     pool    the engine in this process, its memory as it is (*shared*), with 30 % of it for adapters
-            only (*split*), and the same with every adapter in a slot of the largest rank (*padded*).
-            The client is in the process too, so its tokens come later than the server's
+            only (*split*), and the same with every adapter in a slot of the largest rank
+            (*padded*). The client is in the process too, so its tokens come later than the server's
     http    ``loramux serve`` with all adapters registered, streamed over HTTP
     rate    the same server and 100 adapters, from a sixth of the rate to twice as much
     peft    transformers ``generate()`` with one adapter name a row, up to 32 of what waits in a

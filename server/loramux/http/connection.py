@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import math
 import resource
 import sys
@@ -38,6 +39,10 @@ WRITE = "loramux.write"
 at once, or says no when the client is behind or gone: then ``send`` waits, or knows what to do."""
 
 
+_turns = itertools.count()
+"""In which order connections came: the loop's clock has the same time for several."""
+
+
 class HeadTooLarge(RequestError):
     """The request line and headers are larger than MAX_HEAD_BYTES or more than MAX_HEADERS."""
 
@@ -62,13 +67,13 @@ class BoundedConnection(HttpToolsProtocol):
     _bytes_beside_body = 0
     _head_timer: asyncio.TimerHandle | None = None
     _refusal: LoramuxError | None = None
-    _made_at = 0.0
+    _turn = 0
     _received = b""
     _answered: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._made_at = self.loop.time()
+        self._turn = next(_turns)
         self._wait_for_head()
         if len(self.connections) > self.most:
             self._make_room()
@@ -85,7 +90,7 @@ class BoundedConnection(HttpToolsProtocol):
             connection for connection in staying if connection.is_idle and connection is not self
         ]
         if idle:
-            min(idle, key=lambda connection: connection._made_at).transport.abort()
+            min(idle, key=lambda connection: connection._turn).transport.abort()
         else:
             self._refusal = Overloaded(f"{self.most} connections are busy already")
             self.send_400_response("")
