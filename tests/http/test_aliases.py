@@ -329,11 +329,11 @@ def test_names_that_are_taken(real: Running) -> None:
 
 
 def test_the_metrics_speak_of_adapters(real: Running) -> None:
-    put(real, "canary", ("dog", 1))
-    served(real, "canary")
+    put(real, "newest", ("dog", 1))
+    served(real, "newest")
     text = real.http.get("/metrics").text
-    assert 'adapter="dog"' in text and '"canary"' not in text
-    real.http.delete("/v1/aliases/canary")
+    assert 'adapter="dog"' in text and '"newest"' not in text
+    real.http.delete("/v1/aliases/newest")
 
 
 def test_user_is_a_string(real: Running) -> None:
