@@ -10,10 +10,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.http import wire
 from tests.http.conftest import Running, Start
-from tests.http.fake_front import eventually, row
+from tests.http.fake_front import INFO, eventually, row
 from tests.http.granting import client, grant
 
 from loramux.errors import EngineFailed
@@ -115,6 +116,20 @@ def test_a_client_that_leaves(start: Start, lines: Any, stream: bool) -> None:
     raw.close()
     [line] = lines(1)
     assert line["error"] == "client_gone"
+
+
+def test_a_client_that_leaves_when_all_is_said_and_not_all_is_read(
+    start: Start, lines: Any
+) -> None:
+    server = start()
+    server.front.info = msgspec.structs.replace(INFO, max_model_len=1_000_000)
+    body = {"model": "base", "prompt": "a", "max_tokens": 20_000, "logprobs": 5, "stream": True}
+    raw = wire.post(server, "/v1/completions", small_buffer=True, **body)
+    assert eventually(lambda: server.front.snapshot.finished.get("length") == 1, within_s=30)
+    raw.close()
+    [line] = lines(1)
+    assert line["error"] == "client_gone" and line["output_tokens"] == 20_000
+    assert server.metric("loramux_disconnect_aborts_total") == 1
 
 
 def test_a_client_that_leaves_in_its_body(shared: Running, lines: Any) -> None:

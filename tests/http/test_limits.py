@@ -20,8 +20,8 @@ from tests.http.conftest import Running, Start
 from tests.http.fake_front import eventually
 from tests.http.granting import grant
 
-from loramux.http.connection import MAX_HEAD_BYTES, MAX_HEADERS
-from loramux.http.limits import BODY_STRIDE, parse_json
+from loramux.http.connection import MAX_HEAD_BYTES, MAX_HEADERS, STRIDE
+from loramux.http.limits import parse_json
 
 JSON = "content-type: application/json"
 
@@ -291,12 +291,12 @@ def test_a_large_body_has_its_time_for_every_stride(start: Start) -> None:
     """What comes steadily may take longer in all than the timeout."""
     server = start(body_timeout_s=0.4)
     raw = wire.connect(server)
-    body = body_of(4 * BODY_STRIDE)
+    body = body_of(4 * STRIDE)
     request = wire.request("/v1/completions", body, JSON)
     raw.sendall(request[: -len(body)])
-    for at in range(0, len(body), BODY_STRIDE):
+    for at in range(0, len(body), STRIDE):
         time.sleep(0.2)
-        raw.sendall(body[at : at + BODY_STRIDE])
+        raw.sendall(body[at : at + STRIDE])
     assert wire.status(wire.read_until(raw, b"usage")) == 200
 
 

@@ -33,6 +33,9 @@ class Full(Socket):
         if len(self.writes) == HIGH_WATER:
             self.protocol.pause_writing()
 
+    def get_write_buffer_size(self) -> int:
+        return sum(map(len, self.writes[HIGH_WATER - 1 :]))
+
     def abort(self) -> None:
         if not self.aborted:
             self.aborted = True

@@ -302,8 +302,16 @@ def big(server: Running) -> dict[str, Any]:
     return COMPLETE | {"max_tokens": NUM, "logprobs": 5}
 
 
+async def all_but_the_last(spec: GenerationSpec) -> AsyncIterator[list[int] | Exception]:
+    """However fast, it does not end before its reader is cut off."""
+    for _ in range(NUM - 1):
+        yield tokens("y")
+    await asyncio.sleep(3600)
+
+
 def test_a_reader_that_does_not_read_is_cut_off(start: Start) -> None:
     server = start(write_timeout_s=0.3)
+    server.front.script = all_but_the_last
     raw = wire.post(server, "/v1/completions", small_buffer=True, stream=True, **big(server))
     assert eventually(lambda: len(server.front.aborted) == 1, within_s=30)
     assert eventually(lambda: not len(server.front.ledger))

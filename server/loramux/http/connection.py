@@ -1,8 +1,9 @@
 """The TCP side of a request: bounds on headers, trailers, patience and the number of connections,
 which uvicorn does not have.
 
-uvicorn's httptools parser keeps request headers of any size and waits for them for ever; an ASGI
-application only sees them afterwards. So the bounds sit in the protocol class itself.
+uvicorn's httptools parser keeps request headers of any size and waits for them for ever, and its
+connections keep an answer for ever that nobody reads; an ASGI application is asked afterwards, or
+is over before. So the bounds sit in the protocol class itself.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ MAX_HEAD_BYTES = 32 << 10
 """Request line and headers together."""
 MAX_HEADERS = 128
 
-ABORT = "loramux.abort"
-"""Key in ``scope["extensions"]``: a function that drops the connection without flushing it."""
+STRIDE = 64 << 10
+"""So many bytes of a body have ``body_timeout_s`` to come, and of an answer ``write_timeout_s`` to
+go: at the defaults 2 KiB a second, which any network has and a client that drips bytes to hold a
+place has not."""
+
 WRITE = "loramux.write"
 """Key in ``scope["extensions"]``: ``write(piece) -> bool`` sends a piece of a begun answer's body
 at once, or says no when the client is behind or gone: then ``send`` waits, or knows what to do."""
@@ -55,17 +59,20 @@ class BoundedConnection(HttpToolsProtocol):
 
     A head that is late is answered by closing the connection: there is nothing to answer yet. What
     follows a body in chunks (trailers) is not looked at, and may not be larger than a head either.
+    An answer must be taken: each STRIDE bytes within ``write_timeout_s``, or the rest is dropped.
     Of more than ``most`` connections the oldest that has no request gives way; if all have, 503.
     A client that offers another protocol (Java's and curl's offer HTTP/2) goes on with this one.
     """
 
     head_timeout_s = 10.0
+    write_timeout_s = 30.0
     most = 512
 
     _head_bytes = 0
     _in_head = True
     _bytes_beside_body = 0
     _head_timer: asyncio.TimerHandle | None = None
+    _reader_timer: asyncio.TimerHandle | None = None
     _refusal: LoramuxError | None = None
     _turn = 0
     _received = b""
@@ -102,10 +109,13 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
         super().connection_lost(exc)
         # uvicorn tells the newest request only, which is not the one that is being answered when
         # the client sent several without waiting.
         if self._answered is not None and not self._answered.response_complete:
+            self._answered.scope["state"]["gone"] = True  # for logs and traces
             self._answered.disconnected = True
             self._answered.message_event.set()
 
@@ -154,7 +164,7 @@ class BoundedConnection(HttpToolsProtocol):
                 f"headers exceed {MAX_HEAD_BYTES} bytes or {MAX_HEADERS} in number"
             )
             raise self._refusal
-        extensions = self.scope["extensions"] = {ABORT: {"call": self.transport.abort}}
+        extensions = self.scope["extensions"] = {}
         super().on_headers_complete()
         extensions[WRITE] = {"call": functools.partial(_write, self.cycle)}
 
@@ -189,6 +199,32 @@ class BoundedConnection(HttpToolsProtocol):
         self._stop_waiting()
         self.transport.write(b"".join([*head, body]))
         self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_reader()
+
+    def _watch_reader(self) -> None:
+        """From now on nothing is added to what waits for the client, or not before it has taken
+        most of it: so that shrinks in time, or nobody reads."""
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+        waits = self.transport.get_write_buffer_size()
+        self._reader_timer = self.loop.call_later(self.write_timeout_s, self._look, waits)
+
+    def _look(self, waited: int) -> None:
+        waits = self.transport.get_write_buffer_size()
+        answers = not (self.is_idle or self.flow.write_paused)
+        if answers or not waits:
+            return
+        if waits > waited - STRIDE:
+            self.transport.abort()
+        else:
+            self._watch_reader()
 
     def _wait_for_head(self) -> None:
         self._stop_waiting()
@@ -228,6 +264,7 @@ def uvicorn_config(app: ASGIApp, config: ServerConfig, *, port: int) -> uvicorn.
 
     class Connection(BoundedConnection):
         head_timeout_s = config.header_timeout_s
+        write_timeout_s = config.write_timeout_s
         most = config.max_connections or most_connections()
 
     return uvicorn.Config(

@@ -160,7 +160,7 @@ class EventStream(Response):
             await asyncio.wait({writer, watcher}, return_when=asyncio.FIRST_COMPLETED)
             if writer.done():
                 writer.result()
-                gone = False
+                gone = "gone" in scope["state"]  # then it was written to nobody
         except asyncio.CancelledError:
             # Shutting down, and the time to drain is over.
             writer.cancel()
@@ -183,8 +183,6 @@ class EventStream(Response):
                 await send(_LAST)
             except LoramuxError as exc:
                 await self._fail(exc, scope, receive, send)
-            except OSError:  # the connection's own failure: nobody to tell
-                raise
             except Exception:
                 log.exception("internal error in a stream")
                 await self._fail(internal_error(), scope, receive, send)

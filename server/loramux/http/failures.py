@@ -150,14 +150,12 @@ async def _on_http_error(_: Request, exc: Exception) -> Response:
     return answer
 
 
-async def _on_disconnect(request: Request, __: Exception) -> Response:
-    request.scope["state"]["gone"] = True
+async def _on_disconnect(_: Request, __: Exception) -> Response:
     return Response(status_code=400)
 
 
 async def _on_bug(request: Request, exc: Exception) -> Response:
-    if not isinstance(exc, ConnectionError):  # a client that left is no bug
-        log.error("internal error, request %s", request.scope["state"]["request_id"], exc_info=exc)
+    log.error("internal error, request %s", request.scope["state"]["request_id"], exc_info=exc)
     return failure(internal_error())
 
 

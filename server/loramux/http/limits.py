@@ -26,7 +26,7 @@ from loramux.errors import (
     UnsupportedMediaType,
 )
 from loramux.http.bodies import is_upload
-from loramux.http.connection import ABORT
+from loramux.http.connection import STRIDE
 from loramux.http.failures import failure
 
 LINGER_S = 2.0
@@ -36,19 +36,11 @@ socket with unread bytes resets it, and the client would see no answer."""
 MULTIPART_OVERHEAD = 64 << 10
 """Room for boundaries, part headers and the name beside an upload's two files."""
 
-BODY_STRIDE = 64 << 10
-"""So many bytes of a body have ``body_timeout_s`` to come: at the defaults 2 KiB a second, which
-any network has and a client that drips bytes to hold a place has not."""
-
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-class ReaderTooSlow(ConnectionAbortedError):
-    """The client did not take a piece of the answer within ``write_timeout_s``."""
-
-
 class BodyTooSlow(RequestError):
-    """The next ``BODY_STRIDE`` bytes of the body did not come within ``body_timeout_s``."""
+    """The next ``STRIDE`` bytes of the body did not come within ``body_timeout_s``."""
 
     status = 408
     code = "request_timeout"
@@ -56,8 +48,7 @@ class BodyTooSlow(RequestError):
 
 
 class Limits:
-    """Pure ASGI: no body over its limit is read, none is waited for for ever, and no answer waits
-    for ever for its reader.
+    """Pure ASGI: no body over its limit is read, and none is waited for for ever.
 
     ``refusal`` says who may not even try; it is asked before anything of the body is looked at.
     """
@@ -91,12 +82,6 @@ class Limits:
                 await failure(refusal)(scope, exchange.receive, exchange.send)
             else:
                 await self.app(scope, exchange.receive, exchange.send)
-        except ReaderTooSlow:
-            # Nobody is left to tell; the connection is gone. Wait until uvicorn knows that too.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1):
-                    while (await receive())["type"] != "http.disconnect":
-                        pass
         except Exception:
             # A bug, logged and answered with a 500 where Starlette saw it; it raises it again, for
             # which uvicorn would drop a connection that the client thinks it may keep.
@@ -116,11 +101,9 @@ class _Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, config: ServerConfig) -> None:
         self._receive, self._send = receive, send
-        self._write_timeout_s = config.write_timeout_s
         self._body_timeout_s = self._patience_s = config.body_timeout_s
         self._stride = 0
         self._lingers = True
-        self._abort = scope.get("extensions", {}).get(ABORT, {}).get("call")
         self._received = 0
         self.complete = False
         headers = dict(scope["headers"])
@@ -149,11 +132,11 @@ class _Exchange:
         except TimeoutError:
             self._lingers = False  # there is nothing to read
             raise BodyTooSlow(
-                f"the body comes too slowly: {BODY_STRIDE} bytes have {self._body_timeout_s:g} s"
+                f"the body comes too slowly: {STRIDE} bytes have {self._body_timeout_s:g} s"
             ) from None
         self._patience_s -= time.monotonic() - began
         self._stride += len(message.get("body", b""))
-        if self._stride >= BODY_STRIDE:
+        if self._stride >= STRIDE:
             self._stride, self._patience_s = 0, self._body_timeout_s
         return message
 
@@ -162,20 +145,11 @@ class _Exchange:
             message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
         last = message["type"] == "http.response.body" and not message.get("more_body", False)
         if last and self._unread and self._lingers:
-            await self._write({**message, "more_body": True})
+            await self._send({**message, "more_body": True})
             await self._drop_rest()
             message = {"type": "http.response.body", "body": b"", "more_body": False}
-        await self._write(message)
+        await self._send(message)
         self.complete = last
-
-    async def _write(self, message: Message) -> None:
-        try:
-            async with asyncio.timeout(self._write_timeout_s):
-                await self._send(message)
-        except TimeoutError:
-            if self._abort is not None:
-                self._abort()
-            raise ReaderTooSlow from None
 
     async def _drop_rest(self) -> None:
         end = time.monotonic() + LINGER_S
