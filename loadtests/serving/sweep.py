@@ -49,9 +49,9 @@ from workload import Served
 
 from loramux.adapters.pack import packed_path, read_header
 from loramux.bench import traffic
-from loramux.bench.figures import by_name, errors, figures, percentile
+from loramux.bench.figures import formulas, told
 from loramux.bench.live import shown
-from loramux.bench.open_loop import Ask, Bounds, Record, Run, send
+from loramux.bench.open_loop import Ask, Bounds, Record, send
 from loramux.bench.openai import OpenAi
 from loramux.bench.traffic import Traffic
 
@@ -128,22 +128,10 @@ class Sweep:
         what = f"{system}, {one.adapters} adapters, {one.rate:g}/s"
         with shown(what, len(plan)) as show:
             run = await send(plan, ask, drain_s=self.settings.drain_s, show=show)
-        if told := run.bottleneck(self.settings.bounds):
-            self.late.append(f"{what}: {told}")
-        self.cases.append(self._case(part, system, one, run))
-
-    def _case(self, part: str, system: str, one: Traffic, run: Run) -> dict[str, Any]:
-        ok = [record.ttft_s for record in run.records if record.status == "ok"]
-        return {
-            "part": part,
-            "system": system,
-            "adapters": one.adapters,
-            "rate": one.rate,
-            "figures": by_name(figures(run.records)),
-            "errors": errors(run.records),
-            "ttft_s_percentiles": [percentile(ok, p) for p in range(101)],
-            "client": {"lag_p99_s": run.lag_p99_s, "stall_p99_s": run.stall_p99_s},
-        }
+        if late := run.bottleneck(self.settings.bounds):
+            self.late.append(f"{what}: {late}")
+        which = {"part": part, "system": system, "adapters": one.adapters, "rate": one.rate}
+        self.cases.append(which | told(run))
 
     def pool(self) -> None:
         """The three divisions of the same memory."""
@@ -310,15 +298,15 @@ def main() -> int:
         "rounds": settings.rounds,
         "frames": settings.frames,
         "traffic": asdict(settings.traffic),
-        "formulas": {f.name: [f.unit, f.formula] for f in figures([])},
+        "formulas": formulas(),
         "cases": sweep.cases,
         "late": sweep.late,
     }
     where = report.folder(args)
     report.save(found, where, "load-sweep")
     write_page(found, where)
-    for told in sweep.late:
-        print(f"BROKEN: {told}")
+    for late in sweep.late:
+        print(f"BROKEN: {late}")
     return 1 if sweep.late else 0
 
 

@@ -121,12 +121,16 @@ class ServerConfig(BaseSettings):
         description="refuse with 503, while they wait, requests whose first token would come later",
     )
     fairness_debt_tokens: int = Field(
-        256, description="tokens an adapter may be served beyond the least served waiting one"
+        256,
+        description="tokens an adapter may be served beyond the least served waiting one, and "
+        "beyond what giving it a seat costs",
     )
     heartbeat_s: float = Field(1.0, gt=0, description="how often the engine says it is alive")
     heartbeat_timeout_s: float = Field(5.0, gt=0, description="silence that counts as death")
     step_timeout_s: float = Field(30.0, gt=0, description="a step longer than this is a hang")
-    write_timeout_s: float = Field(30.0, gt=0, description="a reader slower than this is cut off")
+    write_timeout_s: float = Field(
+        30.0, gt=0, description="each 64 KiB of an answer have so long to be read, or it is cut off"
+    )
     header_timeout_s: float = Field(10.0, gt=0, description="time for a request's headers to come")
     body_timeout_s: float = Field(
         30.0, gt=0, description="time for each 64 KiB of a request's body"

@@ -41,14 +41,13 @@ def server(
 
 
 def test_base_and_adapters_answer_together(server: Server) -> None:
+    fields: dict[str, Any] = {"max_tokens": 5, "temperature": 0, "return_token_ids": True}
+
     async def ask() -> list[Any]:
         async with AsyncClient(server.url) as client:
             models = ["tiny", *(f"say-{t}" for t in range(40, 44))]
             return await asyncio.gather(
-                *(
-                    client.complete([5, 6, 7], model=m, max_tokens=5, return_token_ids=True)
-                    for m in models
-                )
+                *(client.complete([5, 6, 7], model=m, **fields) for m in models)
             )
 
     base, *others = asyncio.run(ask())
@@ -241,8 +240,9 @@ def test_a_packed_file_that_rots_is_made_again(
             spoil(server.data_dir / "blobs" / "sha256" / blob[:2] / blob)
         assert server.complete(name, [5, 6], max_tokens=3).status_code == 500
         deadline = time.monotonic() + 30
+        fields = {"max_tokens": 3, "temperature": 0, "return_token_ids": True}
         while True:
-            answer = server.complete(name, [5, 6], max_tokens=3, return_token_ids=True)
+            answer = server.complete(name, [5, 6], **fields)
             error = answer.json().get("error", {})
             if error.get("code") != "adapter_not_ready":
                 break
@@ -268,6 +268,7 @@ def test_adapters_survive_a_restart(shouters: tuple[Path, dict[int, Path]], tmp_
     assert server.upload("say-40", shouters[1][40]).status_code == 201
     assert server.close() == 0
     again = Server(shouters[0], tmp_path / "data")
-    answer = again.complete("say-40", [5, 6], max_tokens=3, return_token_ids=True).json()
+    fields = {"max_tokens": 3, "temperature": 0, "return_token_ids": True}
+    answer = again.complete("say-40", [5, 6], **fields).json()
     assert answer["choices"][0]["token_ids"] == [40] * 3
     again.close()

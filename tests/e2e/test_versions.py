@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests import tiny
@@ -56,10 +57,8 @@ def test_a_generation_that_goes_gives_its_frames_back(
         two = client.adapters.push(shouters[1][1], "say", expected_generation=1)
         client.aliases.set("prod", {"say@1": 1, "say@2": 1})
         users = [str(number) for number in range(16)]
-        tokens = {
-            user: client.complete([5], model="prod", user=user, max_tokens=3, return_token_ids=True)
-            for user in users
-        }
+        fields: dict[str, Any] = {"max_tokens": 3, "temperature": 0, "return_token_ids": True}
+        tokens = {user: client.complete([5], model="prod", user=user, **fields) for user in users}
         said = {"say@1": [40] * 3, "say@2": [41] * 3}
         for answer in tokens.values():
             assert answer.choices[0].token_ids == said[str(answer.adapter_version)]

@@ -119,20 +119,23 @@ def test_a_prompt_that_is_not_finite_fails_though_nothing_is_drawn(
     harness.close()
 
 
+@pytest.mark.parametrize(
+    ("error", "code"), [(ZeroDivisionError, "engine_failed"), (MemoryError, "overloaded")]
+)
 def test_a_request_that_cannot_even_be_queued_fails_alone(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception], code: str
 ) -> None:
     harness = Harness(model)
     good = harness.submit(GOOD[0])
 
     def broken(*_: Any) -> None:
-        raise ZeroDivisionError
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(harness.engine.scheduler, "check_fits", broken)
         bad = harness.submit(GOOD[1])
     harness.run()
-    assert harness.failed[bad].code == "engine_failed" and len(harness.outputs[good]) == 8
+    assert harness.failed[bad].code == code and len(harness.outputs[good]) == 8
     harness.close()
 
 

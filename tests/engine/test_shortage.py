@@ -164,22 +164,6 @@ def test_a_state_that_cannot_be_kept_costs_guesses_only(
     harness.close()
 
 
-def test_a_request_that_finds_no_memory_at_the_door_may_come_again(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    harness = Harness(model)
-
-    def short(*_: Any) -> None:
-        raise MemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(harness.engine.scheduler, "check_fits", short)
-        name = harness.submit(GOOD[0])
-    harness.run()
-    assert harness.failed[name].code == "overloaded"
-    harness.close()
-
-
 def test_room_comes_back_when_memory_does() -> None:
     room = StepRoom(100)
     room.too_large(90)

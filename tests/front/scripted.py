@@ -192,6 +192,12 @@ class Scripted:
         for _ in range(10):
             await asyncio.sleep(0)
 
+    async def turn(self) -> None:
+        """The front reads what was said and answers, and the engine reads the answer."""
+        self.hear()
+        await self.settle()
+        self.take()
+
     async def finish(self) -> None:
         """Until every request has ended; an engine that is not there is started."""
         limit = time.monotonic() + 60

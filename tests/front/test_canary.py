@@ -103,16 +103,12 @@ def test_nothing_counts_that_came_with_the_wrong_token_or_after_it(tmp_path: Pat
         for epoch, sings in ((2, 6), (3, 5)):
             it.die("canary")
             it.birth()
-            it.hear()
-            await it.settle()
-            it.take()
+            await it.turn()
             assert set(it.rows) == {f"canary-{epoch + 1}"} and not it.open, "before all others"
             it.rows.clear()
             output = wire.Output(f"canary-{epoch + 1}", 0, [sings])
             it.say(wire.StepDone(engine_epoch=epoch, step=0, outputs=[output]))
-            it.hear()
-            await it.settle()
-            it.take()
+            await it.turn()
             assert set(it.rows) == ({"r"} if sings == 5 else set())
         assert it.open
         await it.finish()
@@ -167,9 +163,7 @@ def test_a_probe_that_is_refused_holds_nobody_up(scripted: Callable[[], Scripted
         it.box.note(["r0"])
         it.die("exit -11")
         it.birth()
-        it.hear()
-        await it.settle()
-        it.take()
+        await it.turn()
         (name,) = it.rows
         it.rows.clear()
         failed = [wire.Failed(name, "overloaded", "its first token would come too late")]

@@ -173,9 +173,7 @@ def test_one_poison_after_the_other_closes_the_server_no_longer_than_the_first(
             while f"poison {number}" in it.ledger or not it.open:
                 if not it.alive:
                     it.birth()
-                it.hear()
-                await it.settle()
-                it.take()
+                await it.turn()
                 closed[number] += not it.open
                 if it.rows:
                     it.step()
@@ -198,19 +196,13 @@ def test_suspects_run_apart_and_nobody_new_is_let_in(scripted: Callable[[], Scri
         it.box.note(["r1", "r2"])
         it.die("exit -11")
         it.birth()
-        it.hear()
-        await it.settle()
-        it.take()
+        await it.turn()
         assert set(it.rows) == {"canary-1"} and not it.open
         it.step()
-        it.hear()
-        await it.settle()
-        it.take()
+        await it.turn()
         assert set(it.rows) == {"r1", "r2"} and not it.open
         it.step()
-        it.hear()
-        await it.settle()
-        it.take()
+        await it.turn()
         assert set(it.rows) == {"r0", "r1", "r2", "r3"} and it.open
         await it.finish()
 
@@ -223,13 +215,9 @@ async def _apart(it: Scripted, *deaths: list[str]) -> None:
         it.box.note(named)
         it.die("exit -11")
         it.birth()
-        it.hear()
-        await it.settle()
-        it.take()
+        await it.turn()
         it.step()
-        it.hear()
-        await it.settle()
-        it.take()
+        await it.turn()
 
 
 def test_a_set_leaves_before_the_next_comes(scripted: Callable[[], Scripted]) -> None:
@@ -252,14 +240,10 @@ def test_a_set_leaves_before_the_next_comes(scripted: Callable[[], Scripted]) ->
         await it.settle()
         it.take()
         assert set(it.rows) == set(), "the other's turn comes with the answer"
-        it.hear()
-        await it.settle()
-        it.take()
+        await it.turn()
         assert set(it.rows) == {"r2"}
         it.step(2)
-        it.hear()
-        await it.settle()
-        it.take()
+        await it.turn()
         assert len(it.rows["r1"].output_ids) == 4 and set(it.rows) == {"r0", "r1", "r2"}
         await it.finish()
 
@@ -424,9 +408,7 @@ def test_nobody_is_alone_beside_one_that_has_left(scripted: Callable[[], Scripte
             for _ in range(4):
                 if not it.alive:
                     it.birth()
-                it.hear()
-                await it.settle()
-                it.take()
+                await it.turn()
                 it.step()
             it.hear()
             assert it.open
@@ -448,9 +430,7 @@ def test_poison_that_has_left_is_nobody_s_any_more(scripted: Callable[[], Script
         it.generations["bad"].cancel()
         it.die("step_timeout")
         it.birth()
-        it.hear()
-        await it.settle()
-        it.take()
+        await it.turn()
         assert it.open and set(it.rows) == {"good"}
         await it.finish()
 
