@@ -20,6 +20,7 @@ from loramux.front.engine_client import EngineClient
 from loramux.front.generation import Delta, Generation, GenerationSpec
 from loramux.front.ledger import Ledger
 from loramux.front.observations import Observations
+from loramux.front.vital import Vital
 from loramux.request import AdapterRef, EntropyAdaptive, SamplingParams, Speculation
 from loramux.wire import TokenLogprob
 
@@ -59,7 +60,9 @@ class Scripted:
             lambda _: None,
             lambda spec, _: self.ended.update([spec.request_id]),
         )
-        self.client = EngineClient(config, (), self.ledger, self.observations, lambda _: None)
+        self.client = EngineClient(
+            config, (), self.ledger, self.observations, lambda _: None, Vital()
+        )
         self.client._supervisor = self.line  # type: ignore[assignment]
         self.generations: dict[str, Generation] = {}
         self.kills: dict[str, int] = {}

@@ -21,7 +21,7 @@ from tests.http.fake_front import eventually
 from tests.http.test_adapters import CONF, END, NAME, part
 
 CHILD = """
-import functools, json, sys
+import functools, importlib, json, sys
 from pathlib import Path
 from tests.front.house import ENGINE, INGEST, configure
 from loramux.front.front import Front
@@ -29,6 +29,10 @@ from loramux.http import serve
 
 SLEEPS = (sys.executable, "-c", "import time; time.sleep(100)")
 folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+if broken := settings.pop("broken", None):
+    module, _, method = broken.partition(":")
+    owner, _, method = method.partition(".")
+    setattr(getattr(importlib.import_module(module), owner), method, lambda *_: 1 / 0)
 engine = SLEEPS if settings.pop("never_ready", False) else ENGINE
 serve.Front = functools.partial(Front, engine=engine, ingest=INGEST)
 sys.exit(serve.serve(configure(folder, **settings)))
@@ -175,3 +179,23 @@ def test_a_server_that_is_still_starting_ends_at_once(serve: Any) -> None:
     assert eventually(starting, within_s=60)
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("broken", "script"),
+    [
+        ("loramux.front.engine_client:EngineClient.died", "die=3"),
+        ("loramux.front.recovery:Recovery._run_apart", "die=3"),
+        ("loramux.front.ledger:Ledger.expire", "hang"),
+    ],
+)
+def test_a_server_whose_books_are_broken_ends_and_says_so(
+    serve: Any, broken: str, script: str
+) -> None:
+    """Else requests would wait for ever, behind a front that seems to live."""
+    server = serve(wait=False, broken=broken)
+    if "expire" not in broken:
+        assert eventually(server.ready, within_s=60)
+        answer = wire.read_all(server.ask(script))
+        assert b'"code":"draining"' in answer and b"[DONE]" not in answer
+    assert server.process.wait(30) == 70

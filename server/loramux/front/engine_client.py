@@ -23,6 +23,7 @@ from loramux.front.observations import Observations
 from loramux.front.recovery import Recovery
 from loramux.front.supervisor import Supervisor, external
 from loramux.front.suspects import Suspects
+from loramux.front.vital import Vital
 from loramux.metrics.stats import StepStats
 
 log = logging.getLogger(__name__)
@@ -59,12 +60,14 @@ class EngineClient:
         ledger: Ledger,
         observations: Observations,
         on_ready: Callable[[wire.Ready], None],
+        vital: Vital,
     ) -> None:
         self._config = config
         self._executable = executable
         self._ledger = ledger
         self._observations = observations
         self._on_ready = on_ready
+        self._vital = vital
         self._supervisor: Supervisor | None = None
         self._commands: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._last_command = 0
@@ -79,6 +82,7 @@ class EngineClient:
         self._recovery = Recovery(
             ledger,
             Suspects(config.max_num_seqs),
+            vital,
             give=self._give,
             take_back=self._take_back,
             probe=self.canary,
@@ -90,9 +94,9 @@ class EngineClient:
 
     def start(self, directory: Path, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Start the process and keep one running."""
-        self._supervisor = Supervisor(self, directory, context, self._poll_s)
+        self._supervisor = Supervisor(self, directory, context, self._vital, self._poll_s)
         self._supervisor.start()
-        self._expiring = asyncio.create_task(self._expire(), name="deadlines")
+        self._expiring = self._vital.spawn(self._expire(), "deadlines")
 
     async def stop(self) -> None:
         """End the process for good, and what is unfinished with it."""

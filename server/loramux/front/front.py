@@ -36,6 +36,7 @@ from loramux.front.observations import Observations, Observer, Snapshot
 from loramux.front.quotas import Quotas
 from loramux.front.stock import Stock
 from loramux.front.tokenizer import TokenizerService, check_partner
+from loramux.front.vital import Vital
 from loramux.front.voices import Voices
 from loramux.wire import Ready
 
@@ -76,7 +77,10 @@ class Front:
         self._observations = Observations(observer)
         self.quotas = Quotas(self.keys.limits, self._observations.rejected)
         self.room = Room(config.max_num_seqs + config.max_waiting, self._observations.rejected)
-        self._ingest = IngestClient(ingest, config.data_dir, self._observations.validated)
+        self._vital = Vital()
+        self._ingest = IngestClient(
+            ingest, config.data_dir, self._vital, self._observations.validated
+        )
         self.adapters = AdapterService(
             config, self.base_name, self._ingest, self.command, self._observations, self.quotas
         )
@@ -91,7 +95,7 @@ class Front:
             self.room.pace.retry_after_s,
         )
         self._engine = EngineClient(
-            config, engine, self._ledger, self._observations, self._engine_ready
+            config, engine, self._ledger, self._observations, self._engine_ready, self._vital
         )
         self._draining = False
         self._ever_ready = False
@@ -116,6 +120,11 @@ class Front:
     def info(self) -> Ready | None:
         """What the running engine said of itself; None while there is none."""
         return self._engine.info
+
+    @property
+    def broken(self) -> asyncio.Event:
+        """Set when a bug has hit what keeps the books of requests: see Vital."""
+        return self._vital.broken
 
     @property
     def never_started(self) -> bool:

@@ -15,6 +15,7 @@ import zmq
 from loramux import wire
 from loramux.errors import ServiceError
 from loramux.front.supervisor import Supervisor
+from loramux.front.vital import Vital
 
 INGEST_FAILED = "ingest_failed"
 """The code of there being no verdict, for want of a process."""
@@ -43,12 +44,14 @@ class IngestClient:
         self,
         executable: Sequence[str],
         data_dir: Path,
+        vital: Vital,
         examined: Callable[[float, str], None] = lambda seconds, code: None,
     ) -> None:
         self._executable = executable
         self._examined = examined
         self._sent_at = 0.0
         self._data_dir = data_dir
+        self._vital = vital
         self._supervisor: Supervisor | None = None
         self._jobs: deque[_Job] = deque()
         self._sent = False
@@ -57,7 +60,7 @@ class IngestClient:
 
     def start(self, directory: Path, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Start the process and keep one running."""
-        self._supervisor = Supervisor(self, directory, context)
+        self._supervisor = Supervisor(self, directory, context, self._vital)
         self._supervisor.start()
 
     async def stop(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from loramux.errors import Overloaded, PoisonRequest
 from loramux.front.ledger import Entry, Ledger
 from loramux.front.suspects import Suspects
+from loramux.front.vital import Vital
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class Recovery:
         self,
         ledger: Ledger,
         suspects: Suspects,
+        vital: Vital,
         *,
         give: Callable[[Entry], None],
         take_back: Callable[[Sequence[str]], Awaitable[None]],
@@ -35,6 +37,7 @@ class Recovery:
     ) -> None:
         self._ledger = ledger
         self._suspects = suspects
+        self._vital = vital
         self._give_to_engine = give
         self._take_back = take_back
         self._probe = probe
@@ -56,7 +59,7 @@ class Recovery:
         """A new engine is there, and has nothing yet; ``doubted``: nor shall it get anything before
         its probe."""
         if doubted or self._suspects.next(self._ledger):
-            self._task = asyncio.create_task(self._run(), name="recovery")
+            self._task = self._vital.spawn(self._run(), "recovery")
         else:
             self._give_the_rest()
 

@@ -14,6 +14,7 @@ import zmq
 
 from loramux.config import process_environment
 from loramux.front.pipe import Pipe
+from loramux.front.vital import Vital
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +73,11 @@ class Supervisor:
         charge: Charge,
         directory: Path,
         context: zmq.Context[zmq.Socket[bytes]],
+        vital: Vital,
         poll_s: float = 0.25,
     ) -> None:
         self._charge = charge
+        self._vital = vital
         self._directory = directory
         self._context = context
         self._poll_s = poll_s
@@ -91,15 +94,14 @@ class Supervisor:
 
     def start(self) -> None:
         """Begin the first life."""
-        self._task = asyncio.create_task(self._run(), name=f"{self._charge.name} supervisor")
+        self._task = self._vital.spawn(self._run(), f"{self._charge.name} supervisor")
 
     async def stop(self) -> None:
         """End the process and do not start another. Idempotent."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await asyncio.wait([task])
 
     def send(self, message: bytes) -> None:
         """Queue a message for this life; what it never reads is lost with it."""

@@ -20,6 +20,9 @@ from loramux.front.front import Front
 log = logging.getLogger("loramux")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EXIT_BROKEN = 70
+"""A bug has ended what keeps the books of requests (EX_SOFTWARE of sysexits.h)."""
+
 _POLL_S = 0.02
 _FLUSH_S = 1
 """For the last words to reach those who read."""
@@ -35,10 +38,11 @@ class Server(uvicorn.Server):
 
 
 class Drain:
-    """The first signal begins to drain, the second ends everything at once.
+    """The first signal begins to drain; the second ends everything at once, as does a broken front.
 
-    ``exit_code`` is 0, also when time was up and the last requests ended with an error, and 128 and
-    the signal's number when it was a second one. ``servers`` may be added to until they run.
+    ``exit_code`` is 0, also when time was up and the last requests ended with an error, 128 and the
+    signal's number when it was a second one, and EXIT_BROKEN. ``servers`` may be added to until
+    they run.
     """
 
     def __init__(self) -> None:
@@ -61,6 +65,14 @@ class Drain:
             self._hurry.set()
         self._asked.set()
 
+    async def mind(self, front: Front) -> None:
+        """End everything when the front is broken."""
+        await front.broken.wait()
+        log.critical("ending at once: the server's own books are broken")
+        self.exit_code = EXIT_BROKEN
+        self._hurry.set()
+        self._asked.set()
+
     async def run(self, front: Front, servers: Sequence[Server]) -> None:
         """Wait until the end is asked for, and bring it about."""
         await self._asked.wait()
@@ -78,9 +90,11 @@ class Drain:
                     front.unfinished or any(not task.done() for task in begun)
                 ):
                     await asyncio.sleep(_POLL_S)
-        if front.unfinished:
-            log.warning("%d choices were cut short", front.unfinished)
-            front.cut(Overloaded("the server stops", code="draining"))
-        for server in servers:
-            server.config.timeout_graceful_shutdown = _FLUSH_S
-            server.should_exit = True
+        try:
+            if front.unfinished:
+                log.warning("%d choices were cut short", front.unfinished)
+                front.cut(Overloaded("the server stops", code="draining"))
+        finally:
+            for server in servers:
+                server.config.timeout_graceful_shutdown = _FLUSH_S
+                server.should_exit = True

@@ -62,6 +62,7 @@ async def _serve(config: ServerConfig) -> int:
     beside = [
         asyncio.create_task(_announce(front, servers)),
         asyncio.create_task(drain.run(front, servers)),
+        asyncio.create_task(drain.mind(front)),
     ]
     await asyncio.gather(
         *(server.serve([each]) for server, each in zip(servers, sockets, strict=True))
