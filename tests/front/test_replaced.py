@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from tests.front.scripted import IDS, MAX_SEQS, Scripted, read, text_of
 from loramux import wire
 from loramux.config import ServerConfig
 from loramux.errors import DeadlineExceeded, EngineFailed, PoisonRequest
+from loramux.front import engine_client
 
 REQUEST = st.fixed_dictionaries(
     {
@@ -321,6 +323,35 @@ def test_an_engine_that_cannot_start_has_died_of_no_request(
             it.hear()
         await it.finish()
         assert it.generations["r"].done is not None
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("starved", [True, False])
+def test_a_kill_for_want_of_memory_is_no_outsider_s(
+    scripted: Callable[[], Scripted], monkeypatch: pytest.MonkeyPatch, starved: bool
+) -> None:
+    """It looks like a kill -9, but comes again with the request that takes so much."""
+
+    async def main() -> None:
+        kills = itertools.count()
+        monkeypatch.setattr(engine_client, "oom_kills", lambda: next(kills) if starved else 7)
+        it = scripted()
+        it.birth()
+        it.hear()
+        for name in ("good", "bad"):
+            it.submit(name, seed=0, max_tokens=30)
+        it.take()
+        for named in (["good", "bad"], ["bad"], ["bad"]):
+            it.box.note(named)
+            it.die("exit -9")
+            it.birth()
+            await it.turn()
+            it.step()
+            await it.turn()
+        await it.finish()
+        assert isinstance(it.generations["bad"].error, PoisonRequest) == starved
+        assert it.generations["good"].done is not None
 
     asyncio.run(main())
 

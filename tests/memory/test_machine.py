@@ -10,7 +10,7 @@ from tests import tiny
 
 from loramux.config import ServerConfig
 from loramux.engine import assemble
-from loramux.memory.machine import free_memory
+from loramux.memory.machine import free_memory, oom_kills
 from loramux.model.architecture import read_architecture
 
 MIB = 1 << 20
@@ -104,6 +104,34 @@ def test_without_a_limit_it_is_the_machines(
 ) -> None:
     monkeypatch.setattr("os.sysconf", lambda name: {"SC_AVPHYS_PAGES": 1000}.get(name, 4096))
     assert free_memory(write(tmp_path, files)) == 1000 * 4096
+
+
+EVENTS = "low 0\nhigh 4\nmax 9\noom 2\noom_kill {}\noom_group_kill 0"
+CONTROL = "oom_kill_disable 0\nunder_oom 0\noom_kill {}"
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "num"),
+    [
+        ("0::/", {"memory.events": EVENTS.format(3)}, 3),
+        (
+            "0::/a/b",
+            {"a/b/memory.events": EVENTS.format(1), "a/memory.events": EVENTS.format(8)},
+            1,
+        ),
+        ("0::/host/path", {"memory.events": EVENTS.format(5)}, 5),
+        ("7:memory:/x\n0::/x", {"memory/x/memory.oom_control": CONTROL.format(2)}, 2),
+        ("7:cpu:/x", {"memory/x/memory.oom_control": CONTROL.format(2)}, 0),
+        ("0::/", {}, 0),
+    ],
+)
+def test_kills_for_want_of_memory(
+    tmp_path: Path, lines: str, files: dict[str, object], num: int
+) -> None:
+    """Its own group's, where that can be seen."""
+    events = {f"sys/fs/cgroup/{name}": content for name, content in files.items()}
+    assert oom_kills(write(tmp_path, {"proc/self/cgroup": lines, **events})) == num
+    assert oom_kills(tmp_path / "nothing") == 0
 
 
 def test_the_pool_is_a_share_of_what_the_group_leaves(

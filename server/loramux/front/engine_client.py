@@ -24,6 +24,7 @@ from loramux.front.recovery import Recovery
 from loramux.front.supervisor import Supervisor, external
 from loramux.front.suspects import Suspects
 from loramux.front.vital import Vital
+from loramux.memory.machine import oom_kills
 from loramux.metrics.stats import StepStats
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class EngineClient:
         self._commands: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._last_command = 0
         self._epoch = 0
+        self._oom_kills = 0
         self._heard_at = 0.0
         self._polled_at = 0.0
         self._box = Path()
@@ -200,6 +202,7 @@ class EngineClient:
         self._epoch = epoch
         self._wrong = False
         self._step = wire.Heartbeat(epoch)
+        self._oom_kills = oom_kills()
         self._observations.engine_started(epoch)
 
     def received(self, message: bytes) -> None:
@@ -279,7 +282,10 @@ class EngineClient:
 
     def died(self, reason: str) -> None:
         """See Charge."""
-        blamed = reason != MISMATCH and not external(reason)
+        starved = oom_kills() > self._oom_kills
+        if starved:
+            log.error("the kernel ended the engine, or one beside it, for want of memory")
+        blamed = reason != MISMATCH and (starved or not external(reason))
         self._gone(blackbox.read(self._box), blamed=blamed)
         self._observations.engine_restarted(reason.split()[0].rstrip(":"))
         if self.given_up:

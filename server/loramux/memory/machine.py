@@ -8,10 +8,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-_V2_LIMITS = ("memory.max", "memory.high")  # above the second the kernel slows a group down
-_V1_LIMITS = ("memory.limit_in_bytes",)
+
+@dataclass(frozen=True)
+class _Files:
+    """What a version of cgroups calls a group's files, and a line of ``memory.stat``."""
+
+    limits: tuple[str, ...]
+    usage: str
+    reclaimable: str
+    events: str
+
+
+_V1 = _Files(
+    ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file", "memory.oom_control"
+)
+_V2 = _Files(
+    ("memory.max", "memory.high"),  # above the second the kernel slows a group down
+    "memory.current",
+    "inactive_file",
+    "memory.events",
+)
 
 
 def free_memory(root: Path = Path("/")) -> int:
@@ -20,8 +39,26 @@ def free_memory(root: Path = Path("/")) -> int:
     return max(0, min([unused, *_left_by_cgroups(root)]))
 
 
+def oom_kills(root: Path = Path("/")) -> int:
+    """How many processes of this one's group the kernel has ended for want of memory."""
+    for folder, files in _groups(root):
+        if (folder / files.events).exists():
+            return _line(folder / files.events, "oom_kill")
+    return 0
+
+
 def _left_by_cgroups(root: Path) -> Iterator[int]:
     """What each group that this process is in, and each above, leaves. None outside Linux."""
+    for folder, files in _groups(root):
+        caps = [cap for name in files.limits if (cap := _number(folder / name)) is not None]
+        used = _number(folder / files.usage)
+        if caps and used is not None:
+            yield min(caps) - used + _line(folder / "memory.stat", files.reclaimable)
+
+
+def _groups(root: Path) -> Iterator[tuple[Path, _Files]]:
+    """The folders of this process's groups, its own before those above. Some may not be there: in a
+    container a path may be the host's, while the mount shows the container's group alone."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -29,26 +66,12 @@ def _left_by_cgroups(root: Path) -> Iterator[int]:
     mount = root / "sys/fs/cgroup"
     for line in lines:
         number, controllers, path = line.split(":", 2)
-        if number == "0":
-            yield from _up(mount, path, _V2_LIMITS, "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            mount_v1 = mount / "memory"
-            usage = "memory.usage_in_bytes"
-            yield from _up(mount_v1, path, _V1_LIMITS, usage, "total_inactive_file")
-
-
-def _up(
-    mount: Path, path: str, limits: tuple[str, ...], usage: str, reclaimable: str
-) -> Iterator[int]:
-    """From the group at ``path`` to the topmost that can be seen. One that cannot is skipped: in a
-    container the path may be the host's, while the mount shows the container's group alone."""
-    group = PurePosixPath(path.lstrip("/"))
-    for parent in dict.fromkeys((group, *group.parents)):
-        folder = mount / parent
-        caps = [cap for name in limits if (cap := _number(folder / name)) is not None]
-        used = _number(folder / usage)
-        if caps and used is not None:
-            yield min(caps) - used + _line(folder / "memory.stat", reclaimable)
+        group = PurePosixPath(path.lstrip("/"))
+        for parent in dict.fromkeys((group, *group.parents)):
+            if number == "0":
+                yield mount / parent, _V2
+            elif "memory" in controllers.split(","):
+                yield mount / "memory" / parent, _V1
 
 
 def _number(path: Path) -> int | None:
@@ -61,7 +84,8 @@ def _number(path: Path) -> int | None:
 
 
 def _line(path: Path, name: str) -> int:
-    """A value of memory.stat: file pages nobody has used of late count as used and can be had."""
+    """A value of memory.stat (file pages nobody has used of late count as used and can be had), or
+    of a group's events."""
     try:
         found = dict(line.split(maxsplit=1) for line in path.read_text().splitlines())
     except OSError:
