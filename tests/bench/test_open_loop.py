@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import aiohttp
 import pytest
 
-from loramux.bench.connections import OnBody
 from loramux.bench.open_loop import Bounds, Failure, Live, Now, Record, Run, send
 from loramux.bench.openai import OpenAi
 from loramux.bench.traffic import Arrival
@@ -139,6 +140,9 @@ def refused(status: str, body: str) -> bytes:
     return (head + body).encode()
 
 
+CUT = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n9\r\n: comment\r\n"
+
+
 def asked(answer: bytes, **settings: Any) -> tuple[Record, Scripted]:
     """What becomes of one request to a server with this answer."""
     scripted = Scripted(answer)
@@ -187,25 +191,11 @@ def test_a_stream_is_read_by_its_text_and_counted_by_its_usage() -> None:
     assert b"authorization: bearer k0" in scripted.heads[0].lower()
 
 
-class Dripping:
-    """Connections on which every byte comes by itself."""
-
-    def __init__(self, body: bytes) -> None:
-        self.body = body
-
-    async def post(self, path: str, body: bytes, headers: dict[str, str], on_body: OnBody) -> int:
-        for byte in self.body:
-            on_body(200, bytes([byte]))
-        return 200
-
-
 def test_where_an_answer_is_cut_into_pieces_does_not_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    body = stream(piece("ab"), piece("é"), {"choices": [], "usage": USAGE}, "[DONE]")
-    target = OpenAi("http://127.0.0.1:1", "base", ["a0"], lambda i, n: [i] * n)
-    monkeypatch.setattr(target, "_connections", Dripping(body.partition(b"\r\n\r\n")[2]))
-    [record] = asyncio.run(send(plan(0.0), target.ask, drain_s=20)).records
+    monkeypatch.setattr(aiohttp.StreamReader, "iter_any", lambda body: body.iter_chunked(1))
+    record, _ = asked(stream(piece("ab"), piece("é"), {"choices": [], "usage": USAGE}, "[DONE]"))
     assert record.status == "ok" and len(record.chunks_s) == 2
     assert (record.prompt_tokens, record.completion_tokens) == (7, 9)
 
@@ -220,11 +210,76 @@ def test_where_an_answer_is_cut_into_pieces_does_not_matter(
         (refused("500 Oh", "[1]"), "500 error"),
         (stream(piece("a"), {"error": {"code": "engine_failed"}}), "stream engine_failed"),
         (stream(piece("a")), "stream ended early"),
+        (CUT, "stream ended early"),
         (stream(piece("a"), {"choices": []}, "[DONE]"), "no usage"),
-        (b"", "no answer"),
-        (b"hello\r\n\r\n", "not HTTP"),
+        (b"", "ServerDisconnectedError"),
+        (b"hello\r\n\r\n", "ClientResponseError"),
     ],
 )
 def test_what_is_no_whole_answer_is_an_error(answer: bytes, error: str) -> None:
     record, _ = asked(answer)
     assert (record.status, record.error) == ("error", error)
+
+
+def test_nobody_there_is_named() -> None:
+    async def go() -> Record:
+        server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        server.close()
+        await server.wait_closed()
+        target = OpenAi(f"http://127.0.0.1:{port}", "base", ["a0"], lambda i, n: [i] * n)
+        run = await send(plan(0.0), target.ask, drain_s=20)
+        await target.close()
+        return run.records[0]
+
+    record = asyncio.run(go())
+    assert (record.status, record.error) == ("error", "ConnectionRefusedError")
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x", "http://", "http://x:port"])
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(ValueError):
+        OpenAi(url, "base", [], lambda i, n: [i] * n)
+
+
+NUM = 150
+WHOLE = stream(piece("a"), {"choices": [], "usage": USAGE}, "[DONE]").partition(b"\r\n\r\n")[2]
+
+
+@dataclass
+class Kept:
+    """A server that answers nobody before ``NUM`` have asked, and keeps connections. ``seen``: the
+    heads of requests, by connection."""
+
+    seen: list[list[bytes]] = field(default_factory=list)
+    all_there: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.seen.append(mine := [])
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                mine.append(head := await reader.readuntil(b"\r\n\r\n"))
+                await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split()[0]))
+                if len(self.seen) == NUM:
+                    self.all_there.set()
+                await self.all_there.wait()
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(WHOLE) + WHOLE)
+        writer.close()
+
+
+def test_so_many_connections_as_requests_at_once_and_no_more() -> None:
+    kept = Kept()
+
+    async def go() -> None:
+        server = await asyncio.start_server(kept.serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        target = OpenAi(f"http://127.0.0.1:{port}/below/", "base", ["a0"], lambda i, n: [i] * n)
+        async with server:
+            for _ in range(2):
+                run = await send(plan(*[0.0] * NUM), target.ask, drain_s=20)
+                assert [record.status for record in run.records] == ["ok"] * NUM
+            await target.close()
+
+    asyncio.run(go())
+    assert [len(heads) for heads in kept.seen] == [2] * NUM
+    assert kept.seen[0][0].startswith(b"POST /below/v1/completions HTTP/1.1\r\n")
