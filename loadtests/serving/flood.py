@@ -9,7 +9,6 @@ times as much. Both are run in turns; what counts are the first tokens of the ot
 
 from __future__ import annotations
 
-import asyncio
 import statistics
 import tempfile
 from contextlib import closing
@@ -17,6 +16,7 @@ from typing import Any
 
 import report
 import throughput
+import uvloop
 from overload import KEYS, ROOM, TOKENS, Client, first_tokens, in_ms, plan, serve
 from tests.e2e.server import Server
 
@@ -54,7 +54,7 @@ def main() -> None:
     args = report.arguments(__doc__).parse_args()
     found = throughput.header()
     with tempfile.TemporaryDirectory() as folder, closing(serve(folder, 12 * ROOM)) as server:
-        case = asyncio.run(measure(server, *((6, 1) if args.quick else (15, 4))))
+        case = uvloop.run(measure(server, *((6, 1) if args.quick else (15, 4))))
     found["cases"].append(case)
     for key, value in case.items():
         print(f"{key}: {value}")

@@ -16,7 +16,6 @@ then), and says which.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import signal
@@ -31,6 +30,7 @@ import httpx
 import pairs
 import report
 import scenario as scenarios
+import uvloop
 from load_plots import draw_plots
 from population import Population
 from scenario import Scenario
@@ -135,7 +135,7 @@ def run_all(
     }
     for index, one in enumerate(scenario.points):
         path = where / "plans" / f"{scenario.name}-{index}.jsonl"
-        point = asyncio.run(run_point(one, target, scenario, path))
+        point = uvloop.run(run_point(one, target, scenario, path))
         found["cases"].append(point.told(scenario))
     return found
 

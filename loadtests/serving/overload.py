@@ -26,6 +26,7 @@ from typing import Any
 
 import report
 import throughput
+import uvloop
 from tests.e2e.server import Server
 
 from loramux.bench import traffic
@@ -194,7 +195,7 @@ def main() -> None:
     args = report.arguments(__doc__).parse_args()
     found = throughput.header()
     with tempfile.TemporaryDirectory() as folder, closing(serve(folder, ROOM)) as server:
-        case = asyncio.run(measure(server, 6 if args.quick else 20))
+        case = uvloop.run(measure(server, 6 if args.quick else 20))
     found["cases"].append(case)
     phases = [{"phase": name, **case[name]} for name in ("calm", "overload", "after")]
     columns = {key: key for phase in phases for key in phase}

@@ -41,6 +41,7 @@ from typing import Any
 
 import report
 import throughput
+import uvloop
 from pool_split import POLICIES, make_served
 from population import Model, Population
 from sweep_page import write_page
@@ -206,14 +207,14 @@ class Sweep:
         with self._server() as run:
             for _ in range(self.settings.rounds):
                 for num in self.settings.counts:
-                    asyncio.run(run("http", replace(self.settings.traffic, adapters=num)))
+                    uvloop.run(run("http", replace(self.settings.traffic, adapters=num)))
 
     def rate(self) -> None:
         """The server, by rate."""
         one = replace(self.settings.traffic, adapters=self.settings.rate_adapters)
         with self._server() as run:
             for times in self.settings.rates:
-                asyncio.run(run("rate", replace(one, rate=times * one.rate)))
+                uvloop.run(run("rate", replace(one, rate=times * one.rate)))
 
     def peft(self) -> None:
         """PEFT, by the number of adapters; a process of its own for each."""
@@ -231,7 +232,7 @@ class Sweep:
             try:
                 server.run(self._first_jobs(one), PEERS_BATCH)
                 with server.awake() as url:
-                    asyncio.run(self._over_http("vllm", "vLLM CPU", url, one))
+                    uvloop.run(self._over_http("vllm", "vLLM CPU", url, one))
             finally:
                 server.stop()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import math
 import sys
@@ -91,6 +90,8 @@ def _seed(text: str) -> int:
 
 
 def _bench(args: dict[str, Any]) -> int:
+    import uvloop
+
     from loramux.bench.server import Bench, Refused
     from loramux.bench.traffic import Traffic
     from loramux.console import bench_figures
@@ -116,7 +117,7 @@ def _bench(args: dict[str, Any]) -> int:
     except ValueError as error:
         raise ConfigError(f"--url: {error}", param="url") from error
     try:
-        found = asyncio.run(bench.run())
+        found = uvloop.run(bench.run())
     except Refused as error:
         raise ConfigError(
             f"{url} does not answer a request for {models[0]!r}: {error}; --url, --models and --key"
