@@ -211,11 +211,11 @@ def test_suspects_run_apart_and_nobody_new_is_let_in(scripted: Callable[[], Scri
     asyncio.run(main())
 
 
-async def _apart(it: Scripted, *deaths: list[str]) -> None:
+async def _apart(it: Scripted, *deaths: list[str], reason: str = "exit -11") -> None:
     """An engine after ``deaths`` in steps of those, its canary done."""
     for named in deaths:
         it.box.note(named)
-        it.die("exit -11")
+        it.die(reason)
         it.birth()
         await it.turn()
         it.step()
@@ -342,13 +342,7 @@ def test_a_kill_for_want_of_memory_is_no_outsider_s(
         for name in ("good", "bad"):
             it.submit(name, seed=0, max_tokens=30)
         it.take()
-        for named in (["good", "bad"], ["bad"], ["bad"]):
-            it.box.note(named)
-            it.die("exit -9")
-            it.birth()
-            await it.turn()
-            it.step()
-            await it.turn()
+        await _apart(it, ["good", "bad"], ["bad"], ["bad"], reason="exit -9")
         await it.finish()
         assert isinstance(it.generations["bad"].error, PoisonRequest) == starved
         assert it.generations["good"].done is not None

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from msgspec.structs import replace
+
 from loramux.adapters.registry import AdapterRow
 from loramux.config import ServerConfig
 from loramux.errors import (
@@ -60,6 +62,8 @@ INFO = Ready(
     device="cpu",
     dtype="float32",
 )
+LONG = replace(INFO, max_model_len=1_000_000)
+"""For answers that no buffer takes whole."""
 
 Script = Callable[[GenerationSpec], AsyncIterator["list[int] | Exception"]]
 """What the engine makes of a choice: pieces of output, or how it fails. After the last piece the

@@ -10,11 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from tests.http import wire
 from tests.http.conftest import Running, Start
-from tests.http.fake_front import INFO, eventually, row
+from tests.http.fake_front import LONG, eventually, row
 from tests.http.granting import client, grant
 
 from loramux.errors import EngineFailed
@@ -122,7 +121,7 @@ def test_a_client_that_leaves_when_all_is_said_and_not_all_is_read(
     start: Start, lines: Any
 ) -> None:
     server = start()
-    server.front.info = msgspec.structs.replace(INFO, max_model_len=1_000_000)
+    server.front.info = LONG
     body = {"model": "base", "prompt": "a", "max_tokens": 20_000, "logprobs": 5, "stream": True}
     raw = wire.post(server, "/v1/completions", small_buffer=True, **body)
     assert eventually(lambda: server.front.snapshot.finished.get("length") == 1, within_s=30)

@@ -15,7 +15,7 @@ from uvicorn.server import ServerState
 
 from loramux.config import ServerConfig
 from loramux.http.app import build_app
-from loramux.http.connection import uvicorn_config
+from loramux.http.connection import STRIDE, uvicorn_config
 
 
 class Closable(Socket):
@@ -103,6 +103,34 @@ def test_who_has_read_its_answer_may_take_its_time(
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.15)
         assert socket.closing is not in_time
+        await house.close()
+
+    asyncio.run(body())
+
+
+class Draining(Behind):
+    """``taken`` bytes are between one look and the next."""
+
+    taken = 0
+
+    def get_write_buffer_size(self) -> int:
+        self.waits = max(0, self.waits - self.taken)
+        return self.waits
+
+
+@pytest.mark.parametrize(("taken", "fast_enough"), [(STRIDE, True), (STRIDE - 1, False)])
+def test_each_stride_has_its_time_and_not_the_whole(
+    model_dir: Path, taken: int, fast_enough: bool
+) -> None:
+    async def body() -> None:
+        house, socket = House(model_dir, 1, write_timeout_s=0.01), Draining()
+        house.connect(socket)
+        socket.waits, socket.taken = 10 * STRIDE, taken
+        house.connections[0].data_received(wire.request("/health/live", b"", method="GET"))
+        async with asyncio.timeout(60):
+            while socket.waits and not socket.closing:
+                await asyncio.sleep(0.001)
+        assert socket.closing is not fast_enough
         await house.close()
 
     asyncio.run(body())

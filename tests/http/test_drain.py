@@ -21,7 +21,7 @@ from tests.http.fake_front import eventually
 from tests.http.test_adapters import CONF, END, NAME, part
 
 CHILD = """
-import functools, importlib, json, sys
+import functools, json, pkgutil, sys
 from pathlib import Path
 from tests.front.house import ENGINE, INGEST, configure
 from loramux.front.front import Front
@@ -30,9 +30,8 @@ from loramux.http import serve
 SLEEPS = (sys.executable, "-c", "import time; time.sleep(100)")
 folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
 if broken := settings.pop("broken", None):
-    module, _, method = broken.partition(":")
-    owner, _, method = method.partition(".")
-    setattr(getattr(importlib.import_module(module), owner), method, lambda *_: 1 / 0)
+    owner, _, method = broken.rpartition(".")
+    setattr(pkgutil.resolve_name(owner), method, lambda *_: 1 / 0)
 engine = SLEEPS if settings.pop("never_ready", False) else ENGINE
 serve.Front = functools.partial(Front, engine=engine, ingest=INGEST)
 sys.exit(serve.serve(configure(folder, **settings)))

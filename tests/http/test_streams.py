@@ -11,11 +11,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from tests.http import wire
 from tests.http.conftest import Running, Start, launch
-from tests.http.fake_front import INFO, eventually, fails_after, speak, tokens
+from tests.http.fake_front import LONG, eventually, fails_after, speak, tokens
 
 from loramux.errors import EngineFailed, Overloaded
 from loramux.front.generation import GenerationSpec
@@ -298,7 +297,7 @@ NUM = 20_000
 
 def big(server: Running) -> dict[str, Any]:
     """A request whose stream is far larger than every buffer between us and the client."""
-    server.front.info = msgspec.structs.replace(INFO, max_model_len=1_000_000)
+    server.front.info = LONG
     return COMPLETE | {"max_tokens": NUM, "logprobs": 5}
 
 

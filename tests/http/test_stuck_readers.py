@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import socket
-import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import msgspec
 import pytest
 from tests.http import wire
 from tests.http.conftest import Start
-from tests.http.fake_front import INFO, eventually, tokens
+from tests.http.fake_front import LONG, eventually, tokens
 
 from loramux.front.generation import GenerationSpec
 from loramux.http.connection import BoundedConnection
@@ -56,7 +53,7 @@ def test_clients_that_never_read_are_cut_off_and_cost_nobody_a_token(
 
     monkeypatch.setattr(BoundedConnection, "connection_made", connection_made)
     server = start(write_timeout_s=2)
-    server.front.info = msgspec.structs.replace(INFO, max_model_len=1_000_000)
+    server.front.info = LONG
     asked = {"model": "base", "prompt": "the dog", "stream": True, "logprobs": 5}
     asked["max_tokens"] = TOKENS
 
@@ -126,25 +123,9 @@ def test_a_whole_answer_that_nobody_reads_is_dropped(
 ) -> None:
     """Also once the request is over, when the server would hold it for ever."""
     server = start(write_timeout_s=0.5)
-    server.front.info = msgspec.structs.replace(INFO, max_model_len=1_000_000)
+    server.front.info = LONG
     raw = wire.connect(server, small_buffer=True)
     headers = ["content-type: application/json", *([] if kept else ["connection: close"])]
     raw.sendall(wire.request("/v1/completions", json.dumps(asked).encode(), *headers))
     assert eventually(lambda: server.front.snapshot.finished.get("length") == 1, within_s=30)
     assert eventually(lambda: raw.getsockname()[1] in lost, within_s=20)
-
-
-def test_a_whole_answer_may_be_read_slowly(start: Start, lost: set[int]) -> None:
-    """Each 64 KiB have their time, not the whole."""
-    server = start(write_timeout_s=0.5)
-    server.front.info = msgspec.structs.replace(INFO, max_model_len=1_000_000)
-    raw = wire.post(server, "/v1/completions", **WHOLE)
-    head, _, body = wire.read_until(raw, b"\r\n\r\n").partition(b"\r\n\r\n")
-    [length] = re.findall(rb"content-length: (\d+)", head)
-    rest, began = int(length) - len(body), time.monotonic()
-    while rest:
-        data = raw.recv(min(rest, 150_000), socket.MSG_WAITALL)
-        assert data, "cut off"
-        rest -= len(data)
-        time.sleep(0.1)
-    assert time.monotonic() - began > 1 and raw.getsockname()[1] not in lost
